@@ -1,0 +1,129 @@
+"""The per-dimension autoregressive head (SPEC 5): p(token) = product over its C dimensions of p(index_c | earlier dimensions, z).
+
+A token has K^C values, too many for one softmax; its dimensions are predicted one after another, from low to high frequency, by
+a small causal transformer whose sequence is the C dimensions of *one* token. "Head order" means that frequency order; position c
+of the head predicts dimension channel_order[c].
+
+Letters: N tokens, C dimensions, K levels, H head width, D backbone width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.layers import LAYER_NORM_EPS, AdaLNBlock, FinalModulation, LayerCache
+
+HEAD_STARTS = ("official", "trained")
+DECODE_CHUNK_BYTES = 2**30        # tokens are decoded in groups whose adaLN terms fit in this much memory
+
+
+def draw_indices(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Indices (N,) from logits (N, K): argmax at temperature 0, otherwise a draw from softmax(logits / temperature).
+
+    `uniform` (N,) in [0, 1) decides the draw by inverting the cumulative distribution: no host sync, and the same image for any batch
+    split. Second: a witness (N,), finite only if the draw had a distribution to draw from (no NaN, no overflow).
+    """
+    logits = logits.float()
+    if temperature == 0:
+        highest, indices = logits.max(-1)
+        return indices, highest
+    cumulative = torch.softmax(logits / temperature, -1).cumsum(-1)                          # (N, K)
+    total = cumulative[:, -1:]                                                               # 1 up to rounding; NaN if a logit is
+    return (cumulative <= uniform[:, None] * total).sum(-1).clamp_(max=logits.shape[-1] - 1), total[:, 0]
+
+
+class ChannelAR(nn.Module):
+    """The head's parameters and its two uses: `channel_logits` (training, all positions at once) and `channel_sample` (decoding).
+
+    A base class instead of a submodule because the published state dict keeps its keys at the root.
+    """
+
+    def build_channel_head(self, *, condition_dim: int, dim: int, depth: int, num_heads: int, mlp_ratio: float,
+                           num_channels: int, num_levels: int, channel_order: Sequence[int], head_start: str, grad_checkpointing: bool) -> None:
+        """Create the modules; call it where their place in the parameter order is (optimizer states are saved by position)."""
+        if head_start not in HEAD_STARTS:
+            raise ValueError(f"head_start must be one of {', '.join(HEAD_STARTS)}, got {head_start!r}")
+        if sorted(channel_order) != list(range(num_channels)):
+            raise ValueError(f"channel_order must be a permutation of 0..{num_channels - 1}, got {list(channel_order)}")
+        self.num_channels, self.num_levels, self.head_start = num_channels, num_levels, head_start
+        self.checkpoint_head = grad_checkpointing
+        self.channel_order = [int(c) for c in channel_order]
+        inverse = [self.channel_order.index(c) for c in range(num_channels)]
+        self.register_buffer("to_head_order", torch.tensor(self.channel_order), persistent=False)
+        self.register_buffer("to_natural_order", torch.tensor(inverse), persistent=False)
+        self.condition_proj = nn.Linear(condition_dim, dim)
+        self.token_embeddings = nn.ModuleList(nn.Embedding(num_levels, dim) for _ in range(num_channels - 1))
+        self.channel_blocks = nn.ModuleList(AdaLNBlock(dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.channel_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.channel_final = FinalModulation(dim)
+        self.channel_heads = nn.ModuleList(nn.Linear(dim, num_levels) for _ in range(num_channels))
+
+    def zero_channel_modulation(self) -> None:
+        """Zero the last Linear of every adaLN, so that each block starts as the identity (SPEC 5, initialisation)."""
+        for module in (*self.channel_blocks, self.channel_final):
+            nn.init.zeros_(module.adaLN_modulation[1].weight)
+            nn.init.zeros_(module.adaLN_modulation[1].bias)
+
+    def head_forward(self, x: Tensor, modulations: list[Tensor], caches: list[LayerCache] | None = None, start: int = 0) -> Tensor:
+        """The one forward pass of the head: inputs x (N, P, H) at positions start.. -> features (N, P, H) before `channel_heads`.
+
+        modulations: what `modulation_layers` make of the conditioning, (N, P, 6H) per block and (N, P, 2H) last.
+        """
+        for i, block in enumerate(self.channel_blocks):
+            x = block(x, modulations[i], caches[i] if caches else None, start)
+        return self.channel_final(self.channel_norm(x), modulations[-1])
+
+    @property
+    def modulation_layers(self) -> list[nn.Module]:
+        return [module.adaLN_modulation for module in (*self.channel_blocks, self.channel_final)]
+
+    def channel_logits(self, z: Tensor, indices: Tensor) -> Tensor:
+        """Teacher-forced logits (N, C, K) in head order from z (N, D) and the true indices (N, C) in head order."""
+        h = self.condition_proj(z)                                                           # (N, H)
+        table = torch.cat([embedding.weight for embedding in self.token_embeddings] or [h.new_zeros(1, h.shape[-1])])     # ((C-1)*K, H)
+        offsets = torch.arange(self.num_channels - 1, device=z.device) * self.num_levels
+        previous = F.embedding(indices[:, :-1] + offsets, table)                             # (N, C-1, H)
+        x = torch.cat([h.unsqueeze(1), previous], dim=1) + self.channel_embed                # (N, C, H)
+        conditioning = h.unsqueeze(1) + self.timesteps_embeddings                            # (N, C, H)
+        if self.checkpoint_head and self.training and torch.is_grad_enabled():
+            for block in self.channel_blocks:
+                x = checkpoint(lambda x, c, block=block: block(x, block.adaLN_modulation(c)), x, conditioning, use_reentrant=False)
+            x = self.channel_final(self.channel_norm(x), self.channel_final.adaLN_modulation(conditioning))
+        else:
+            x = self.head_forward(x, [layer(conditioning) for layer in self.modulation_layers])
+        weight = torch.stack([head.weight for head in self.channel_heads])                   # (C, K, H)
+        bias = torch.stack([head.bias for head in self.channel_heads])                       # (C, K)
+        return torch.baddbmm(bias.unsqueeze(1), x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)                # (N, C, K)
+
+    def channel_sample(self, z: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Indices (N, C) in head order from z (N, D), one dimension after another with a key-value cache.
+
+        uniform: (N, C) in [0, 1), one number per draw (unused at temperature 0). Positions per token: C, not C(C+1)/2. Second: a
+        witness (N,), finite only where every draw of the token was sound (see `draw_indices`).
+        """
+        per_token = self.num_channels * self.condition_proj.out_features * (6 * len(self.channel_blocks) + 2) * 4
+        chunk = max(1, DECODE_CHUNK_BYTES // per_token)
+        parts = [self._sample_chunk(z[i : i + chunk], uniform[i : i + chunk], temperature) for i in range(0, len(z), chunk)]
+        indices, witness = zip(*parts)
+        return torch.cat(indices), torch.cat(witness)
+
+    def _sample_chunk(self, z: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        h = self.condition_proj(z)                                                           # (N, H)
+        conditioning = h.unsqueeze(1) + self.timesteps_embeddings                            # (N, C, H)
+        modulations = [layer(conditioning) for layer in self.modulation_layers]              # all positions in one matmul per layer
+        caches = [LayerCache.empty(len(z), block.attn.num_heads, self.num_channels, block.attn.head_dim, z, h.dtype)
+                  for block in self.channel_blocks]
+        x = conditioning[:, 0] if self.head_start == "official" else h                       # SPEC 5, start token
+        indices, witnesses = [], []
+        for c in range(self.num_channels):
+            x = (x + self.channel_embed[:, c]).unsqueeze(1)                                  # (N, 1, H)
+            features = self.head_forward(x, [m[:, c : c + 1] for m in modulations], caches, start=c)
+            drawn, witness = draw_indices(self.channel_heads[c](features[:, 0]), uniform[:, c], temperature)              # (N,) both
+            indices.append(drawn)
+            witnesses.append(witness)
+            if c < self.num_channels - 1:
+                x = self.token_embeddings[c](drawn)
+        return torch.stack(indices, dim=1), torch.stack(witnesses, dim=1).sum(1)

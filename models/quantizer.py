@@ -1,0 +1,96 @@
+"""Post-training, dimension-wise quantizer (SPEC 3; paper section 3.1): every scalar of a latent becomes one of K levels by itself.
+
+Nothing is learned. The levels are those of a unit normal cut into K cells of equal probability, so a latent that is close to
+normal uses all indices about equally often.
+
+Letters: K levels, b boundaries, r reconstruction values; x is any tensor of latents.
+"""
+
+import numpy as np
+import torch
+from scipy.special import ndtr, ndtri
+from torch import Tensor, nn
+
+STD_RANGE = 3.0          # the tables live on [-3, 3] standard deviations; [min_value, max_value] is mapped there
+MAX_BITS = 12
+TRUNCATED_FROM_BITS = 10  # from here on i/K < Phi(-3), so clamping the plain quantiles would merge the outer boundaries
+
+
+def _normal_pdf(x: np.ndarray) -> np.ndarray:
+    return np.exp(-0.5 * x**2) / np.sqrt(2 * np.pi)
+
+
+def gaussian_tables(bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Boundaries (K+1,) and reconstruction values (K,) for K = 2^bits, float64, strictly increasing (SPEC 3).
+
+    b_i is the i/K quantile of N(0, 1) clamped to +-3 (published; up to 9 bits) or of the normal truncated to +-3 (from 10
+    bits on); r_i = E[x | b_i < x < b_{i+1}]. Raises ValueError for bits outside 1 to 12.
+    """
+    if isinstance(bits, bool) or int(bits) != bits or not 1 <= bits <= MAX_BITS:
+        raise ValueError(f"quantizer bits must be a whole number from 1 to {MAX_BITS}, got {bits} (--quant_bits / --bits)")
+    num_levels = 2 ** int(bits)
+    share = np.arange(num_levels + 1, dtype=np.float64) / num_levels
+    if bits >= TRUNCATED_FROM_BITS:
+        tail = ndtr(-STD_RANGE)
+        share = tail + share * (1 - 2 * tail)
+    boundaries = np.clip(ndtri(share), -STD_RANGE, STD_RANGE)                             # (K+1,)
+    boundaries = (boundaries - boundaries[::-1]) / 2                                      # exact symmetry
+    lower, upper = boundaries[:-1], boundaries[1:]
+    values = (_normal_pdf(lower) - _normal_pdf(upper)) / (ndtr(upper) - ndtr(lower))      # (K,)
+    return boundaries, (values - values[::-1]) / 2
+
+
+def check_range(min_value: float, max_value: float) -> None:
+    """ValueError unless min_value < max_value, both finite."""
+    if not (np.isfinite(min_value) and np.isfinite(max_value) and min_value < max_value):
+        raise ValueError(f"quantizer range must satisfy quant_min < quant_max, got [{min_value}, {max_value}] "
+                         "(--quant_min, --quant_max / --range)")
+
+
+def quantize(x: Tensor, values: Tensor, min_value: float, max_value: float) -> Tensor:
+    """Index of the nearest reconstruction value, lowest index on a tie: x of any shape -> int64 of the same shape.
+
+    Binary search on the K-1 midpoints; memory is that of the result, never (..., K).
+    """
+    x = (x.float() - min_value) * (2 * STD_RANGE / (max_value - min_value)) - STD_RANGE
+    midpoints = (values[:-1] + values[1:]) / 2
+    return torch.bucketize(x.clamp(-STD_RANGE, STD_RANGE).contiguous(), midpoints)     # x == midpoint goes to the lower cell
+
+
+def dequantize(indices: Tensor, values: Tensor, min_value: float, max_value: float) -> Tensor:
+    """Reconstruction values of the indices, mapped from [-3, 3] back to [min_value, max_value]; float32, same shape."""
+    scaled = (values + STD_RANGE) * ((max_value - min_value) / (2 * STD_RANGE)) + min_value       # (K,)
+    return scaled[indices]
+
+
+class GaussianQuantizer(nn.Module):
+    """The quantizer as a module with buffers `boundaries` (K+1) and `reconstruction_values` (K), both float32 on [-3, 3].
+
+    Raises ValueError for bits outside 1 to 12 or min_value >= max_value. Paper defaults: 6 bits, +-5.
+    """
+
+    boundaries: Tensor
+    reconstruction_values: Tensor
+
+    def __init__(self, bits: int = 6, min_value: float = -5.0, max_value: float = 5.0):
+        super().__init__()
+        check_range(min_value, max_value)
+        boundaries, values = gaussian_tables(bits)
+        self.bits, self.min_value, self.max_value = int(bits), float(min_value), float(max_value)
+        self.register_buffer("boundaries", torch.tensor(boundaries.tolist(), dtype=torch.float32))
+        self.register_buffer("reconstruction_values", torch.tensor(values.tolist(), dtype=torch.float32))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Latents of any shape -> int64 indices in [0, K) of the same shape."""
+        return quantize(x, self.reconstruction_values, self.min_value, self.max_value)
+
+    def dequantize(self, indices: Tensor) -> Tensor:
+        """Indices in [0, K) of any shape -> float32 values in [min_value, max_value] of the same shape."""
+        return dequantize(indices, self.reconstruction_values, self.min_value, self.max_value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The nearest representable value of every scalar: what a latent becomes after the trip through its indices."""
+        return self.dequantize(self.quantize(x))
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, range=[{self.min_value}, {self.max_value}]"

@@ -1,0 +1,324 @@
+"""KL autoencoder (SPEC 2). With its defaults it is KL-16: 256x256 images <-> 16 channels at stride 16; smaller ones are the same class.
+
+Letters: B batch, C latent channels, H and W image height and width, h = H/stride, w = W/stride.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+logger = logging.getLogger("tokenbridge")
+
+KL16_SCALE = 0.2325      # 1/std of KL-16 latents on ImageNet (SPEC 2); belongs to those weights
+KL16_CHANNEL_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)   # by frequency (SPEC 5)
+
+
+class DiagonalGaussian:
+    """Posterior N(mean, std^2) from moments (B, 2C, h, w): mean and unclamped log-variance stacked along the channels."""
+
+    def __init__(self, parameters: Tensor):
+        self.parameters = parameters
+        self.mean, logvar = parameters.chunk(2, dim=1)        # (B, C, h, w) each
+        self.logvar = logvar.clamp(-30.0, 20.0)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation (B, C, h, w)."""
+        return torch.exp(0.5 * self.logvar)
+
+    def sample(self, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+        """mean + std * noise (B, C, h, w); `noise` is drawn from `generator` when it is not given."""
+        if noise is None:
+            noise = torch.empty_like(self.mean).normal_(generator=generator)
+        return self.mean + self.std * noise
+
+    def mode(self) -> Tensor:
+        """The mean (B, C, h, w)."""
+        return self.mean
+
+    def kl(self) -> Tensor:
+        """KL divergence from N(0, 1) in nats, summed over each sample: (B,)."""
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)
+
+
+def posterior_from_moments(moments: Tensor) -> DiagonalGaussian:
+    """The posterior that `encode` would have returned, from cached moments (B, 2C, h, w)."""
+    return DiagonalGaussian(moments)
+
+
+class ResidualBlock(nn.Module):
+    """norm-swish-conv3x3 twice, with a 1x1 shortcut where the widths differ: (B, in, H, W) -> (B, out, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over all positions, residual; 1x1 convolutions, scale 1/sqrt(channels)."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))   # (B, 1, HW, ch)
+        h = F.scaled_dot_product_attention(q, k, v)                                                        # (B, 1, HW, ch)
+        return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Stride-2 3x3 convolution after one zero pixel on the right and bottom only: (B, ch, H, W) -> (B, ch, H/2, W/2)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest 2x, then a 3x3 convolution: (B, ch, H, W) -> (B, ch, 2H, 2W)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Middle(nn.Module):
+    """block_1, attn_1 (if the VAE has attention), block_2 at the coarsest level."""
+
+    def __init__(self, channels: int, groups: int, attention: bool):
+        super().__init__()
+        self.block_1 = ResidualBlock(channels, channels, groups)
+        if attention:
+            self.attn_1 = SpatialAttention(channels, groups)
+        self.block_2 = ResidualBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block_1(x)
+        if hasattr(self, "attn_1"):
+            x = self.attn_1(x)
+        return self.block_2(x)
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks (`block`), attention after each (`attn`, may be empty), then a change of resolution or none."""
+
+    def __init__(self, blocks: list[nn.Module], attention: list[nn.Module], resample_name: str = "", resample: nn.Module | None = None):
+        super().__init__()
+        self.block = nn.ModuleList(blocks)
+        self.attn = nn.ModuleList(attention)
+        self.resample_name = resample_name
+        if resample is not None:
+            self.add_module(resample_name, resample)          # the checkpoints call it `downsample` or `upsample`
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[i](x)
+        return getattr(self, self.resample_name)(x) if self.resample_name else x
+
+
+class Encoder(nn.Module):
+    """Image (B, 3, H, W) -> (B, 2C, h, w), before quant_conv. `num_res_blocks` blocks at each level, attention at the last."""
+
+    def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, attention: bool, groups: int, out_channels: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        width = ch
+        for i, multiplier in enumerate(ch_mult):
+            last = i == len(ch_mult) - 1
+            blocks, attn = [], []
+            for _ in range(num_res_blocks):
+                blocks.append(ResidualBlock(width, ch * multiplier, groups))
+                width = ch * multiplier
+                if last and attention:
+                    attn.append(SpatialAttention(width, groups))
+            self.down.append(Level(blocks, attn) if last else Level(blocks, attn, "downsample", Downsample(width)))
+        self.mid = Middle(width, groups, attention)
+        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)                                   # (B, ch, H, W)
+        for level in self.down:
+            x = level(x)                                      # (B, ch*mult, H/2^i, W/2^i)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latents (B, C, h, w), after post_quant_conv -> image (B, 3, H, W). `up[0]` is full resolution; no attention in the levels."""
+
+    def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, attention: bool, groups: int, in_channels: int):
+        super().__init__()
+        width = ch * ch_mult[-1]
+        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.mid = Middle(width, groups, attention)
+        levels = []
+        for i, multiplier in reversed(list(enumerate(ch_mult))):
+            blocks = []
+            for _ in range(num_res_blocks + 1):
+                blocks.append(ResidualBlock(width, ch * multiplier, groups))
+                width = ch * multiplier
+            levels.append(Level(blocks, []) if i == 0 else Level(blocks, [], "upsample", Upsample(width)))
+        self.up = nn.ModuleList(reversed(levels))
+        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))                         # (B, ch*mult[-1], h, w)
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """KL-regularised autoencoder; the defaults give KL-16 (66.456 M parameters, keys as published).
+
+    embed_dim: latent channels C. ch, ch_mult: base width and its multiplier per level (stride = 2^(levels - 1)). num_res_blocks:
+    blocks per encoder level, one more in the decoder. attention: spatial attention at the coarsest level. scale_factor, shift: a
+    number, or one per channel, taking raw latents to those of the transformer, see `scale`; the default belongs to KL-16.
+    channel_order: its latent dimensions from low to high frequency, None where unknown. ckpt_path: weights, loaded strictly.
+
+    Raises ValueError on sizes that do not fit, and what `load_weights` raises.
+    """
+
+    def __init__(self, embed_dim: int = 16, ch_mult: Sequence[int] = (1, 1, 2, 2, 4), ckpt_path: str | None = None, *,
+                 ch: int = 128, num_res_blocks: int = 2, attention: bool = True, norm_groups: int = 32,
+                 scale_factor: float | Sequence[float] = KL16_SCALE, shift: float | Sequence[float] = 0.0,
+                 channel_order: Sequence[int] | None = None):
+        super().__init__()
+        ch_mult = tuple(int(m) for m in ch_mult)
+        if embed_dim < 1 or ch < 1 or num_res_blocks < 1 or not ch_mult or min(ch_mult) < 1:
+            raise ValueError(f"VAE sizes must be positive: embed_dim {embed_dim}, ch {ch}, ch_mult {ch_mult}, num_res_blocks {num_res_blocks}")
+        if any(ch * m % norm_groups for m in (1, *ch_mult)):
+            raise ValueError(f"every VAE width (ch {ch} times ch_mult {ch_mult}) must be a multiple of norm_groups {norm_groups}")
+        if channel_order is None and embed_dim == 16 and ch_mult == (1, 1, 2, 2, 4) and ch == 128:
+            channel_order = KL16_CHANNEL_ORDER
+        if channel_order is not None and sorted(channel_order) != list(range(embed_dim)):
+            raise ValueError(f"channel_order must be a permutation of 0..{embed_dim - 1}, got {list(channel_order)}")
+        for name, value in (("scale_factor", scale_factor), ("shift", shift)):
+            if isinstance(value, Sequence) and len(value) != embed_dim:
+                raise ValueError(f"{name} has {len(value)} values but the VAE has {embed_dim} latent channels")
+        self.embed_dim, self.stride = embed_dim, 2 ** (len(ch_mult) - 1)
+        self.scale_factor, self.shift = scale_factor, shift
+        self.channel_order = None if channel_order is None else list(channel_order)
+        self._architecture = dict(embed_dim=embed_dim, ch_mult=list(ch_mult), ch=ch, num_res_blocks=num_res_blocks,
+                                  attention=attention, norm_groups=norm_groups)
+        self.encoder = Encoder(ch, ch_mult, num_res_blocks, attention, norm_groups, 2 * embed_dim)
+        self.decoder = Decoder(ch, ch_mult, num_res_blocks, attention, norm_groups, embed_dim)
+        self.quant_conv = nn.Conv2d(2 * embed_dim, 2 * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
+        if ckpt_path is not None:
+            load_weights(self, ckpt_path)
+
+    @property
+    def config(self) -> dict:
+        """Every constructor argument but ckpt_path, JSON-able: `AutoencoderKL(**vae.config)` has the same shape and scale."""
+        def plain(value: float | Sequence[float]) -> float | list[float]:
+            return [float(v) for v in value] if isinstance(value, Sequence) else float(value)
+        return self._architecture | dict(scale_factor=plain(self.scale_factor), shift=plain(self.shift), channel_order=self.channel_order)
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        """Image (B, 3, H, W) in [-1, 1] -> posterior over raw latents (B, C, h, w). ValueError unless stride divides H and W."""
+        if x.shape[-1] % self.stride or x.shape[-2] % self.stride:
+            raise ValueError(f"image size {tuple(x.shape[-2:])} is not a multiple of the VAE's stride {self.stride} (--img_size)")
+        return DiagonalGaussian(self.quant_conv(self.encoder(x)))          # moments (B, 2C, h, w)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Raw (unscaled) latents (B, C, h, w) -> image (B, 3, H, W), about [-1, 1], not clipped."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def scale(self, z: Tensor) -> Tensor:
+        """Raw latents -> the transformer's latents of about unit variance: (z - shift) * scale_factor, (B, C, h, w)."""
+        return (z - self._per_channel(self.shift, z)) * self._per_channel(self.scale_factor, z)
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        """Inverse of `scale`: what `decode` takes, (B, C, h, w)."""
+        return latents / self._per_channel(self.scale_factor, latents) + self._per_channel(self.shift, latents)
+
+    @staticmethod
+    def _per_channel(value: float | Sequence[float], like: Tensor) -> float | Tensor:
+        if isinstance(value, Sequence):
+            return torch.tensor(list(value), device=like.device, dtype=like.dtype).view(-1, 1, 1)       # (C, 1, 1)
+        return value
+
+
+def read_vae_file(path: str | Path) -> dict:
+    """The dict in a VAE checkpoint; weights under "model". Clear FileNotFoundError or ValueError naming the file otherwise."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no VAE weights at {path} (--vae_path): give the path of a checkpoint such as pretrained_models/vae/kl16.ckpt")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} (--vae_path) cannot be read as a checkpoint of tensors; it may be cut short or hold code: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        found = sorted(map(str, content))[:8] if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f'{path} (--vae_path) has no weights under the key "model"; found {found}')
+    return content
+
+
+def load_weights(vae: AutoencoderKL, path: str | Path, content: dict | None = None) -> None:
+    """Fill `vae` from a checkpoint file. Keys that are not the VAE's are logged; a missing key, wrong shape or NaN is a ValueError."""
+    content = read_vae_file(path) if content is None else content
+    weights, own = content["model"], vae.state_dict()
+    missing = [key for key in own if key not in weights]
+    if missing:
+        raise ValueError(f"{path} (--vae_path) lacks {len(missing)} of the VAE's {len(own)} keys, first: {', '.join(missing[:4])}")
+    wrong = [f"{key}: file {tuple(weights[key].shape)}, VAE {tuple(own[key].shape)}" for key in own if weights[key].shape != own[key].shape]
+    if wrong:
+        raise ValueError(f"{path} (--vae_path) has {len(wrong)} weights of another shape: {'; '.join(wrong[:4])} (see --vae_embed_dim)")
+    not_finite = [key for key in own if not torch.isfinite(weights[key]).all()]
+    if not_finite:
+        raise ValueError(f"{path} (--vae_path) holds NaN or infinite weights, first: {', '.join(not_finite[:4])}")
+    extra = [key for key in content if key not in ("model", "config")] + [key for key in weights if key not in own]
+    if extra:
+        logger.info("%s: ignoring %d keys that are not the VAE's weights: %s", path, len(extra), ", ".join(map(str, extra[:8])))
+    vae.load_state_dict({key: weights[key] for key in own}, strict=True)
+
+
+def load_vae(path: str | Path, embed_dim: int | None = None, stride: int | None = None) -> AutoencoderKL:
+    """A frozen VAE in eval mode from a checkpoint; its shape comes from the file's "config", KL-16 where there is none.
+
+    embed_dim, stride: what the command line says; a contradiction is a ValueError that names both.
+    """
+    content = read_vae_file(path)
+    config = content.get("config")
+    if config is None:
+        config = {} if embed_dim is None else {"embed_dim": embed_dim}
+    try:
+        vae = AutoencoderKL(**config)
+    except TypeError as error:
+        raise ValueError(f"{path} (--vae_path): its config does not describe a VAE of this code: {error}") from error
+    for flag, given, actual in (("--vae_embed_dim", embed_dim, vae.embed_dim), ("--vae_stride", stride, vae.stride)):
+        if given is not None and given != actual:
+            raise ValueError(f"{flag} {given} contradicts {path}, whose VAE has {actual}")
+    load_weights(vae, path, content)
+    return vae.eval().requires_grad_(False)
