@@ -93,7 +93,7 @@ def num_masked_tokens(mask_ratio: float, num_tokens: int) -> int:
     return math.ceil(num_tokens * mask_ratio)
 
 
-def random_orders(batch: int, num_tokens: int, generator: torch.Generator | None = None, device: torch.device | None = None) -> Tensor:
+def random_orders(batch: int, num_tokens: int, generator: torch.Generator | None = None, device: torch.device | str | None = None) -> Tensor:
     """One random permutation of the tokens per image: (B, L) int64."""
     return torch.rand(batch, num_tokens, generator=generator, device=device).argsort(dim=1)
 
@@ -384,13 +384,13 @@ def sampling_noise(bsz: int, num_tokens: int, num_channels: int, seeds: Sequence
                    generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """Orders (B, L) and uniforms (B, L, C; natural order) on the CPU, so that a seed means the same image on any device.
 
-    Row i depends on seeds[i] alone; without seeds, they are drawn from `generator`.
+    Row i depends on seeds[i] alone; without seeds, all come from `generator`.
     """
     if seeds is None:
-        seeds = torch.randint(2**62, (bsz,), generator=generator, device="cpu").tolist()
+        return random_orders(bsz, num_tokens, generator, "cpu"), torch.rand(bsz, num_tokens, num_channels, generator=generator, device="cpu")
     if len(seeds) != bsz:
         raise ValueError(f"{len(seeds)} seeds for {bsz} images")
     generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
-    orders = torch.stack([torch.randperm(num_tokens, generator=g, device="cpu") for g in generators])
+    orders = torch.cat([random_orders(1, num_tokens, g, "cpu") for g in generators])
     uniform = torch.stack([torch.rand(num_tokens, num_channels, generator=g, device="cpu") for g in generators])
     return orders, uniform
