@@ -288,6 +288,7 @@ class TokenBridge(ChannelAR):
         targets = take(indices, hidden).flatten(0, 1)[:, self.to_head_order]                 # (B*M, C)
         logits = self.channel_logits(take(z, hidden).flatten(0, 1), targets)                 # (B*M, C, K)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        loss = loss + 0 * latents.float().mean()                                             # NaN latents would quantize to a level; show them
         return TrainingDetails(loss, indices, z, logits) if return_details else loss
 
     def _check_mask(self, mask: Tensor, batch: int, num_masked: int | None) -> tuple[Tensor, int]:

@@ -1,0 +1,129 @@
+"""Devices, precision and processes. The only file that names a device type."""
+
+import contextlib
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+DEVICES = "auto, cpu, cuda, cuda:N"
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def pick_device(flag: str) -> torch.device:
+    """--device auto|cpu|cuda|cuda:N -> device; auto takes cuda where there is one. ValueError if cuda is asked for and absent."""
+    if flag == "auto":
+        flag = "cuda" if torch.cuda.is_available() else "cpu"
+    if flag == "cpu":
+        return torch.device("cpu")
+    if not (flag == "cuda" or (flag.startswith("cuda:") and flag[5:].isdigit())):
+        raise ValueError(f"--device {flag!r} is not one of {DEVICES}")
+    if not torch.cuda.is_available():
+        raise ValueError(f"--device {flag} was asked for, but this machine has no CUDA device that torch can use; use --device cpu or auto")
+    index = int(flag[5:]) if ":" in flag else int(os.environ.get("LOCAL_RANK", 0))
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"--device {flag}: process needs CUDA device {index}, but there are {torch.cuda.device_count()} "
+                         "(--nproc_per_node larger than the number of GPUs?)")
+    return torch.device("cuda", index)
+
+
+def init(device_flag: str, dist_url: str = "env://") -> torch.device:
+    """This process's device; joins the process group when torchrun started several (nccl on cuda, gloo on cpu)."""
+    device = pick_device(device_flag)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=dist_url, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
+                                timeout=datetime.timedelta(minutes=30), device_id=device if device.type == "cuda" else None)
+    return device
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """Mean over the processes, in place; the tensor itself with one process."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= world_size()
+    return x
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum over the processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def gather_objects(value: object) -> list:
+    """Every process's `value` (picklable), in rank order, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def agree(error: Exception | None) -> None:
+    """Raise together: if any process brings an error, every process raises one, so that none waits for a dead peer."""
+    messages = [m for m in gather_objects(None if error is None else str(error)) if m is not None]
+    if error is not None:
+        raise error
+    if messages:
+        raise ValueError(messages[0])
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device is idle (for timing); nothing on cpu."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory allocated on the device so far, GiB; on cpu the process's peak resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def pick_precision(flag: str | None, device: torch.device) -> str:
+    """--precision, or by device: bf16 on cuda that has it, fp16 (with a gradient scaler) on older cuda, fp32 on cpu."""
+    if flag is not None:
+        if flag not in PRECISIONS:
+            raise ValueError(f"--precision {flag!r} is not one of {', '.join(PRECISIONS)}")
+        return flag
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Autocast to the precision; fp32 turns it off. Weights stay float32."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")

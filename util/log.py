@@ -1,0 +1,76 @@
+"""Logging, the end of every entry point, and the run's machine-readable log."""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def get_logger() -> logging.Logger:
+    """The project's logger; INFO from rank 0, warnings from every rank, on stderr."""
+    logger = logging.getLogger("tokenbridge")
+    if not logger.handlers:
+        rank = os.environ.get("RANK", "0")
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s " + (f"[rank {rank}] " if rank != "0" else "") + "%(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO if rank == "0" else logging.WARNING)
+        logger.propagate = False
+    return logger
+
+
+def run_cli(main: Callable[[], object]) -> int:
+    """Run an entry point: 0, or 2 after `error: ...` for bad input (ValueError, OSError).
+
+    Anything else is a bug and keeps its traceback; TOKENBRIDGE_DEBUG=1 shows it for bad input too.
+    """
+    try:
+        main()
+        return 0
+    except (ValueError, OSError) as error:
+        if os.environ.get("TOKENBRIDGE_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+class JsonlLog:
+    """Appends one JSON object per line to a file and, if asked, the same scalars to tensorboard. Only for rank 0.
+
+    Lines of steps at or after `resume_step` are dropped on opening, so that a resumed run's log is that of one never stopped.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0, tensorboard_dir: Path | None = None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= resume_step:
+                        kept.append(line)
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    continue                                   # a line cut short by a kill
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, path)
+        self.file = path.open("a", buffering=1)
+        self.board = None
+        if tensorboard_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter   # slow to import; only for runs that write it
+            self.board = SummaryWriter(str(tensorboard_dir), purge_step=resume_step + 1)
+
+    def write(self, record: dict) -> None:
+        """`record` holds "step" and numbers (or lists of numbers)."""
+        self.file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+        if self.board is not None:
+            for key, value in record.items():
+                if isinstance(value, (int, float)) and key != "step":
+                    self.board.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
