@@ -1,0 +1,51 @@
+"""Pictures: model output to uint8, PNG files and grids, all written atomically."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images in [-1, 1] -> uint8: round(clip((x + 1) / 2, 0, 1) * 255), same shape (SPEC 6)."""
+    return ((x.float() + 1) / 2).clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def atomic_write(image: Image.Image, path: str | Path) -> None:
+    """Save as PNG under a temporary name, then rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_png(path: str | Path, image: Tensor) -> None:
+    """One uint8 image (3, H, W) to a PNG file."""
+    atomic_write(Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), path)
+
+
+def save_grid(path: str | Path, images: Tensor, columns: int) -> None:
+    """uint8 images (N, 3, H, W) to one PNG, row by row with `columns` in a row."""
+    save_png(path, make_grid(images.cpu(), nrow=columns, padding=2, pad_value=255))
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """An RGB image. ValueError naming the file if it is corrupt, cut short or too large to be safe."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image {path} cannot be read ({error}); mend or remove it, or pass --on_bad_image skip") from error
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """PIL RGB -> float32 (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
