@@ -1,0 +1,129 @@
+"""Image metrics: PSNR, SSIM, and FID / Inception Score on torch-fidelity's features (SPEC 9)."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from skimage.metrics import structural_similarity
+from torch import Tensor
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+
+from util.dist import all_reduce_sum
+
+FEATURE_DIM = 2048
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of uint8 images (N, 3, H, W): (N,). Equal images give 100."""
+    error = (a.double() - b.double()).pow(2).flatten(1).mean(1)
+    return (10 * torch.log10(255.0**2 / error.clamp_min(255.0**2 * 1e-10))).float()
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity (scikit-image, Gaussian window of Wang et al. 2004) of uint8 images (N, 3, H, W): (N,)."""
+    values = [structural_similarity(x, y, channel_axis=0, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+              for x, y in zip(a.cpu().numpy(), b.cpu().numpy(), strict=True)]
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def find_inception_weights(path: str | None) -> Path:
+    """The weights file: `path` (--inception_weights), else torch-fidelity's download cache. FileNotFoundError says what to put where."""
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+    found = Path(path) if path else cached
+    if not found.is_file():
+        raise FileNotFoundError(f"no Inception weights at {found}: download {URL_INCEPTION_V3} and give its path with --inception_weights, "
+                                f"or put it at {cached}")
+    return found
+
+
+class InceptionFeatures:
+    """torch-fidelity's `inception-v3-compat` extractor on a device: uint8 (B, 3, H, W) -> {"2048": (B, 2048), "logits_unbiased": (B, 1008)}.
+
+    Raises FileNotFoundError without weights, ValueError for a file that does not hold them (code in it is never run).
+    """
+
+    def __init__(self, weights: str | None, device: torch.device):
+        path = find_inception_weights(weights)
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)        # torch-fidelity itself would run code in the file
+            self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path)).to(device)
+        except Exception as error:
+            raise ValueError(f"{path} (--inception_weights) does not hold torch-fidelity's Inception weights: {str(error).splitlines()[0]}") from error
+        self.device = device
+        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        pool, logits = self.network(images.to(self.device))
+        return {"2048": pool, "logits_unbiased": logits}
+
+
+class FeatureStatistics:
+    """Mean and covariance of features that arrive in batches, exact in float64, mergeable over processes."""
+
+    def __init__(self, dim: int = FEATURE_DIM):
+        self.count = torch.zeros((), dtype=torch.float64)
+        self.total = torch.zeros(dim, dtype=torch.float64)
+        self.outer = torch.zeros(dim, dim, dtype=torch.float64)
+
+    def update(self, features: Tensor) -> None:
+        """Add features (B, dim)."""
+        x = features.detach().cpu().double()
+        self.count += len(x)
+        self.total += x.sum(0)
+        self.outer += x.T @ x
+
+    def merge(self) -> "FeatureStatistics":
+        """Sum over all processes, in place."""
+        for tensor in (self.count, self.total, self.outer):
+            all_reduce_sum(tensor)
+        return self
+
+    @property
+    def mu(self) -> np.ndarray:
+        return (self.total / self.count).numpy()
+
+    @property
+    def sigma(self) -> np.ndarray:
+        """Unbiased covariance, as numpy.cov."""
+        if self.count < 2:
+            raise ValueError("a covariance needs at least two images")
+        mean = self.total / self.count
+        return ((self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)).numpy()
+
+    def as_dict(self) -> dict[str, np.ndarray]:
+        return {"mu": self.mu, "sigma": self.sigma}
+
+
+def load_reference_stats(path: str | Path, flag: str = "--fid_stats", dim: int = FEATURE_DIM) -> dict[str, np.ndarray]:
+    """`mu` (dim,) and `sigma` (dim, dim) in float64 from an .npz such as adm_in256_stats.npz; clear errors naming the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no FID reference statistics at {path} ({flag}); adm_in256_stats.npz comes with the MAR repository's fid_stats folder")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            missing = [key for key in ("mu", "sigma") if key not in arrays]
+            if missing:
+                raise ValueError(f"it has no array {' or '.join(missing)}, only {', '.join(arrays.files[:6])}")
+            stats = {key: np.asarray(arrays[key], dtype=np.float64) for key in ("mu", "sigma")}
+    except Exception as error:
+        raise ValueError(f"{path} ({flag}) is not a file of FID statistics: {error}") from error
+    if stats["mu"].shape != (dim,) or stats["sigma"].shape != (dim, dim):
+        raise ValueError(f"{path} ({flag}): mu {stats['mu'].shape}, sigma {stats['sigma'].shape}; expected ({dim},) and ({dim}, {dim})")
+    return stats
+
+
+def fid(stats_1: dict[str, np.ndarray], stats_2: dict[str, np.ndarray]) -> float:
+    """Frechet distance of two {"mu", "sigma"}, by torch-fidelity's formula."""
+    return fid_statistics_to_metric(stats_1, stats_2, False)[KEY_METRIC_FID]
+
+
+def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
+    """Mean and standard deviation over the splits, from logits (N, 1008) in image order, shuffled as torch-fidelity does by default."""
+    if len(logits) < splits:
+        raise ValueError(f"the Inception Score needs at least {splits} images, one per split; got {len(logits)}")
+    scores = isc_features_to_metric(logits.cpu(), splits=splits, shuffle=True, rng_seed=2020)
+    return scores[KEY_METRIC_ISC_MEAN], scores[KEY_METRIC_ISC_STD]
