@@ -3,6 +3,7 @@
 Letters: B batch, C latent channels, H and W image height and width, h = H/stride, w = W/stride.
 """
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -244,6 +245,14 @@ class AutoencoderKL(nn.Module):
         def plain(value: float | Sequence[float]) -> float | list[float]:
             return [float(v) for v in value] if isinstance(value, Sequence) else float(value)
         return self._architecture | dict(scale_factor=plain(self.scale_factor), shift=plain(self.shift), channel_order=self.channel_order)
+
+    def latent_fingerprint(self) -> str:
+        """SHA-256 of the weights that define the latent space (encoder and quant_conv), to tell one VAE from another."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.state_dict().items()):
+            if name.startswith(("encoder.", "quant_conv.")):
+                digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Image (B, 3, H, W) in [-1, 1] -> posterior over raw latents (B, C, h, w). ValueError unless stride divides H and W."""
