@@ -6,7 +6,7 @@ Letters: B images per process and micro-batch, A micro-batches per step (--accum
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -103,8 +103,8 @@ class TrainState:
         else:
             self.step = (int(content.get("epoch", -1)) + 1) * steps_per_epoch
             if "step" in content:
-                logger.warning("%s was written with %s steps per epoch, now there are %d (batch size or data changed): continuing after its last full epoch",
-                               source, content.get("steps_per_epoch"), steps_per_epoch)
+                logger.warning("%s was written with %s steps per epoch, now there are %d (batch size or data changed): continuing after its last "
+                               "full epoch", source, content.get("steps_per_epoch"), steps_per_epoch)
 
 
 @dataclass
@@ -159,12 +159,12 @@ class Window:
     started: float = field(default_factory=time.perf_counter)
 
 
-def train_one_epoch(state: TrainState, vae: AutoencoderKL, loader: Iterator | object, settings: TrainSettings, device: torch.device,
-                    log: JsonlLog | None, after_step: Callable[[], bool]) -> bool:
+def train_one_epoch(state: TrainState, vae: AutoencoderKL, loader: Iterable, settings: TrainSettings, device: torch.device,
+                    log: JsonlLog | None) -> None:
     """Train from `state.step` to the end of its epoch (or of the run); the loader starts at that step's first micro-batch.
 
-    A step whose loss or gradient is not finite is skipped on every process alike; max_bad_steps in a row are an error that names step,
-    lr and gradient norm. after_step() is called between steps (checkpoints) and returns True to stop. Returns whether it did.
+    A step whose loss or gradient is not finite is skipped on every process alike; max_bad_steps in a row are a ValueError that names
+    step, lr and gradient norm.
     """
     model, s = state.model.train(), settings
     last = min((state.step // s.steps_per_epoch + 1) * s.steps_per_epoch, s.total_steps)
@@ -197,10 +197,6 @@ def train_one_epoch(state: TrainState, vae: AutoencoderKL, loader: Iterator | ob
         state.step += 1
         if state.step % s.log_freq == 0 or state.step == last or device.type == "cpu" and not math.isfinite(window.norms[-1]):
             window = flush(state, s, window, log, device)
-        if after_step():
-            flush(state, s, window, log, device)
-            return True
-    return False
 
 
 def optimizer_step(state: TrainState, parameters: Sequence[nn.Parameter], grad_clip: float) -> Tensor:
@@ -283,8 +279,8 @@ def generate(model: TokenBridge, vae: AutoencoderKL, labels: Sequence[int], indi
         images = vae.decode(vae.unscale(latents.float()))                                    # float32: half precision can overflow here
         bad = (~torch.isfinite(images).flatten(1).all(1)).nonzero().flatten().tolist()
         if bad:
-            raise ValueError(f"image {numbers[bad[0]]} (and {len(bad) - 1} more of its batch) came out NaN: the weights are broken, or {s.precision} "
-                             "overflowed; look at the checkpoint, or use --precision fp32")
+            raise ValueError(f"image {numbers[bad[0]]} (and {len(bad) - 1} more of its batch) came out NaN: the weights are broken, or "
+                             f"{s.precision} overflowed; look at the checkpoint, or use --precision fp32")
         yield numbers, to_uint8(images)
 
 

@@ -107,7 +107,7 @@ class ChannelAR(nn.Module):
         per_token = self.num_channels * self.condition_proj.out_features * (6 * len(self.channel_blocks) + 2) * 4
         chunk = max(1, DECODE_CHUNK_BYTES // per_token)
         parts = [self._sample_chunk(z[i : i + chunk], uniform[i : i + chunk], temperature) for i in range(0, len(z), chunk)]
-        indices, witness = zip(*parts)
+        indices, witness = zip(*parts, strict=True)
         return torch.cat(indices), torch.cat(witness)
 
     def _sample_chunk(self, z: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

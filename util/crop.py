@@ -4,7 +4,7 @@ from PIL import Image
 
 
 def center_crop_adm(image: Image.Image, size: int) -> Image.Image:
-    """size x size centre of an RGB image: halve with BOX while the short side is at least 2*size, resize its short side to `size` with BICUBIC, crop."""
+    """size x size centre of an RGB image: halve it with BOX while its short side is at least 2*size, bring that to `size` with BICUBIC, crop."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

@@ -1,5 +1,8 @@
 """Exponential moving average of the weights (SPEC 7)."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +25,21 @@ class ModelEma:
         """One step, two fused operations over all parameters."""
         shadow = list(self.shadow.values())
         torch._foreach_lerp_(shadow, [p.detach() for p in self.parameters.values()], 1 - self.rate)
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Within the block the model has the averages for its parameters; afterwards its own again."""
+        own = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._fill(self.shadow)
+        try:
+            yield
+        finally:
+            self._fill(own)
+
+    @torch.no_grad()
+    def _fill(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.shadow

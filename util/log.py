@@ -59,7 +59,7 @@ class JsonlLog:
         self.file = path.open("a", buffering=1)
         self.board = None
         if tensorboard_dir is not None:
-            from torch.utils.tensorboard import SummaryWriter   # slow to import; only for runs that write it
+            from torch.utils.tensorboard import SummaryWriter  # slow to import; only for runs that write it
             self.board = SummaryWriter(str(tensorboard_dir), purge_step=resume_step + 1)
 
     def write(self, record: dict) -> None:

@@ -1,0 +1,374 @@
+"""Train a TokenBridge model, evaluate it (FID, Inception Score), or sample images from it.
+
+  train      torchrun --nproc_per_node=8 main_tokenbridge.py --model tokenbridge_large --data_path DIR --output_dir OUT --resume OUT
+  evaluate   torchrun --nproc_per_node=8 main_tokenbridge.py --evaluate --resume OUT --cfg 3.1 --temperature 0.96 --num_images 50000
+  sample     python main_tokenbridge.py --sample --resume OUT --classes 207,360 --num_images 8 --seed 0 --output_dir PICTURES
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from engine_tokenbridge import SampleSettings, TrainSettings, TrainState, balanced_labels, evaluate, generate, train_one_epoch
+from models import MODELS
+from models.quantizer import MAX_BITS, check_range
+from models.tokenbridge import CFG_SCHEDULES, TokenBridge
+from models.vae import AutoencoderKL, load_vae
+from util import checkpoint, dist
+from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
+from util.images import read_image, save_grid, save_png, to_tensor, to_uint8
+from util.loader import BAD_IMAGE_CHOICES, CachedLatents, GlobalBatchSampler, ImageFolderDataset, build_loader
+from util.log import JsonlLog, get_logger, run_cli
+from util.lr_sched import LR_SCHEDULES, base_learning_rate
+from util.metrics import InceptionFeatures, load_reference_stats
+
+logger = get_logger()
+
+# Flags that say what the model is: fixed by a checkpoint's config. And those that only say how it is trained: a resumed run may change them.
+STRUCTURE_FLAGS = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "quant_bits", "quant_min", "quant_max", "class_num", "buffer_size")
+BEHAVIOUR_FLAGS = ("label_drop_prob", "mask_ratio_min", "attn_dropout", "proj_dropout", "grad_checkpointing")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags; the published ones keep name, meaning and default (SPEC 10), but --device defaults to auto."""
+    parser = make_parser(__doc__)
+    group = parser.add_argument_group("what to do (default: train)")
+    group.add_argument("--evaluate", action="store_true", help="generate --num_images images and print FID and Inception Score")
+    group.add_argument("--sample", action="store_true", help="write images of --classes to --output_dir")
+    group.add_argument("--classes", default="", help="for --sample: class numbers such as 207,360, or all")
+
+    group = parser.add_argument_group("model and tokenizer")
+    group.add_argument("--model", default="tokenbridge_large", choices=list(MODELS))
+    group.add_argument("--img_size", type=int, default=256, help="side of the images, pixels")
+    group.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help="VAE checkpoint (weights under \"model\")")
+    group.add_argument("--vae_embed_dim", type=int, default=16, help="latent channels; taken from the VAE's file if it says so")
+    group.add_argument("--vae_stride", type=int, default=16, help="pixels per latent position; taken from the VAE's file if it says so")
+    group.add_argument("--patch_size", type=int, default=1, help="latent positions per token side; the head is defined for 1 only")
+    group.add_argument("--quant_bits", type=int, default=6, help=f"bits per latent dimension, 1 to {MAX_BITS}")
+    group.add_argument("--quant_min", type=float, default=-5.0, help="lowest latent value of the quantizer")
+    group.add_argument("--quant_max", type=float, default=5.0, help="highest latent value of the quantizer")
+    group.add_argument("--use_quantized_value", action="store_true", help="accepted; the encoder always sees dequantized values")
+    group.add_argument("--class_num", type=int, default=1000)
+    group.add_argument("--buffer_size", type=int, default=64, help="class-token slots before the image tokens")
+    group.add_argument("--label_drop_prob", type=float, default=0.1)
+    group.add_argument("--mask_ratio_min", type=float, default=0.7)
+    group.add_argument("--attn_dropout", type=float, default=0.1)
+    group.add_argument("--proj_dropout", type=float, default=0.1)
+    group.add_argument("--grad_checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, more time")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--batch_size", type=int, default=16, help="per process and micro-batch; global = this x processes x --accum_iter")
+    group.add_argument("--accum_iter", type=int, default=1, help="micro-batches per optimizer step")
+    group.add_argument("--epochs", type=int, default=400)
+    group.add_argument("--max_steps", type=int, default=None, help="stop after so many optimizer steps; the lr schedule ends there too")
+    group.add_argument("--lr", type=float, default=None, help="peak learning rate; default: blr x global batch / 256")
+    group.add_argument("--blr", type=float, default=1e-4, help="learning rate per 256 images")
+    group.add_argument("--min_lr", type=float, default=0.0)
+    group.add_argument("--lr_schedule", default="cosine", choices=LR_SCHEDULES)
+    group.add_argument("--warmup_epochs", type=int, default=100)
+    group.add_argument("--weight_decay", type=float, default=0.02)
+    group.add_argument("--grad_clip", type=float, default=3.0, help="largest gradient norm; 0 for no limit")
+    group.add_argument("--ema_rate", type=float, default=0.9999)
+    group.add_argument("--precision", default=None, choices=dist.PRECISIONS, help="default: bf16 on cuda that has it, else fp16; fp32 on cpu")
+    group.add_argument("--max_bad_steps", type=int, default=10, help="stop after so many steps in a row without a finite loss and gradient")
+    group.add_argument("--log_freq", type=int, default=20, help="steps between progress lines")
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_path", default="./data/imagenet", help="folder with train/<class>/<image>")
+    group.add_argument("--use_cached", action="store_true", help="train from --cached_path (see main_cache.py) instead of images")
+    group.add_argument("--cached_path", default="")
+    group.add_argument("--no_flip", action="store_true", help="never mirror images (for digits, text)")
+    group.add_argument("--on_bad_image", default="error", choices=BAD_IMAGE_CHOICES)
+
+    group = parser.add_argument_group("checkpoints")
+    group.add_argument("--output_dir", default="./output_dir")
+    group.add_argument("--resume", default="", help="a checkpoint file, or a folder with checkpoint-last.pth")
+    group.add_argument("--start_epoch", type=int, default=0)
+    group.add_argument("--save_last_freq", type=int, default=5, help="epochs between checkpoints")
+    group.add_argument("--weights", default="ema", choices=("ema", "model"), help="which of a checkpoint's weights generate images")
+
+    group = parser.add_argument_group("generation and evaluation")
+    group.add_argument("--num_iter", type=int, default=256, help="sampling steps")
+    group.add_argument("--num_images", type=int, default=50000, help="images in all, spread evenly over the classes; with --sample 4 per class")
+    group.add_argument("--cfg", type=float, default=1.0, help="guidance scale; 1 means none")
+    group.add_argument("--cfg_schedule", default="linear", choices=CFG_SCHEDULES)
+    group.add_argument("--temperature", type=float, default=1.0)
+    group.add_argument("--eval_bsz", type=int, default=64, help="images per process generated together")
+    group.add_argument("--online_eval", action="store_true", help="evaluate the EMA weights every --eval_freq epochs of training")
+    group.add_argument("--eval_freq", type=int, default=40)
+    group.add_argument("--fid_stats", default="fid_stats/adm_in256_stats.npz", help="npz with the reference's mu and sigma")
+    group.add_argument("--inception_weights", default=None, help="torch-fidelity's Inception weights; default: its download folder")
+    add_process_flags(parser, seed=1)
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Everything that can be refused without reading a file."""
+    if args.evaluate and args.sample:
+        raise ValueError("--evaluate and --sample are two different things; choose one")
+    at_least(args, num_iter=1, num_images=1, eval_bsz=1, batch_size=1, accum_iter=1, epochs=1, max_steps=1, log_freq=1, max_bad_steps=1,
+             save_last_freq=1, eval_freq=1, img_size=1, class_num=1)
+    at_least(args, temperature=0, warmup_epochs=0, weight_decay=0, grad_clip=0, lr=0, blr=0, min_lr=0, start_epoch=0)
+    for name in ("cfg", "temperature", "grad_clip", "lr", "blr", "min_lr", "weight_decay"):
+        if getattr(args, name) is not None and not math.isfinite(getattr(args, name)):
+            raise ValueError(f"--{name} must be finite, got {getattr(args, name)}")
+    if not 1 <= args.quant_bits <= MAX_BITS:
+        raise ValueError(f"--quant_bits must be from 1 to {MAX_BITS}, got {args.quant_bits}")
+    check_range(args.quant_min, args.quant_max)
+    if args.use_quantized_value:
+        logger.info("--use_quantized_value: always so here, the encoder sees dequantized values")
+
+
+# ------------------------------------------------------------------------------------------------------------- model and VAE
+
+def read_checkpoint(args: argparse.Namespace) -> tuple[Path | None, dict | None]:
+    """The checkpoint of --resume. None only when training may start anew: no --resume, or a folder that holds none."""
+    if not args.resume:
+        if args.evaluate or args.sample:
+            raise ValueError("--evaluate and --sample need trained weights: give --resume, a checkpoint or a folder with checkpoint-last.pth")
+        if (Path(args.output_dir) / checkpoint.LAST).exists():
+            raise ValueError(f"{args.output_dir} (--output_dir) already holds a {checkpoint.LAST}: continue it with --resume {args.output_dir}, "
+                             "or choose another folder")
+        logger.info("no --resume: training starts from random weights")
+        return None, None
+    path = checkpoint.resolve(args.resume)
+    if not path.is_file() and not (args.evaluate or args.sample) and Path(args.resume).suffix not in (".pth", ".pt", ".ckpt"):
+        logger.info("no %s in %s (--resume): training starts from random weights", checkpoint.LAST, args.resume)
+        return None, None
+    content = checkpoint.load_file(path)
+    if not isinstance(content.get("model"), dict):
+        raise ValueError(f'{path} (--resume) has no weights under the key "model"; found {", ".join(map(str, list(content)[:8]))}')
+    return path, content
+
+
+def flag_values(args: argparse.Namespace, names: Sequence[str]) -> dict:
+    """Constructor arguments of TokenBridge from the flags of these names."""
+    values = {name: getattr(args, name) for name in names}
+    if "quant_bits" in values:
+        values["quant_levels"] = 2 ** values.pop("quant_bits")
+    return values
+
+
+def build_model(args: argparse.Namespace, given: set[str], vae: AutoencoderKL, content: dict | None, source: Path | None) -> TokenBridge:
+    """The model of the checkpoint's config, or of the flags where there is none (a fresh run, or published weights).
+
+    On the CPU, with random weights still. ValueError if a flag on the command line, or the VAE, contradicts the config.
+    """
+    config = (content or {}).get("config")
+    if config is None:
+        if content is not None:
+            logger.info("%s has no config: the model is what the flags say, and samples as published (head_start official)", source)
+        args.vae_embed_dim, args.vae_stride = vae.embed_dim, vae.stride
+        return MODELS[args.model](**flag_values(args, STRUCTURE_FLAGS + BEHAVIOUR_FLAGS), channel_order=vae.channel_order,
+                                  head_start="trained" if content is None else "official")
+    arguments = dict(config["model"])
+    if "model" in given and args.model != config["model_name"]:
+        raise ValueError(f"--model {args.model} contradicts {source}, which holds a {config['model_name']}")
+    free = BEHAVIOUR_FLAGS if not (args.evaluate or args.sample) else ()
+    for name in STRUCTURE_FLAGS + BEHAVIOUR_FLAGS:
+        (key, value), = flag_values(args, [name]).items()
+        if name not in given or arguments[key] == value:
+            continue
+        if name not in free:
+            raise ValueError(f"--{name} {getattr(args, name)} contradicts {source}, whose model has {key} = {arguments[key]}; leave the flag out")
+        logger.info("--%s: %s from now on, was %s", name, value, arguments[key])
+        arguments[key] = value
+    differs = [key for key, value in vae.config.items() if config["vae"].get(key) != value]
+    if differs or config["vae_fingerprint"] != vae.latent_fingerprint():
+        what = ", ".join(f"{key} {vae.config[key]} instead of {config['vae'].get(key)}" for key in differs) or "other encoder weights"
+        raise ValueError(f"{args.vae_path} (--vae_path) is not the VAE that {source} was trained with: {what}")
+    args.model, args.img_size, args.class_num = config["model_name"], arguments["img_size"], arguments["class_num"]
+    return TokenBridge(**arguments)
+
+
+def load_generator_weights(model: TokenBridge, content: dict, source: Path, which: str) -> None:
+    """Weights to make images with: `model`, or its parameters replaced by the EMA's. ValueError if they are absent or do not fit."""
+    state = dict(content["model"])
+    if which == "ema":
+        if not isinstance(content.get("model_ema"), dict):
+            raise ValueError(f"{source} has no model_ema; give --weights model to use the weights as they are")
+        parameters = dict(model.named_parameters())
+        lacking = [name for name in parameters if name not in content["model_ema"]]
+        if lacking:
+            raise ValueError(f"model_ema in {source} lacks {len(lacking)} parameters: {', '.join(lacking[:3])}")
+        state.update({name: content["model_ema"][name] for name in parameters})
+        rate = content.get("config", {}).get("args", {}).get("ema_rate")
+        if rate and content.get("step") is not None and rate ** content["step"] > 0.1:
+            logger.warning("the EMA of %s (rate %g) still holds %.0f %% of the random initial weights after %d steps: images will be noise or black; "
+                           "--weights model shows the weights themselves", source, rate, 100 * rate ** content["step"], content["step"])
+    checkpoint.load_state(model, state, f"{source} ({which} weights)")
+    logger.info("loaded the %s weights of %s", which, source)
+
+
+# ------------------------------------------------------------------------------------------------------------- generation
+
+def sample_settings(args: argparse.Namespace, device: torch.device) -> SampleSettings:
+    return SampleSettings(num_iter=args.num_iter, cfg=args.cfg, cfg_schedule=args.cfg_schedule, temperature=args.temperature, seed=args.seed,
+                          batch_size=args.eval_bsz, precision=dist.pick_precision(args.precision, device))
+
+
+def parse_classes(text: str, class_num: int) -> list[int]:
+    """--classes 207,360 or all -> class numbers; ValueError if one is not in [0, class_num)."""
+    if not text:
+        raise ValueError("--sample needs --classes, class numbers such as 207,360, or all")
+    if text == "all":
+        return list(range(class_num))
+    try:
+        classes = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--classes takes numbers separated by commas, or all; got {text!r}") from None
+    wrong = [c for c in classes if not 0 <= c < class_num]
+    if wrong:
+        raise ValueError(f"--classes: {wrong} not in [0, {class_num}), the model's classes")
+    return classes
+
+
+def sample(args: argparse.Namespace, given: set[str], model: TokenBridge, vae: AutoencoderKL, source: Path, device: torch.device) -> None:
+    """Write OUT/000000.png and so on, class by class, OUT/grid.png and OUT/samples.json."""
+    classes = parse_classes(args.classes, model.class_num)
+    labels = balanced_labels(args.num_images if "num_images" in given else 4 * len(classes), classes)
+    output, settings = Path(args.output_dir), sample_settings(args, device)
+    mine = range(dist.rank(), len(labels), dist.world_size())
+    with tqdm(total=math.ceil(len(mine) / args.eval_bsz) * args.num_iter, unit="step", disable=not dist.is_main()) as bar:
+        for numbers, images in generate(model, vae, labels, mine, settings, device, on_step=lambda *_: bar.update()):
+            for number, image in zip(numbers, images, strict=True):
+                save_png(output / f"{number:06d}.png", image)
+    dist.barrier()
+    if dist.is_main():
+        shown = min(len(labels), 400)
+        each = len(labels) // len(classes)
+        columns = each if each * len(classes) == len(labels) and 1 < each <= 20 else math.ceil(shown**0.5)
+        pictures = [to_uint8(to_tensor(read_image(output / f"{i:06d}.png"))) for i in range(shown)]
+        save_grid(output / "grid.png", torch.stack(pictures), columns)
+        record = asdict(settings) | {"checkpoint": str(source), "weights": args.weights, "labels": labels}
+        (output / "samples.json").write_text(json.dumps(record, indent=1))
+        logger.info("wrote %d images, grid.png and samples.json to %s", len(labels), output)
+
+
+class Evaluator:
+    """FID and Inception Score of generated images; all its inputs are read, and refused if wrong, when it is made."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.reference = load_reference_stats(args.fid_stats)
+        self.features = InceptionFeatures(args.inception_weights, device)
+        self.args, self.settings, self.device = args, sample_settings(args, device), device
+
+    def __call__(self, model: TokenBridge, vae: AutoencoderKL, **about: object) -> dict:
+        """Scores, logged and appended to OUT/eval.jsonl together with the settings and what is said `about` the weights."""
+        labels = balanced_labels(self.args.num_images, range(model.class_num))
+        scores = evaluate(model, vae, labels, self.settings, self.features, self.reference, self.device)
+        logger.info("FID %.3f  Inception Score %.2f +- %.2f  (%d images, cfg %g, temperature %g, %d iterations)", scores["fid"],
+                    scores["inception_score"], scores["inception_score_std"], len(labels), self.settings.cfg, self.settings.temperature, self.settings.num_iter)
+        if dist.is_main():
+            record = scores | asdict(self.settings) | about | {"num_images": len(labels), "fid_stats": self.args.fid_stats}
+            with (Path(self.args.output_dir) / "eval.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        return scores
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+def build_dataset(args: argparse.Namespace, model: TokenBridge) -> ImageFolderDataset | CachedLatents:
+    """The training set of the flags; ValueError or FileNotFoundError if it does not fit the model."""
+    if not args.use_cached:
+        dataset = ImageFolderDataset(Path(args.data_path) / "train", args.img_size, not args.no_flip, args.on_bad_image, model.class_num)
+    else:
+        dataset = CachedLatents(args.cached_path, not args.no_flip, model.class_num)
+        expected = (2 * model.token_dim, model.grid_size, model.grid_size)
+        if dataset.shape != expected:
+            raise ValueError(f"{args.cached_path} (--cached_path) holds moments of shape {dataset.shape}, the model needs {expected} "
+                             "(cached with another --img_size or VAE?)")
+    if len(dataset.classes) < model.class_num:
+        logger.warning("the data has %d classes, --class_num is %d: the rest are never trained", len(dataset.classes), model.class_num)
+    return dataset
+
+
+def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, content: dict | None, source: Path | None, device: torch.device) -> None:
+    """Train to --epochs or --max_steps; writes checkpoint-last.pth, log.jsonl and tensorboard events to --output_dir."""
+    world, output = dist.world_size(), Path(args.output_dir)
+    dataset = build_dataset(args, model)
+    sampler = GlobalBatchSampler(len(dataset), args.batch_size, dist.rank(), world, args.seed)
+    steps_per_epoch = len(sampler) // args.accum_iter
+    if steps_per_epoch == 0:
+        raise ValueError(f"the data set has {len(dataset)} samples, fewer than one optimizer step needs "
+                         f"({args.batch_size} x {world} processes x --accum_iter {args.accum_iter})")
+    evaluator = Evaluator(args, device) if args.online_eval else None
+    global_batch = args.batch_size * world * args.accum_iter
+    settings = TrainSettings(
+        batch_size=args.batch_size, epochs=args.epochs, steps_per_epoch=steps_per_epoch, lr=base_learning_rate(args.lr, args.blr, global_batch),
+        min_lr=args.min_lr, lr_schedule=args.lr_schedule, warmup_epochs=args.warmup_epochs, grad_clip=args.grad_clip, seed=args.seed,
+        precision=dist.pick_precision(args.precision, device), accum_iter=args.accum_iter, max_steps=args.max_steps,
+        max_bad_steps=args.max_bad_steps, log_freq=args.log_freq)
+    if content is not None:
+        checkpoint.load_state(model, content["model"], str(source))
+    state = TrainState(model.to(device), weight_decay=args.weight_decay, ema_rate=args.ema_rate, precision=settings.precision)
+    if content is not None:
+        state.load_state_dict(content, steps_per_epoch, str(source))
+        logger.info("resumed from %s at step %d", source, state.step)
+    elif args.start_epoch:
+        state.step = args.start_epoch * steps_per_epoch
+    config = {"model_name": args.model, "model": model.config, "vae": vae.config, "vae_fingerprint": vae.latent_fingerprint(),
+              "classes": dataset.classes, "args": vars(args)}
+
+    def save() -> None:
+        if dist.is_main():
+            checkpoint.atomic_save(state.state_dict(steps_per_epoch) | {"config": config}, output / checkpoint.LAST)
+            logger.info("wrote %s at step %d", output / checkpoint.LAST, state.step)
+
+    log = JsonlLog(output / "log.jsonl", state.step, output) if dist.is_main() else None
+    levels = model.config["quant_levels"]
+    logger.info("%s: %.2f M parameters, %d tokens x %d dimensions x %d levels; %d images, global batch %d, lr %.3g, %d epochs of %d steps, %s on %s; "
+                "the loss starts at about ln %d = %.3f", args.model, sum(p.numel() for p in model.parameters()) / 1e6, model.num_tokens,
+                model.token_dim, levels, len(dataset), global_batch, settings.lr, args.epochs, steps_per_epoch, settings.precision, device, levels, math.log(levels))
+    if state.step >= settings.total_steps:
+        logger.info("nothing to do: %d of %d steps are done", state.step, settings.total_steps)
+    loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem)
+    while state.step < settings.total_steps:
+        epoch, done = divmod(state.step, steps_per_epoch)
+        sampler.set_epoch(epoch, done * args.accum_iter)
+        train_one_epoch(state, vae, loader, settings, device, log)
+        finished = state.step >= settings.total_steps
+        if finished or (epoch + 1) % args.save_last_freq == 0:
+            save()
+        if evaluator is not None and (finished or (epoch + 1) % args.eval_freq == 0):
+            with state.ema.swapped():
+                evaluator(model, vae, step=state.step, weights="ema")
+    if log is not None:
+        log.close()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, check, load, then train, evaluate or sample. Raises ValueError or OSError for bad input."""
+    args, given = parse(build_parser(), argv)
+    check_arguments(args)
+    if args.sample:
+        parse_classes(args.classes, sys.maxsize)
+    try:
+        device = dist.init(args.device, args.dist_url)
+        source, content = read_checkpoint(args)
+        vae = load_vae(args.vae_path, *(getattr(args, n) if n in given else None for n in ("vae_embed_dim", "vae_stride")))
+        torch.manual_seed(args.seed)                                       # initial weights, the same on every process
+        model = build_model(args, given, vae, content, source)
+        check_writable(args.output_dir, "--output_dir")
+        if args.evaluate or args.sample:
+            load_generator_weights(model, content, source, args.weights)
+        model, vae = model.to(device), vae.to(device)
+        if args.evaluate:
+            Evaluator(args, device)(model, vae, checkpoint=str(source), weights=args.weights)
+        elif args.sample:
+            sample(args, given, model, vae, source, device)
+        else:
+            train(args, model, vae, content, source, device)
+    finally:
+        dist.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
