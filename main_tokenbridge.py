@@ -265,7 +265,8 @@ class Evaluator:
         labels = balanced_labels(self.args.num_images, range(model.class_num))
         scores = evaluate(model, vae, labels, self.settings, self.features, self.reference, self.device)
         logger.info("FID %.3f  Inception Score %.2f +- %.2f  (%d images, cfg %g, temperature %g, %d iterations)", scores["fid"],
-                    scores["inception_score"], scores["inception_score_std"], len(labels), self.settings.cfg, self.settings.temperature, self.settings.num_iter)
+                    scores["inception_score"], scores["inception_score_std"], len(labels),
+                    self.settings.cfg, self.settings.temperature, self.settings.num_iter)
         if dist.is_main():
             record = scores | asdict(self.settings) | about | {"num_images": len(labels), "fid_stats": self.args.fid_stats}
             with (Path(self.args.output_dir) / "eval.jsonl").open("a") as file:
@@ -326,7 +327,8 @@ def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, cont
     levels = model.config["quant_levels"]
     logger.info("%s: %.2f M parameters, %d tokens x %d dimensions x %d levels; %d images, global batch %d, lr %.3g, %d epochs of %d steps, %s on %s; "
                 "the loss starts at about ln %d = %.3f", args.model, sum(p.numel() for p in model.parameters()) / 1e6, model.num_tokens,
-                model.token_dim, levels, len(dataset), global_batch, settings.lr, args.epochs, steps_per_epoch, settings.precision, device, levels, math.log(levels))
+                model.token_dim, levels, len(dataset), global_batch, settings.lr, args.epochs, steps_per_epoch,
+                settings.precision, device, levels, math.log(levels))
     if state.step >= settings.total_steps:
         logger.info("nothing to do: %d of %d steps are done", state.step, settings.total_steps)
     loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem)
