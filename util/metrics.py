@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from skimage.metrics import structural_similarity
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
@@ -22,11 +21,40 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return (10 * torch.log10(255.0**2 / error.clamp_min(255.0**2 * 1e-10))).float()
 
 
+SSIM_SIGMA, SSIM_RADIUS = 1.5, 5                          # the Gaussian window of Wang et al. 2004: 11 x 11 pixels
+SMALLEST_FOR_SSIM = 2 * SSIM_RADIUS + 1
+SSIM_CHUNK = 16                                           # images at a time, so that float64 maps stay small beside the VAE's
+
+
+def _gaussian_band(size: int, device: torch.device) -> Tensor:
+    """Matrix (size, size - 10) that turns a row of pixels into its Gaussian means, only where the whole window fits."""
+    weights = torch.exp(-torch.arange(-SSIM_RADIUS, SSIM_RADIUS + 1, dtype=torch.float64, device=device) ** 2 / (2 * SSIM_SIGMA**2))
+    places = torch.arange(size - 2 * SSIM_RADIUS, device=device)
+    band = torch.zeros(size, len(places), dtype=torch.float64, device=device)
+    for offset, weight in enumerate(weights / weights.sum()):
+        band[places + offset, places] = weight
+    return band
+
+
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity (scikit-image, Gaussian window of Wang et al. 2004) of uint8 images (N, 3, H, W): (N,)."""
-    values = [structural_similarity(x, y, channel_axis=0, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
-              for x, y in zip(a.cpu().numpy(), b.cpu().numpy(), strict=True)]
-    return torch.tensor(values, dtype=torch.float32)
+    """Structural similarity (Wang et al. 2004, Gaussian window, as scikit-image computes it) of uint8 images (N, 3, H, W): (N,).
+
+    Float64 on the images' device; a mean over the channels and all whole windows. ValueError if a side is below 11 pixels.
+    """
+    if min(a.shape[-2:]) < SMALLEST_FOR_SSIM:
+        raise ValueError(f"SSIM needs images of at least {SMALLEST_FOR_SSIM} pixels a side, got {tuple(a.shape[-2:])}")
+    rows, columns = _gaussian_band(a.shape[-2], a.device).T, _gaussian_band(a.shape[-1], a.device)
+
+    def blur(x: Tensor) -> Tensor:                        # (N, 3, H, W) -> (N, 3, H-10, W-10)
+        return rows @ (x @ columns)
+    c1, c2, values = (0.01 * 255) ** 2, (0.03 * 255) ** 2, []
+    for x, y in zip(a.double().split(SSIM_CHUNK), b.double().split(SSIM_CHUNK), strict=True):
+        mean_x, mean_y = blur(x), blur(y)
+        spread = blur(x * x) - mean_x**2 + blur(y * y) - mean_y**2
+        shared = blur(x * y) - mean_x * mean_y
+        index = (2 * mean_x * mean_y + c1) * (2 * shared + c2) / ((mean_x**2 + mean_y**2 + c1) * (spread + c2))
+        values.append(index.flatten(1).mean(1))
+    return torch.cat(values).float()
 
 
 def find_inception_weights(path: str | None) -> Path:
@@ -51,7 +79,8 @@ class InceptionFeatures:
             torch.load(path, map_location="cpu", weights_only=True)        # torch-fidelity itself would run code in the file
             self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path)).to(device)
         except Exception as error:
-            raise ValueError(f"{path} (--inception_weights) does not hold torch-fidelity's Inception weights: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{path} (--inception_weights) does not hold torch-fidelity's Inception weights: "
+                             f"{(str(error).splitlines() or [type(error).__name__])[0]}") from error
         self.device = device
         self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
 
