@@ -1,0 +1,358 @@
+"""How much the quantizer costs: reconstruct images through VAE and quantizer; PSNR, SSIM and, with Inception weights, rFID and Inception Score.
+
+  one setting   python reconstruction.py --bits 6 --range 5.0 --image_dir DIR
+  a sweep       python reconstruction.py --bits 3,4,5,6 --range 2,3,4,5 --image_dir DIR          (all pairs)
+  many GPUs     torchrun --nproc_per_node=8 reconstruction.py --bits 6 --range 5.0 --image_dir DIR
+
+DIR holds <class>/<image>; the first --images_per_class images of each class are used, ADM-cropped. Each image is encoded once; every pair and
+"VAE alone" decode the same latents. Writes OUT/results.json and OUT/grid.png, whose columns are original | VAE alone | quantized with the
+first pair (the first of --bits with the first of --range), and prints a table.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from engine_tokenbridge import mixed_seed
+from models.quantizer import MAX_BITS, GaussianQuantizer
+from models.vae import AutoencoderKL, load_vae
+from util import dist
+from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
+from util.images import save_grid, to_uint8
+from util.loader import BAD_IMAGE_CHOICES, ImageFolderDataset, build_loader
+from util.log import get_logger, run_cli
+from util.metrics import SMALLEST_FOR_SSIM, FeatureStatistics, InceptionFeatures, fid, find_inception_weights, inception_score, psnr, ssim
+
+logger = get_logger()
+
+# Published rFID by (bits, range); None is the VAE alone. ImageNet, KL-16, 256 px, 50 training images of each class (SPEC 3, 9).
+PUBLISHED_RFID = {None: 1.11, (3, 5.0): 3.69, (4, 5.0): 1.33, (5, 5.0): 1.12, (6, 5.0): 1.11, (6, 4.0): 1.13, (6, 3.0): 1.22, (6, 2.0): 2.26}
+IS_SPLITS = 10
+FEW_IMAGES = 10_000         # with fewer, FID's bias is larger than the differences between the rows
+
+
+def one_or_more(number: Callable[[str], int | float]) -> Callable[[str], int | float | list]:
+    """An argparse type: one value as published, or a comma list of them."""
+    def read(text: str) -> int | float | list:
+        try:
+            values = [number(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"takes a number or a comma list of numbers ({number.__name__}), got {text!r}") from None
+        return values[0] if len(values) == 1 else list(dict.fromkeys(values))
+    return read
+
+
+def as_list(value: object) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The published flags with their meaning and defaults (SPEC 10), and ours."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help="VAE checkpoint (weights under \"model\")")
+    parser.add_argument("--vae_embed_dim", type=int, default=None, help="latent channels, to be checked against the VAE's")
+    parser.add_argument("--image_dir", default="./data/imagenet/train", help="folder with <class>/<image>")
+    parser.add_argument("--images_per_class", type=int, default=50, help="the first so many images of each class")
+    parser.add_argument("--num_images", type=int, default=None, help="at most so many images in all, spread evenly over the classes")
+    parser.add_argument("--img_size", type=int, default=256, help="side of the images, pixels")
+    parser.add_argument("--output_dir", default="quantization_results", help="where results.json and grid.png go")
+    parser.add_argument("--bits", type=one_or_more(int), default=6, help=f"bits per latent dimension, 1 to {MAX_BITS}; a comma list sweeps")
+    parser.add_argument("--range", type=one_or_more(float), default=5.0, help="the quantizer covers [-range, range]; a comma list sweeps")
+    parser.add_argument("--mode", action="store_true", help="decode the posterior's mean; default: a sample, as published")
+    parser.add_argument("--batch_size", type=int, default=16, help="images per process decoded together")
+    parser.add_argument("--precision", default="fp32", choices=dist.PRECISIONS, help="of the VAE; the quantizer is float32 always")
+    parser.add_argument("--inception_weights", default=None, help="torch-fidelity's Inception weights; default: its download folder")
+    parser.add_argument("--no_rfid", action="store_true", help="no rFID and Inception Score even if the weights are there")
+    parser.add_argument("--grid_images", type=int, default=8, help="rows of grid.png, spread evenly over the classes; 0 for no grid")
+    parser.add_argument("--on_bad_image", default="error", choices=BAD_IMAGE_CHOICES)
+    add_process_flags(parser, seed=0)
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Everything that can be refused without reading a file. ValueError naming the flag."""
+    at_least(args, images_per_class=1, num_images=1, batch_size=1, grid_images=0, img_size=SMALLEST_FOR_SSIM)
+    for bits in as_list(args.bits):
+        if not 1 <= bits <= MAX_BITS:
+            raise ValueError(f"--bits must be from 1 to {MAX_BITS}, got {bits}")
+    for half_width in as_list(args.range):
+        if not (half_width > 0 and math.isfinite(half_width)):
+            raise ValueError(f"--range must be finite and greater than 0, got {half_width}")
+    if args.no_rfid and args.inception_weights:
+        raise ValueError("--no_rfid and --inception_weights contradict each other; leave one out")
+
+
+# ------------------------------------------------------------------------------------------------------------- images
+
+def first_of_each_class(labels: Sequence[int], images_per_class: int, num_images: int | None) -> list[int]:
+    """Numbers of the first `images_per_class` samples of each label, in their order; of these, `num_images` evenly spaced ones."""
+    seen: dict[int, int] = {}
+    chosen = []
+    for number, label in enumerate(labels):
+        seen[label] = seen.get(label, 0) + 1
+        if seen[label] <= images_per_class:
+            chosen.append(number)
+    return chosen if num_images is None else spread_evenly(chosen, num_images)
+
+
+def spread_evenly(items: Sequence, count: int) -> list:
+    """`count` items at equal distances, the first among them; all of them if there are not more."""
+    return list(items) if count >= len(items) else [items[i * len(items) // count] for i in range(count)]
+
+
+class NumberedImages(Dataset):
+    """An ImageFolderDataset's images by their number -> (image (3, S, S) in [-1, 1], number, readable).
+
+    A bad image is an error or, with --on_bad_image skip, left out: no other takes its place, which would count that one twice.
+    """
+
+    def __init__(self, folder: ImageFolderDataset):
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int, bool]:
+        try:
+            return self.folder.load(number), number, True
+        except ValueError as error:
+            self.folder.bad.report(error, self.folder.samples[number][0])
+            return torch.zeros(3, self.folder.img_size, self.folder.img_size), number, False
+
+
+def posterior_noise(seed: int, numbers: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Normal noise (B, C, h, w) on the CPU; row i depends on (seed, numbers[i]) alone, whatever the batch, process or device."""
+    return torch.stack([torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(mixed_seed(seed, n)), device="cpu") for n in numbers])
+
+
+# ------------------------------------------------------------------------------------------------------------- one row of the table
+
+@dataclass
+class Row:
+    """What is known of one variant: the VAE alone (no quantizer), or one (bits, range) pair."""
+
+    quantizer: GaussianQuantizer | None
+    used: Tensor | None = None                                      # (K,) int64: how often each index occurred
+    outside: Tensor | None = None                                   # scalar int64: latents that the quantizer clamps
+    scores: dict[int, tuple[float, float]] = field(default_factory=dict)      # image number -> PSNR, SSIM
+    statistics: FeatureStatistics | None = None
+    logits: dict[int, Tensor] = field(default_factory=dict)         # image number -> (1008,)
+
+    @property
+    def pair(self) -> tuple[int, float] | None:
+        return None if self.quantizer is None else (self.quantizer.bits, self.quantizer.max_value)
+
+    @property
+    def name(self) -> str:
+        return "VAE alone" if self.quantizer is None else f"{self.quantizer.bits} bits, ±{self.quantizer.max_value:g}"
+
+    def quantized(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> what is left of them after the trip through their indices; counts those indices."""
+        if self.quantizer is None:
+            return latents
+        indices = self.quantizer.quantize(latents)
+        self.used += torch.bincount(indices.flatten(), minlength=len(self.used))
+        self.outside += (latents.abs() > self.quantizer.max_value).sum()
+        return self.quantizer.dequantize(indices)
+
+
+def build_rows(bits: Sequence[int], ranges: Sequence[float], device: torch.device, with_features: bool) -> list[Row]:
+    """VAE alone first, then every pair of bits and range."""
+    rows = [Row(None)]
+    for b in bits:
+        for half_width in ranges:
+            quantizer = GaussianQuantizer(b, -half_width, half_width).to(device)
+            rows.append(Row(quantizer, torch.zeros(2**b, dtype=torch.int64, device=device), torch.zeros((), dtype=torch.int64, device=device)))
+    for row in rows:
+        row.statistics = FeatureStatistics() if with_features else None
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+@dataclass
+class Outcome:
+    """What one pass over this process's images gives besides the rows."""
+
+    done: list[int] = field(default_factory=list)                   # numbers of the images that were read
+    bad: list[int] = field(default_factory=list)                    # and of those that could not be
+    num_latents: int = 0                                            # scalars, each quantized once per pair
+    originals: FeatureStatistics | None = None
+    pictures: dict[int, list[Tensor]] = field(default_factory=dict)           # number -> original, VAE alone, first pair; uint8 (3, S, S)
+
+
+def finite(x: Tensor, numbers: Sequence[int], what: str, precision: str) -> Tensor:
+    """x (B, ...) itself; ValueError naming an image if its part of x is not finite."""
+    bad = (~torch.isfinite(x).flatten(1).all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"the {what} of image {numbers[bad[0]]} (and {len(bad) - 1} more of its batch) are not finite: "
+                         + ("the VAE (--vae_path) is broken" if precision == "fp32" else f"--precision {precision} overflowed; use fp32"))
+    return x
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, rows: Sequence[Row], folder: ImageFolderDataset, mine: Sequence[int], shown: Sequence[int],
+                args: argparse.Namespace, device: torch.device, features: InceptionFeatures | None) -> Outcome:
+    """Fill `rows` from the images numbered `mine`: encode once, then decode each row's version of the same latents."""
+    out = Outcome(originals=None if features is None else FeatureStatistics())
+    batches = [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
+    loader = build_loader(NumberedImages(folder), batches, args.num_workers, args.pin_mem)
+    for images, numbers, readable in tqdm(loader, unit="batch", disable=not dist.is_main()):
+        out.bad += numbers[~readable].tolist()
+        if not readable.any():
+            continue
+        images, numbers = images[readable].to(device), numbers[readable].tolist()            # (B, 3, S, S)
+        out.done += numbers
+        with dist.autocast(device, args.precision):
+            posterior = vae.encode(images)
+        shape = posterior.mean.shape[1:]
+        noise = torch.zeros(len(numbers), *shape) if args.mode else posterior_noise(args.seed, numbers, shape)
+        raw = posterior.mean.float() + posterior.std.float() * noise.to(device)              # (B, C, h, w)
+        latents = finite(vae.scale(raw), numbers, "latents", args.precision)
+        out.num_latents += latents.numel()
+        originals = to_uint8(images)
+        if features is not None:
+            out.originals.update(features(originals)["2048"])
+        versions = [originals]
+        for row in rows:
+            with dist.autocast(device, args.precision):
+                decoded = vae.decode(vae.unscale(row.quantized(latents)))
+            version = to_uint8(finite(decoded, numbers, "pixels", args.precision))
+            row.scores.update(zip(numbers, zip(psnr(version, originals).tolist(), ssim(version, originals).tolist(), strict=True), strict=True))
+            if features is not None:
+                found = features(version)
+                row.statistics.update(found["2048"])
+                row.logits.update(zip(numbers, found["logits_unbiased"].cpu(), strict=True))
+            if len(versions) < 3:                                                            # original, VAE alone, first pair
+                versions.append(version)
+        for i, number in enumerate(numbers):
+            if number in shown:
+                out.pictures[number] = [version[i].cpu() for version in versions]
+    return out
+
+
+def gathered(mine: dict[int, object]) -> dict[int, object]:
+    """All processes' {image number: value}, in image order."""
+    everything = {number: value for part in dist.gather_objects(mine) for number, value in part.items()}
+    return {number: everything[number] for number in sorted(everything)}
+
+
+def summarise(row: Row, out: Outcome, reference: dict | None) -> dict:
+    """A row's figures over all processes' images; every process must call it."""
+    psnr_values, ssim_values = zip(*gathered(row.scores).values(), strict=True)
+    figures = {"name": row.name, "bits": row.pair and row.pair[0], "range": row.pair and row.pair[1], "psnr": math.fsum(psnr_values) / len(psnr_values),
+               "ssim": math.fsum(ssim_values) / len(ssim_values), "rfid": None, "inception_score": None, "inception_score_std": None,
+               "clamped_share": None, "indices_used": None, "published_rfid": PUBLISHED_RFID.get(row.pair)}
+    if row.quantizer is not None:
+        used, counts = dist.all_reduce_sum(row.used), dist.all_reduce_sum(torch.stack([row.outside, row.outside.new_tensor(out.num_latents)]))
+        figures |= {"indices_used": int((used > 0).sum()), "clamped_share": float(counts[0]) / float(counts[1])}
+    if reference is not None:
+        figures["rfid"] = fid(row.statistics.merge().as_dict(), reference)
+        logits = torch.stack(list(gathered(row.logits).values()))                            # (N, 1008) in image order
+        if len(logits) >= IS_SPLITS:
+            figures["inception_score"], figures["inception_score_std"] = inception_score(logits, IS_SPLITS)
+    return figures
+
+
+def table(rows: Sequence[dict]) -> str:
+    """The rows as text, with the published rFID beside ours."""
+    def cell(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+    lines = [f"{'':<14}{'PSNR dB':>9}{'SSIM':>9}{'rFID':>9}{'published*':>12}{'IS':>9}{'clamped':>11}{'indices used':>14}"]
+    for row in rows:
+        used = "-" if row["bits"] is None else f"{row['indices_used']}/{2 ** row['bits']}"
+        lines.append(f"{row['name']:<14}{row['psnr']:>9.2f}{row['ssim']:>9.4f}{cell(row['rfid'], '.3f'):>9}{cell(row['published_rfid'], '.2f'):>12}"
+                     f"{cell(row['inception_score'], '.2f'):>9}{cell(row['clamped_share'], '.4%'):>11}{used:>14}")
+    return "\n".join([*lines, "* rFID published, ImageNet, KL-16: 256 px, 50 training images of each class"])
+
+
+def load_features(args: argparse.Namespace, device: torch.device) -> tuple[InceptionFeatures | None, str | None]:
+    """(extractor, None), or (None, why there is no rFID). Weights that were asked for and are absent or broken are an error."""
+    if args.no_rfid:
+        return None, "--no_rfid was given"
+    try:
+        find_inception_weights(args.inception_weights)
+    except FileNotFoundError as error:
+        if args.inception_weights:
+            raise
+        return None, str(error)
+    return InceptionFeatures(args.inception_weights, device), None
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Under a temporary name, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def run(args: argparse.Namespace, device: torch.device) -> None:
+    """Check and load everything, reconstruct, write and print (rank 0). ValueError or OSError for bad input."""
+    vae = load_vae(args.vae_path, args.vae_embed_dim)
+    if args.img_size % vae.stride:
+        raise ValueError(f"--img_size {args.img_size} is not a multiple of {vae.stride}, the stride of {args.vae_path}")
+    folder = ImageFolderDataset(args.image_dir, args.img_size, flip=False, on_bad_image=args.on_bad_image, flag="--image_dir")
+    chosen = first_of_each_class(folder.labels, args.images_per_class, args.num_images)
+    features, no_rfid = load_features(args, device)
+    output = check_writable(args.output_dir, "--output_dir")
+    rows = build_rows(as_list(args.bits), as_list(args.range), device, features is not None)
+    logger.info("%d images of %d classes from %s, %d px; VAE %s, scale %s; %s; %s on %s", len(chosen), len(folder.classes), args.image_dir,
+                args.img_size, args.vae_path, vae.scale_factor, "posterior mean" if args.mode else "posterior samples", args.precision, device)
+    if no_rfid and dist.is_main():
+        logger.warning("rFID and Inception Score are not computed: %s", no_rfid)
+
+    shown, out, error = set(spread_evenly(chosen, args.grid_images)), Outcome(), None
+    try:
+        out = reconstruct(vae.to(device), rows, folder, chosen[dist.rank() :: dist.world_size()], shown, args, device, features)
+    except (ValueError, OSError) as caught:
+        error = caught
+    dist.agree(error)
+    done, bad = (sorted(n for part in dist.gather_objects(numbers) for n in part) for numbers in (out.done, out.bad))
+    if not done:
+        raise ValueError(f"{args.image_dir} (--image_dir): not one of the {len(bad)} chosen images can be read")
+    if features is not None and len(done) < 2:
+        no_rfid = f"it needs at least two images, there is {len(done)}"
+    reference = out.originals.merge().as_dict() if features is not None and no_rfid is None else None
+    figures = [summarise(row, out, reference) for row in rows]
+    pictures = gathered(out.pictures)
+    if not dist.is_main():
+        return
+    write_json(output / "results.json", {
+        "settings": vars(args), "num_images": len(done), "num_classes": len({folder.labels[n] for n in done}),
+        "bad_images": [folder.samples[n][0] for n in bad], "world_size": dist.world_size(), "device": str(device),
+        "vae": {"path": str(args.vae_path), "scale_factor": vae.scale_factor, "shift": vae.shift, "stride": vae.stride,
+                "fingerprint": vae.latent_fingerprint()},
+        "inception_sha256": None if features is None else features.sha256, "rfid_not_computed": no_rfid,
+        "published_rfid_is": "published, ImageNet, KL-16, 256 px", "rows": figures})
+    if pictures:
+        save_grid(output / "grid.png", torch.stack([image for row in pictures.values() for image in row]), columns=3)
+    if bad:
+        logger.warning("%d of %d chosen images could not be read and were left out", len(bad), len(chosen))
+    print(table(figures))
+    print(f"rFID, IS: not computed ({no_rfid})" if no_rfid else f"rFID over {len(done)} images"
+          + (f"; fewer than {FEW_IMAGES}, so too high: compare rows with each other, not with published numbers" if len(done) < FEW_IMAGES else ""))
+    logger.info("wrote %s and, with columns original | VAE alone | %s, %s", output / "results.json", rows[1].name, output / "grid.png")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, check, run. Raises ValueError or OSError for bad input."""
+    args, _ = parse(build_parser(), argv)
+    check_arguments(args)
+    try:
+        run(args, dist.init(args.device, args.dist_url))
+    finally:
+        dist.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
