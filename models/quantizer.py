@@ -52,7 +52,7 @@ def quantize(x: Tensor, values: Tensor, min_value: float, max_value: float) -> T
 
     Binary search on the K-1 midpoints; memory is that of the result, never (..., K).
     """
-    x = (x.float() - min_value) * (2 * STD_RANGE / (max_value - min_value)) - STD_RANGE
+    x = (x.float() - min_value) / (max_value - min_value) * (2 * STD_RANGE) - STD_RANGE     # divide first: the rounding of the golden arrays
     midpoints = (values[:-1] + values[1:]) / 2
     return torch.bucketize(x.clamp(-STD_RANGE, STD_RANGE).contiguous(), midpoints)     # x == midpoint goes to the lower cell
 
@@ -61,6 +61,11 @@ def dequantize(indices: Tensor, values: Tensor, min_value: float, max_value: flo
     """Reconstruction values of the indices, mapped from [-3, 3] back to [min_value, max_value]; float32, same shape."""
     scaled = (values + STD_RANGE) * ((max_value - min_value) / (2 * STD_RANGE)) + min_value       # (K,)
     return scaled[indices]
+
+
+def keep_nan(values: Tensor, x: Tensor) -> Tensor:
+    """`values` with NaN wherever x is NaN: a NaN has no index, and must not come out as a plausible latent."""
+    return torch.where(x.isnan(), x.to(values.dtype), values)
 
 
 class GaussianQuantizer(nn.Module):
@@ -89,8 +94,8 @@ class GaussianQuantizer(nn.Module):
         return dequantize(indices, self.reconstruction_values, self.min_value, self.max_value)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The nearest representable value of every scalar: what a latent becomes after the trip through its indices."""
-        return self.dequantize(self.quantize(x))
+        """The nearest representable value of every scalar (NaN for NaN): what a latent becomes after the trip through its indices."""
+        return keep_nan(self.dequantize(self.quantize(x)), x)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, range=[{self.min_value}, {self.max_value}]"

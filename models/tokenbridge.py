@@ -212,9 +212,9 @@ class TokenBridge(ChannelAR):
         return tokens.transpose(1, 2).reshape(len(tokens), self.token_dim, self.grid_size, self.grid_size)
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Elementwise: latents of any shape -> (indices int64, dequantized values float32), both of that shape."""
+        """Elementwise: latents of any shape -> (indices int64, dequantized values float32), both of that shape; the value of NaN is NaN."""
         indices = quantizer.quantize(x, self.reconstruction_values, self.quant_min, self.quant_max)
-        return indices, self.dequantize(indices)
+        return indices, quantizer.keep_nan(self.dequantize(indices), x)
 
     def dequantize(self, indices: Tensor) -> Tensor:
         """Indices of any shape -> float32 latent values."""
