@@ -294,6 +294,10 @@ def read_vae_file(path: str | Path) -> dict:
     return content
 
 
+def _shape(value: object) -> tuple[int, ...] | str:
+    return tuple(value.shape) if isinstance(value, Tensor) else f"no tensor but {type(value).__name__}"
+
+
 def load_weights(vae: AutoencoderKL, path: str | Path, content: dict | None = None) -> None:
     """Fill `vae` from a checkpoint file. Keys that are not the VAE's are logged; a missing key, wrong shape or NaN is a ValueError."""
     content = read_vae_file(path) if content is None else content
@@ -301,7 +305,7 @@ def load_weights(vae: AutoencoderKL, path: str | Path, content: dict | None = No
     missing = [key for key in own if key not in weights]
     if missing:
         raise ValueError(f"{path} (--vae_path) lacks {len(missing)} of the VAE's {len(own)} keys, first: {', '.join(missing[:4])}")
-    wrong = [f"{key}: file {tuple(weights[key].shape)}, VAE {tuple(own[key].shape)}" for key in own if weights[key].shape != own[key].shape]
+    wrong = [f"{key}: file {_shape(weights[key])}, VAE {_shape(own[key])}" for key in own if _shape(weights[key]) != _shape(own[key])]
     if wrong:
         raise ValueError(f"{path} (--vae_path) has {len(wrong)} weights of another shape: {'; '.join(wrong[:4])} (see --vae_embed_dim)")
     not_finite = [key for key in own if not torch.isfinite(weights[key]).all()]
@@ -324,7 +328,7 @@ def load_vae(path: str | Path, embed_dim: int | None = None, stride: int | None 
         config = {} if embed_dim is None else {"embed_dim": embed_dim}
     try:
         vae = AutoencoderKL(**config)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} (--vae_path): its config does not describe a VAE of this code: {error}") from error
     for flag, given, actual in (("--vae_embed_dim", embed_dim, vae.embed_dim), ("--vae_stride", stride, vae.stride)):
         if given is not None and given != actual:

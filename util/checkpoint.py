@@ -46,11 +46,15 @@ def resolve(resume: str) -> Path:
     return path if path.is_file() else path / LAST
 
 
+def _shape(value: object) -> tuple[int, ...] | str:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else f"no tensor but {type(value).__name__}"
+
+
 def load_state(module: torch.nn.Module, state: dict, source: str) -> None:
     """Strict load_state_dict whose ValueError names the file and the first keys that do not fit; NaN is refused too."""
     own = module.state_dict()
     missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
-    wrong = [f"{k}: file {tuple(state[k].shape)}, model {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    wrong = [f"{k}: file {_shape(state[k])}, model {_shape(own[k])}" for k in own if k in state and _shape(state[k]) != _shape(own[k])]
     problems = [f"lacks {len(missing)} keys ({', '.join(missing[:3])})"] if missing else []
     problems += [f"has {len(extra)} unknown keys ({', '.join(extra[:3])})"] if extra else []
     problems += [f"has {len(wrong)} weights of another shape ({'; '.join(wrong[:3])})"] if wrong else []
