@@ -283,7 +283,7 @@ def bench_sample(args: argparse.Namespace) -> None:
 
     def row(name: str, a: float, b: float, form: str) -> tuple[str, list[str]]:
         return name, [format(a, form), format(b, form), f"{a / b:.2f}x" if b else "-"]
-    rows = [row("TFLOP per image", plain.flops / 1e12 / args.batch_size, ours.flops / 1e12 / args.batch_size, ".3f"),
+    rows = [row("TFLOP per image", plain.flops / 1e12 / args.batch_size, ours.flops / 1e12 / args.batch_size, ".4g"),
             row("head positions per token", plain_positions, our_positions, ".0f"),
             row("dispatched ops", plain.ops, ours.ops, "d"),
             row("host syncs in the loop", plain.num_syncs, ours.num_syncs, "d")]
@@ -352,8 +352,8 @@ def bench_train(args: argparse.Namespace) -> None:
     per_image = [both.flops / args.batch_size for _, both in counts]
     print_table(f"Training step of {args.model}: {args.batch_size} image(s) as latents, {precision} on {device}; columns are mask ratios", list(ratios), [
         ("masked tokens", [f"{num_masked_tokens(r, model.num_tokens)}/{model.num_tokens}" for r in ratios.values()]),
-        ("TFLOP per image, forward", [f"{forward.flops / args.batch_size / 1e12:.3f}" for forward, _ in counts]),
-        ("TFLOP per image, forward+backward", [f"{flops / 1e12:.3f}" for flops in per_image]),
+        ("TFLOP per image, forward", [f"{forward.flops / args.batch_size / 1e12:.4g}" for forward, _ in counts]),
+        ("TFLOP per image, forward+backward", [f"{flops / 1e12:.4g}" for flops in per_image]),
         ("dispatched ops, forward+backward", [f"{both.ops}" for _, both in counts]),
         ("host syncs, forward+backward", [f"{both.num_syncs}" for _, both in counts])])
     numbers = sum(p.numel() for p in model.parameters())
