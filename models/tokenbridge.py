@@ -295,6 +295,8 @@ class TokenBridge(ChannelAR):
         if tuple(mask.shape) != (batch, self.num_tokens):
             raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(batch, self.num_tokens)}")
         mask = mask != 0
+        if num_masked is None and isinstance(mask, FakeTensor):                              # has no numbers: trace the median ratio's shapes
+            num_masked = num_masked_tokens(draw_mask_ratio(self.mask_ratio_min, 0.5), self.num_tokens)
         if num_masked is None:
             counts = mask.sum(1).tolist()
             if len(set(counts)) != 1 or counts[0] == 0:
