@@ -4,11 +4,12 @@ Helpers are plain functions (`from conftest import fill_golden`); what is slow t
 """
 
 import json
+import logging
 import os
 import subprocess
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,28 @@ def image_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_image_folder(tmp_path_factory.mktemp("pictures"))
 
 
-# ------------------------------------------------------------------------------------------------------- processes and operations
+# ------------------------------------------------------------------------------------------------------- log, processes, operations
+
+class _Messages(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """The lines that the project's logger writes during the test, INFO and above (it does not propagate, so caplog misses them)."""
+    logger, handler = logging.getLogger("tokenbridge"), _Messages()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield handler.lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
 
 def run_processes(arguments: Sequence[str | Path], nproc: int, timeout: float = 120, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """`torchrun --nproc_per_node=nproc ARGUMENTS` on a free port, in the repository, one thread each; output captured as text."""

@@ -1,6 +1,5 @@
 """Data sets of images and of cached latents, and an order of samples that no number of processes changes (SPEC 1, 8)."""
 
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,6 +105,7 @@ class CachedLatents(Dataset):
         self.folder = list_folder(root, (".npz",), class_num, flag)
         self.flip = flip
         self.classes, self.labels, self.samples = self.folder.classes, self.folder.targets, self.folder.samples
+        self.shape: tuple[int, ...] | None = None
         self.shape = tuple(self[0][0].shape)                    # reads one file now, so that a wrong cache fails at the start
 
     def __len__(self) -> int:
@@ -118,10 +118,13 @@ class CachedLatents(Dataset):
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 moments = torch.from_numpy(arrays[key]).float()
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:                              # zipfile, zlib, numpy and the disk each have their own
             raise ValueError(f"cached latents {path} (--cached_path) cannot be read, cache this image anew: {error}") from error
         if not torch.isfinite(moments).all():
             raise ValueError(f"cached latents {path} (--cached_path) hold NaN or infinite values, cache this image anew")
+        if self.shape is not None and tuple(moments.shape) != self.shape:
+            raise ValueError(f"cached latents {path} (--cached_path) have shape {tuple(moments.shape)}, those of {self.samples[0][0]} {self.shape}; "
+                             "cache all images with the same VAE and size")
         return moments, label
 
 
