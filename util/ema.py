@@ -45,9 +45,12 @@ class ModelEma:
         return self.shadow
 
     def load_state_dict(self, state: dict[str, Tensor], source: str = "checkpoint") -> None:
-        """Copy the averages; ValueError if a parameter is missing or has another shape."""
-        bad = [n for n, value in self.shadow.items() if n not in state or state[n].shape != value.shape]
+        """Copy the averages; ValueError if a parameter is missing, has another shape or holds NaN."""
+        bad = [n for n, value in self.shadow.items() if getattr(state.get(n), "shape", None) != value.shape]
         if bad:
             raise ValueError(f"model_ema in {source} lacks or misshapes {len(bad)} parameters: {', '.join(bad[:3])}")
+        not_finite = [n for n in self.shadow if not torch.isfinite(state[n]).all()]
+        if not_finite:
+            raise ValueError(f"model_ema in {source} holds NaN or infinite values, first: {', '.join(not_finite[:3])}")
         for name, value in self.shadow.items():
             value.copy_(state[name])

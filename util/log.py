@@ -40,7 +40,7 @@ def run_cli(main: Callable[[], object]) -> int:
 class JsonlLog:
     """Appends one JSON object per line to a file and, if asked, the same scalars to tensorboard. Only for rank 0.
 
-    Lines of steps at or after `resume_step` are dropped on opening, so that a resumed run's log is that of one never stopped.
+    Lines of steps after `resume_step` are dropped on opening, so that a resumed run's log is that of one never stopped.
     """
 
     def __init__(self, path: Path, resume_step: int = 0, tensorboard_dir: Path | None = None):

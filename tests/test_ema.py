@@ -1,0 +1,110 @@
+"""util/ema.py (SPEC 7): against the plain formula, number by number."""
+
+import math
+
+import pytest
+import torch
+from conftest import tiny_model
+from torch import nn
+
+from util.ema import ModelEma
+
+
+def test_the_plain_formula():
+    """ema = rate * ema + (1 - rate) * weight after each of 20 steps, in float64 by hand."""
+    model = nn.Linear(3, 2)
+    ema = ModelEma(model, 0.9)
+    expected = {name: p.detach().double().clone() for name, p in model.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p += torch.randn(p.shape, generator=generator)
+                expected[name] = 0.9 * expected[name] + 0.1 * p.double()
+        ema.update()
+    for name, value in ema.state_dict().items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=1e-6)
+
+
+def test_by_hand():
+    """From 1 with rate 3/4 and the weight at 5: 2, then 2.75."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    ema = ModelEma(model, 0.75)
+    assert ema.state_dict()["weight"].item() == 1
+    nn.init.constant_(model.weight, 5)
+    ema.update()
+    assert ema.state_dict()["weight"].item() == 2
+    ema.update()
+    assert ema.state_dict()["weight"].item() == 2.75 and model.weight.item() == 5
+
+
+def test_published_rate_moves_slowly_but_moves():
+    """0.9999 in float32: after 1,000 steps at weight 1 from 0 the average is 1 - 0.9999^1000 = 0.0952."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    ema = ModelEma(model, 0.9999)
+    nn.init.ones_(model.weight)
+    for _ in range(1000):
+        ema.update()
+    assert ema.state_dict()["weight"].item() == pytest.approx(1 - 0.9999**1000, abs=1e-5)
+
+
+def test_it_has_every_parameter_and_no_buffer():
+    model = tiny_model()
+    state = ModelEma(model, 0.9).state_dict()
+    assert list(state) == [name for name, _ in model.named_parameters()]
+    assert "boundaries" not in state and all(not value.requires_grad for value in state.values())
+
+
+def test_half_precision_weights_are_averaged_in_float32():
+    model = nn.Linear(2, 2).to(torch.bfloat16)
+    assert {value.dtype for value in ModelEma(model, 0.9).state_dict().values()} == {torch.float32}
+
+
+def test_swapped_puts_the_averages_in_and_the_weights_back():
+    model = nn.Linear(2, 2)
+    ema = ModelEma(model, 0.5)
+    averages = {name: value.clone() for name, value in ema.state_dict().items()}
+    with torch.no_grad():
+        model.weight += 1
+    own = model.weight.detach().clone()
+    with ema.swapped():
+        assert torch.equal(model.weight, averages["weight"])
+    assert torch.equal(model.weight, own)
+    with pytest.raises(RuntimeError, match="stop"), ema.swapped():
+        raise RuntimeError("stop")
+    assert torch.equal(model.weight, own) and torch.equal(ema.state_dict()["weight"], averages["weight"])
+
+
+def test_saved_and_loaded():
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    saved = {name: value.clone() for name, value in ModelEma(first, 0.9).state_dict().items()}
+    ema = ModelEma(second, 0.9)
+    ema.load_state_dict(saved)
+    assert all(torch.equal(value, saved[name]) for name, value in ema.state_dict().items())
+    with torch.no_grad():
+        second.weight.fill_(1)
+    ema.update()                                               # goes on from what was loaded, which stays as it was
+    torch.testing.assert_close(ema.state_dict()["weight"], 0.9 * first.weight.detach() + 0.1)
+    assert torch.equal(saved["weight"], first.weight)
+
+
+@pytest.mark.parametrize(("state", "message"), [
+    ({"weight": torch.zeros(2, 2)}, r"in a\.pth lacks or misshapes 1 parameters: bias"),
+    ({"weight": torch.zeros(3), "bias": torch.zeros(2)}, "misshapes 1 parameters: weight"),
+    ({"weight": "text", "bias": torch.zeros(2)}, "misshapes 1 parameters: weight"),
+    ({"weight": torch.full((2, 2), math.nan), "bias": torch.zeros(2)}, "NaN.*weight"),
+])
+def test_states_that_do_not_fit(state, message):
+    ema = ModelEma(nn.Linear(2, 2), 0.9)
+    before = ema.state_dict()["weight"].clone()
+    with pytest.raises(ValueError, match=message):
+        ema.load_state_dict(state, "a.pth")
+    assert torch.equal(ema.state_dict()["weight"], before)
+
+
+@pytest.mark.parametrize("rate", [1.0, -0.1, 2, math.nan])
+def test_rates_that_are_none(rate):
+    with pytest.raises(ValueError, match="--ema_rate"):
+        ModelEma(nn.Linear(1, 1), rate)
