@@ -248,7 +248,7 @@ def gathered(mine: dict[int, object]) -> dict[int, object]:
 
 
 def summarise(row: Row, out: Outcome, reference: dict | None) -> dict:
-    """A row's figures over all processes' images; every process must call it."""
+    """A row's figures over all processes' images; every process must call it, rFID and Inception Score are on rank 0 only."""
     psnr_values, ssim_values = zip(*gathered(row.scores).values(), strict=True)
     figures = {"name": row.name, "bits": row.pair and row.pair[0], "range": row.pair and row.pair[1], "psnr": math.fsum(psnr_values) / len(psnr_values),
                "ssim": math.fsum(ssim_values) / len(ssim_values), "rfid": None, "inception_score": None, "inception_score_std": None,
@@ -257,9 +257,11 @@ def summarise(row: Row, out: Outcome, reference: dict | None) -> dict:
         used, counts = dist.all_reduce_sum(row.used), dist.all_reduce_sum(torch.stack([row.outside, row.outside.new_tensor(out.num_latents)]))
         figures |= {"indices_used": int((used > 0).sum()), "clamped_share": float(counts[0]) / float(counts[1])}
     if reference is not None:
-        figures["rfid"] = fid(row.statistics.merge().as_dict(), reference)
+        statistics = row.statistics.merge().as_dict()
         logits = torch.stack(list(gathered(row.logits).values()))                            # (N, 1008) in image order
-        if len(logits) >= IS_SPLITS:
+        if dist.is_main():                                                                   # an eigenvalue problem: seconds on all cores
+            figures["rfid"] = fid(statistics, reference)
+        if dist.is_main() and len(logits) >= IS_SPLITS:
             figures["inception_score"], figures["inception_score_std"] = inception_score(logits, IS_SPLITS)
     return figures
 
