@@ -1,0 +1,290 @@
+"""util/metrics.py and util/vae_stats.py: PSNR, SSIM, FID, Inception Score against scikit-image, SciPy, NumPy and torch-fidelity."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from conftest import Explosive, photographs
+from PIL import Image
+from scipy.linalg import sqrtm
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from util.metrics import (
+    FEATURE_DIM,
+    FeatureStatistics,
+    InceptionFeatures,
+    fid,
+    find_inception_weights,
+    inception_score,
+    load_reference_stats,
+    psnr,
+    ssim,
+)
+from util.vae_stats import frequency_order, latent_scale, low_frequency_share
+
+CPU = torch.device("cpu")
+
+
+def crops(number: int, size: int, seed: int) -> Tensor:
+    """uint8 (N, 3, S, S) from the real photographs."""
+    rng, photos = np.random.default_rng(seed), photographs()
+    images = []
+    for i in range(number):
+        top, left = rng.integers(427 - size), rng.integers(640 - size)
+        images.append(np.array(photos[i % 2][top : top + size, left : left + size]))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def damaged(images: Tensor, strength: float, seed: int = 0) -> Tensor:
+    """Images with Gaussian noise of that many grey levels, uint8."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    return (images.float() + strength * noise).round().clamp(0, 255).to(torch.uint8)
+
+
+def write_inception_weights(path: Path) -> Path:
+    """Random weights in torch-fidelity's format: the state dict of its own network, drawn so that activations keep their size."""
+    class Unfilled(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *args: object, **kwargs: object) -> None:
+            """The constructor insists on a file; this one is about to make it."""
+    torch.save({}, path)
+    network = Unfilled("inception-v3-compat", ["2048"], str(path))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+        nn.init.normal_(network.fc.weight, std=0.05)
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inception_weights(tmp_path_factory.mktemp("inception") / "weights.pth")
+
+
+# ------------------------------------------------------------------------------------------------------------- PSNR, SSIM
+
+def test_psnr_is_scikit_images() -> None:
+    a = crops(4, 48, seed=1)
+    b = damaged(a, 12.0)
+    expected = [peak_signal_noise_ratio(x, y, data_range=255) for x, y in zip(a.numpy(), b.numpy(), strict=True)]
+    np.testing.assert_allclose(psnr(a, b).numpy(), expected, rtol=1e-6)
+
+
+def test_psnr_of_equal_images_is_finite() -> None:
+    a = crops(2, 16, seed=1)
+    assert psnr(a, a).tolist() == [100.0, 100.0]
+    one_pixel = a.clone()
+    one_pixel[:, 0, 0, 0] ^= 1
+    assert (psnr(a, one_pixel) < 100).all()
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (11, 11), (40, 23)])
+def test_ssim_is_scikit_images(height: int, width: int) -> None:
+    a = crops(20, 64, seed=2)[..., :height, :width]                     # more than one chunk
+    b = torch.cat([damaged(a[:10], 5.0), damaged(a[10:], 40.0)])
+    b[0], b[1] = 0, 255                                                 # flat images have no variance at all
+    expected = [structural_similarity(x, y, channel_axis=0, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+                for x, y in zip(a.numpy(), b.numpy(), strict=True)]
+    found = ssim(a, b)
+    assert found.shape == (20,)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+
+
+def test_ssim_of_equal_images_is_one_and_small_ones_are_refused() -> None:
+    a = crops(2, 32, seed=3)
+    np.testing.assert_allclose(ssim(a, a).numpy(), 1.0, atol=1e-7)
+    with pytest.raises(ValueError, match="at least 11 pixels"):
+        ssim(a[..., :10], a[..., :10])
+
+
+# ------------------------------------------------------------------------------------------------------------- FID
+
+def random_features(number: int, dim: int, seed: int, shift: float = 0.0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal((number, dim)) @ rng.standard_normal((dim, dim)) + shift).astype(np.float32)
+
+
+def test_statistics_in_batches_are_numpys() -> None:
+    x = random_features(101, 24, seed=0, shift=30.0)                    # a mean far from 0 is where sums of squares lose digits
+    statistics = FeatureStatistics(24)
+    for part in torch.from_numpy(x).split(17):
+        statistics.update(part)
+    np.testing.assert_allclose(statistics.mu, x.mean(0, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(statistics.sigma, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-9)
+    assert statistics.sigma.dtype == statistics.mu.dtype == np.float64
+
+
+def test_statistics_of_one_image_are_refused() -> None:
+    statistics = FeatureStatistics(4)
+    statistics.update(torch.ones(1, 4))
+    with pytest.raises(ValueError, match="at least two images"):
+        _ = statistics.sigma
+
+
+def test_statistics_merge_sums_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes' statistics, here with the other one's tensors handed in; test_reconstruction.py does it with two real processes."""
+    x = random_features(30, 6, seed=4)
+    mine, other = FeatureStatistics(6), FeatureStatistics(6)
+    mine.update(torch.from_numpy(x[:20]))
+    other.update(torch.from_numpy(x[20:]))
+    by_shape = {tensor.shape: tensor for tensor in vars(other).values()}
+    monkeypatch.setattr("util.metrics.all_reduce_sum", lambda tensor: tensor.add_(by_shape.pop(tensor.shape)))
+    merged = mine.merge()
+    assert not by_shape
+    np.testing.assert_allclose(merged.mu, x.mean(0, dtype=np.float64), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(merged.sigma, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-10)
+
+
+def stats_of(x: np.ndarray) -> dict[str, np.ndarray]:
+    statistics = FeatureStatistics(x.shape[1])
+    statistics.update(torch.from_numpy(x))
+    return statistics.as_dict()
+
+
+def test_fid_is_the_formula() -> None:
+    a, b = stats_of(random_features(200, 16, seed=1)), stats_of(random_features(150, 16, seed=2, shift=0.5))
+    difference = a["mu"] - b["mu"]
+    expected = difference @ difference + np.trace(a["sigma"] + b["sigma"] - 2 * sqrtm(a["sigma"] @ b["sigma"]).real)
+    assert fid(a, b) == pytest.approx(expected, rel=1e-8)
+    assert fid(b, a) == pytest.approx(expected, rel=1e-8)
+
+
+def test_fid_of_equal_and_shifted_statistics() -> None:
+    x = random_features(200, 16, seed=1)
+    assert abs(fid(stats_of(x), stats_of(x))) < 1e-6 * np.trace(stats_of(x)["sigma"])
+    moved = stats_of(x) | {"mu": stats_of(x)["mu"] + 2.0}
+    assert fid(stats_of(x), moved) == pytest.approx(16 * 4.0, rel=1e-6)          # equal covariances: the squared distance of the means
+
+
+def test_inception_score_of_known_logits() -> None:
+    uniform = torch.zeros(50, 1008)
+    assert inception_score(uniform)[0] == pytest.approx(1.0, abs=1e-9)           # no image says anything about its class
+    sure = 100 * torch.eye(1008)[torch.arange(5).repeat(2)]                      # five classes, each certain, evenly
+    mean, std = inception_score(sure, splits=1)
+    assert mean == pytest.approx(5.0, rel=1e-9) and std == 0
+    with pytest.raises(ValueError, match="at least 10 images"):
+        inception_score(uniform[:9])
+
+
+def write_stats(path: Path, **arrays: np.ndarray) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+def test_reference_statistics_load(tmp_path: Path) -> None:
+    mu, sigma = np.arange(8, dtype=np.float32), np.eye(8, dtype=np.float32)
+    stats = load_reference_stats(write_stats(tmp_path / "s.npz", mu=mu, sigma=sigma), dim=8)
+    assert stats["mu"].dtype == stats["sigma"].dtype == np.float64               # float32 files and float64 statistics meet in `fid`
+    np.testing.assert_array_equal(stats["mu"], mu)
+    np.testing.assert_array_equal(stats["sigma"], sigma)
+
+
+def test_reference_statistics_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.npz \(--fid_stats\)"):
+        load_reference_stats(tmp_path / "none.npz")
+    with pytest.raises(ValueError, match="no array sigma, only mu"):
+        load_reference_stats(write_stats(tmp_path / "half.npz", mu=np.zeros(FEATURE_DIM)))
+    with pytest.raises(ValueError, match=r"mu \(4,\), sigma \(4, 4\); expected \(2048,\)"):
+        load_reference_stats(write_stats(tmp_path / "small.npz", mu=np.zeros(4), sigma=np.eye(4)))
+    cut = write_stats(tmp_path / "cut.npz", mu=np.zeros(64), sigma=np.eye(64))
+    cut.write_bytes(cut.read_bytes()[:900])
+    with pytest.raises(ValueError, match=r"cut\.npz \(--other\) is not a file of FID statistics"):
+        load_reference_stats(cut, flag="--other")
+    with pytest.raises(ValueError, match="not a file of FID statistics"):
+        load_reference_stats(write_stats(tmp_path / "code.npz", mu=np.array([Explosive(tmp_path / "ran")], dtype=object), sigma=np.eye(1)), dim=1)
+    assert not (tmp_path / "ran").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- Inception
+
+def test_inception_weights_absent_or_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match="none.pth.*--inception_weights"):
+        find_inception_weights(str(tmp_path / "none.pth"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with pytest.raises(FileNotFoundError, match="download https://.*--inception_weights"):
+        InceptionFeatures(None, CPU)
+    cached = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    cached.parent.mkdir(parents=True)
+    cached.touch()
+    assert find_inception_weights(None) == cached
+
+    torch.save({"fc.weight": torch.zeros(1008, 2048)}, tmp_path / "other.pth")
+    torch.save([Explosive(tmp_path / "ran")], tmp_path / "code.pth")
+    (tmp_path / "text.pth").write_text("not weights")
+    for name in ("other.pth", "code.pth", "text.pth"):
+        with pytest.raises(ValueError, match=rf"{name} \(--inception_weights\) does not hold torch-fidelity's Inception weights"):
+            InceptionFeatures(str(tmp_path / name), CPU)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_truncated_inception_weights(tmp_path: Path, inception_weights: Path) -> None:
+    cut = tmp_path / "cut.pth"
+    with inception_weights.open("rb") as file:
+        cut.write_bytes(file.read(5_000_000))
+    with pytest.raises(ValueError, match=r"cut\.pth \(--inception_weights\)"):
+        InceptionFeatures(str(cut), CPU)
+
+
+def test_inception_features_are_torch_fidelitys(inception_weights: Path) -> None:
+    """The extractor, fed in two batches, gives what torch-fidelity's own network gives at once; batches merge to numpy's statistics."""
+    images = crops(5, 40, seed=7)
+    ours = InceptionFeatures(str(inception_weights), CPU)
+    parts = [ours(part) for part in images.split(3)]
+    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(inception_weights))
+    pool, logits = network(images)
+    assert pool.std(0).mean() > 1e-3                                             # the images do differ under these weights
+    torch.testing.assert_close(torch.cat([p["2048"] for p in parts]), pool, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat([p["logits_unbiased"] for p in parts]), logits, rtol=1e-4, atol=1e-4)
+    assert pool.shape == (5, FEATURE_DIM) and logits.shape == (5, 1008)
+
+
+@pytest.mark.slow
+def test_scores_are_torch_fidelitys(tmp_path: Path, inception_weights: Path) -> None:
+    """FID and Inception Score of a small real set equal torch_fidelity.calculate_metrics on the same PNG files."""
+    original = crops(12, 40, seed=8)
+    changed = damaged(original, 30.0)
+    for name, images in (("original", original), ("changed", changed)):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i:02d}.png")
+    expected = torch_fidelity.calculate_metrics(
+        input1=str(tmp_path / "changed"), input2=str(tmp_path / "original"), cuda=False, batch_size=12, isc=True, fid=True, verbose=False,
+        feature_extractor_weights_path=str(inception_weights), save_cpu_ram=True, cache=False)
+    extractor = InceptionFeatures(str(inception_weights), CPU)
+    statistics, logits = [], None
+    for images in (original, changed):
+        found, one = extractor(images), FeatureStatistics()
+        one.update(found["2048"])
+        statistics.append(one.as_dict())
+        logits = found["logits_unbiased"]
+    mean, std = inception_score(logits)
+    assert mean == pytest.approx(expected["inception_score_mean"], rel=1e-5)
+    assert std == pytest.approx(expected["inception_score_std"], rel=1e-4, abs=1e-6)
+    assert fid(statistics[1], statistics[0]) == pytest.approx(expected["frechet_inception_distance"], rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------- latents
+
+def test_latent_scale_is_one_over_std() -> None:
+    latents = 4.3 * torch.randn(50, 4, 8, 8, generator=torch.Generator().manual_seed(0)) + 1.0
+    assert latent_scale(latents) == pytest.approx(1 / latents.numpy().astype(np.float64).std(ddof=1), rel=1e-12)
+
+
+def test_frequency_order_finds_slow_channels() -> None:
+    """A gradient, a chequerboard and white noise: the order is gradient, noise, chequerboard, whatever mean and size they have."""
+    y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    gradient, board = (x + y) / 8, (-1) ** (x + y)
+    noise = torch.randn(20, 16, 16, generator=torch.Generator().manual_seed(0))
+    wave = torch.linspace(-1, 1, 20)[:, None, None]
+    latents = torch.stack([board * wave * 100, noise + 50, gradient * wave * 0.01], dim=1)                  # (20, 3, 16, 16)
+    share = low_frequency_share(latents)
+    assert frequency_order(latents) == [2, 1, 0]
+    assert share[2] > 0.95 and share[0] < 1e-6
+    assert 0.1 < share[1] < 0.4                                                  # white noise: the share of frequencies within the radius, about 0.2
+    assert frequency_order(latents[:, [2, 1, 0]]) == [0, 1, 2]
