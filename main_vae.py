@@ -156,7 +156,7 @@ class VaeState:
         self.objective: nn.Module = Objective(vae, args.kl_weight, args.perceptual_weight)
         if dist.world_size() > 1:
             self.objective = DistributedDataParallel(self.objective, device_ids=[device] if device.type == "cuda" else None,
-                                                     broadcast_buffers=False, gradient_as_bucket_view=True)
+                                                     gradient_as_bucket_view=True)
         self.optimizer = torch.optim.Adam(vae.parameters(), lr=0.0, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.step = 0
