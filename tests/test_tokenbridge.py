@@ -76,15 +76,9 @@ def test_golden_orders_give_the_golden_mask():
 @pytest.mark.parametrize("name", ["tokenbridge_base", pytest.param("tokenbridge_large", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_golden_full_size(name):
-    """256 px, 200 masked tokens. Weights are filled parameter by parameter: no second copy of 2 GB."""
+    """256 px, 200 masked tokens; z of the first 8 positions, logits of the first 8 masked tokens, the loss."""
     golden = golden_arrays(f"train_{name}")
-    model = on_meta(name, attn_dropout=0.0, proj_dropout=0.0, label_drop_prob=0.0)
-    with torch.device("cpu"):
-        buffers = TokenBridge(**tiny_config(img_size=256, quant_levels=64)).state_dict()          # the tables; they do not depend on the width
-    state = {key: buffers[key] if key in dict(model.named_buffers()) else torch.from_numpy(golden_weight(key, p.shape).astype(np.float32))
-             for key, p in model.state_dict().items()}
-    model.load_state_dict(state, strict=True, assign=True)
-    model.to_head_order, model.to_natural_order = torch.tensor(KL16_ORDER), torch.tensor(KL16_ORDER).argsort()
+    model = fill_golden(MODELS[name](attn_dropout=0.0, proj_dropout=0.0, label_drop_prob=0.0))
     details = model.train()(*(torch.from_numpy(golden[key]) for key in ("latents", "labels", "mask")), return_details=True)
     np.testing.assert_allclose(details.z[0, :8].numpy(), golden["z_first8"], rtol=0, atol=2e-4)
     np.testing.assert_allclose(details.logits[:8].numpy(), golden["logits_first8"], rtol=0, atol=5e-4)
