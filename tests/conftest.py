@@ -3,6 +3,7 @@
 Helpers are plain functions (`from conftest import fill_golden`); what is slow to make is a session fixture, to be read and never changed.
 """
 
+import functools
 import json
 import logging
 import os
@@ -87,8 +88,9 @@ def tiny_batch(batch: int = 4, channels: int = 16, grid: int = 4, classes: int =
 
 # ------------------------------------------------------------------------------------------------------- real pictures
 
+@functools.cache
 def photographs() -> list[np.ndarray]:
-    """scikit-learn's two photographs (china.jpg, flower.jpg), uint8 (427, 640, 3)."""
+    """scikit-learn's two photographs (china.jpg, flower.jpg), uint8 (427, 640, 3). Read only: shared by all tests."""
     from sklearn.datasets import load_sample_images
     return [np.asarray(image, dtype=np.uint8) for image in load_sample_images().images]
 
