@@ -1,0 +1,385 @@
+"""reconstruction.py on a small trained VAE and real photographs: its figures, what they must not depend on, and bad input."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import GOLDEN, photographs, run_processes
+from PIL import Image
+from test_metrics import stats_of, write_inception_weights
+from torch import Tensor
+
+import reconstruction
+from models.quantizer import GaussianQuantizer
+from models.vae import AutoencoderKL, load_vae
+from reconstruction import build_parser, first_of_each_class, main, one_or_more, posterior_noise, spread_evenly
+from util.crop import center_crop_adm
+from util.images import read_image, to_tensor, to_uint8
+from util.log import run_cli
+from util.metrics import FeatureStatistics, fid, psnr, ssim
+from util.vae_stats import latent_scale
+
+
+@pytest.fixture(scope="session")
+def vae_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small VAE (stride 2, 8 channels) trained for a few seconds on crops of the photographs, with its measured scale: about 20 dB."""
+    photos = torch.from_numpy(np.stack(photographs())).permute(0, 3, 1, 2).float() / 127.5 - 1             # (2, 3, 427, 640)
+    rng = np.random.default_rng(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = AutoencoderKL(embed_dim=8, ch_mult=(1, 1), ch=8, num_res_blocks=1, attention=False, norm_groups=1)
+        optimizer = torch.optim.Adam(vae.parameters(), lr=3e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=150)
+        for _ in range(150):
+            batch = torch.stack([photos[i % 2, :, y : y + 32, x : x + 32]
+                                 for i, (y, x) in enumerate(zip(rng.integers(395, size=8), rng.integers(608, size=8), strict=True))])
+            posterior = vae.encode(batch)
+            loss = (vae.decode(posterior.sample()) - batch).abs().mean() + 1e-6 * posterior.kl().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    vae.scale_factor = latent_scale(posterior.mean.detach())
+    path = tmp_path_factory.mktemp("vae") / "vae.pth"
+    torch.save({"model": vae.state_dict(), "config": vae.config}, path)
+    return path
+
+
+@pytest.fixture
+def run(vae_path: Path, image_root: Path, tmp_path: Path):  # noqa: ANN201
+    """run(*flags, out="out", image_dir=...) runs reconstruction.main in this process and returns results.json."""
+    def call(*flags: object, out: str = "out", image_dir: Path = image_root / "train") -> dict:
+        main([*map(str, flags), "--vae_path", str(vae_path), "--image_dir", str(image_dir), "--img_size", "32", "--num_workers", "0",
+              "--device", "cpu", "--no_rfid", "--output_dir", str(tmp_path / out)])
+        return json.loads((tmp_path / out / "results.json").read_text())
+    return call
+
+
+def by_name(results: dict) -> dict[str, dict]:
+    return {row["name"]: row for row in results["rows"]}
+
+
+def assert_same_figures(a: dict, b: dict, psnr_tolerance: float = 1e-3) -> None:
+    """Equal rows; a convolution's last bit may differ between batch sizes, and with it a pixel by one grey level here and there."""
+    assert [row["name"] for row in a["rows"]] == [row["name"] for row in b["rows"]]
+    for x, y in zip(a["rows"], b["rows"], strict=True):
+        assert x["psnr"] == pytest.approx(y["psnr"], abs=psnr_tolerance)
+        assert x["ssim"] == pytest.approx(y["ssim"], abs=1e-4)
+        assert x["clamped_share"] == pytest.approx(y["clamped_share"], abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- flags and pieces
+
+def test_published_flags_keep_their_defaults() -> None:
+    published = json.loads((GOLDEN / "cli_flags.json").read_text())["reconstruction.py"]
+    args = vars(build_parser().parse_args([]))
+    for flag in published.values():
+        assert args[flag["dest"]] == flag["default"]
+    args = vars(build_parser().parse_args(["--bits", "4", "--range", "2.5"]))
+    assert (args["bits"], args["range"]) == (4, 2.5)
+    args = vars(build_parser().parse_args(["--bits", "3,4,3", "--range", "2,3.5"]))
+    assert (args["bits"], args["range"]) == ([3, 4], [2.0, 3.5])
+
+
+def test_one_or_more_names_what_it_got() -> None:
+    with pytest.raises(Exception, match="comma list of numbers.*'6,x'"):
+        one_or_more(int)("6,x")
+
+
+def test_choice_of_images() -> None:
+    labels = [0] * 4 + [1] * 2 + [2] * 5
+    assert first_of_each_class(labels, 3, None) == [0, 1, 2, 4, 5, 6, 7, 8]
+    assert first_of_each_class(labels, 3, 4) == [0, 2, 5, 7]                     # evenly over the classes
+    assert first_of_each_class(labels, 50, 100) == list(range(11))
+    assert spread_evenly("abcdef", 3) == ["a", "c", "e"] and spread_evenly("ab", 5) == ["a", "b"] and spread_evenly("ab", 0) == []
+
+
+def test_noise_depends_on_seed_and_number_alone() -> None:
+    noise = posterior_noise(3, [5, 9], (4, 8, 8))
+    assert torch.equal(posterior_noise(3, [9, 1, 5], (4, 8, 8))[[2, 0]], noise)
+    assert not torch.equal(noise[0], noise[1]) and not torch.equal(posterior_noise(4, [5], (4, 8, 8))[0], noise[0])
+    many = posterior_noise(0, range(50), (4, 16, 16))
+    assert abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+def test_sweep(run, tmp_path: Path) -> None:  # noqa: ANN001
+    """All pairs; many levels over a wide range cost nothing, fewer bits or a narrower range never help."""
+    results = run("--bits", "1,2,3,4,6,12", "--range", "0.5,6", "--mode")
+    rows = by_name(results)
+    assert len(results["rows"]) == 1 + 6 * 2 and results["num_images"] == 12 and results["num_classes"] == 2
+    alone = rows["VAE alone"]
+    assert alone["psnr"] > 15 and alone["bits"] is None and alone["clamped_share"] is None
+    assert rows["12 bits, ±6"]["psnr"] == pytest.approx(alone["psnr"], abs=0.02)
+    assert rows["12 bits, ±6"]["ssim"] == pytest.approx(alone["ssim"], abs=1e-3)
+    ladder = [rows[f"{bits} bits, ±6"]["psnr"] for bits in (1, 2, 3, 4, 6, 12)]
+    assert all(fewer <= more + 0.05 for fewer, more in zip(ladder, ladder[1:], strict=False)), ladder
+    assert rows["1 bits, ±6"]["psnr"] < alone["psnr"] - 0.5
+    assert rows["12 bits, ±0.5"]["psnr"] < rows["12 bits, ±6"]["psnr"] - 0.5     # most latents are clamped
+    assert rows["12 bits, ±0.5"]["clamped_share"] > 0.3 and rows["12 bits, ±6"]["clamped_share"] < 0.001
+    assert rows["1 bits, ±6"]["indices_used"] == 2 and rows["3 bits, ±0.5"]["indices_used"] == 8
+    assert all(row["rfid"] is None and row["inception_score"] is None for row in results["rows"])
+    assert results["rfid_not_computed"] == "--no_rfid was given"
+    assert results["settings"]["bits"] == [1, 2, 3, 4, 6, 12] and results["vae"]["stride"] == 2
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert grid.size == (3 * 34 + 2, 8 * 34 + 2)                             # 8 rows of original | VAE alone | first pair
+        pixels = np.asarray(grid)
+    original = to_uint8(to_tensor(center_crop_adm(read_image(Path(results["settings"]["image_dir"]) / "china" / "00.png"), 32)))
+    np.testing.assert_array_equal(pixels[2:34, 2:34], original.permute(1, 2, 0).numpy())
+    assert not list((tmp_path / "out").glob(".*"))                               # no temporary file is left
+
+
+def test_figures_by_hand(run, vae_path: Path, image_root: Path) -> None:  # noqa: ANN001
+    """PSNR, SSIM, share clamped and indices of one pair, computed here step by step from the files (SPEC 9)."""
+    row = run("--bits", "3", "--range", "1.5", "--seed", "11")["rows"][1]
+    vae = load_vae(vae_path)
+    files = sorted((image_root / "train").glob("*/*.png"))
+    images = torch.stack([to_tensor(center_crop_adm(read_image(f), 32)) for f in files])
+    with torch.no_grad():
+        posterior = vae.encode(images)
+        latents = vae.scale(posterior.sample(noise=posterior_noise(11, range(12), posterior.mean.shape[1:])))
+        quantizer = GaussianQuantizer(3, -1.5, 1.5)
+        indices = quantizer.quantize(latents)
+        decoded = to_uint8(vae.decode(vae.unscale(quantizer.dequantize(indices))))
+    assert row["psnr"] == pytest.approx(psnr(decoded, to_uint8(images)).mean().item(), abs=1e-4)
+    assert row["ssim"] == pytest.approx(ssim(decoded, to_uint8(images)).mean().item(), abs=1e-5)
+    assert row["clamped_share"] == pytest.approx((latents.abs() > 1.5).double().mean().item(), abs=1e-9)
+    assert row["indices_used"] == len(indices.unique())
+
+
+def test_batch_size_changes_nothing(run) -> None:  # noqa: ANN001
+    assert_same_figures(run("--bits", "3,6", "--batch_size", 12), run("--bits", "3,6", "--batch_size", 5, out="other"))
+
+
+def test_mode_ignores_the_seed_and_samples_do_not(run) -> None:  # noqa: ANN001
+    mode = [run("--mode", "--seed", seed)["rows"] for seed in (0, 1)]
+    sampled = [run("--seed", seed)["rows"] for seed in (0, 0, 1)]
+    assert mode[0] == mode[1]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert mode[0][0]["psnr"] > sampled[0][0]["psnr"]                            # the mean is closer to the image than a draw around it
+
+
+def test_fewer_images_are_those_of_the_full_run(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # noqa: ANN001
+    """--images_per_class takes the first of each class; every image comes out as in the full run, noise and all."""
+    passes, original = [], reconstruction.reconstruct
+
+    def remember(vae, rows, *rest: object) -> object:  # noqa: ANN001
+        result = original(vae, rows, *rest)
+        passes.append(rows[1].scores)
+        return result
+    monkeypatch.setattr(reconstruction, "reconstruct", remember)
+    assert run()["num_images"] == 12
+    few = run("--images_per_class", 2, "--grid_images", 0, out="few")
+    assert few["num_images"] == 4 and not (tmp_path / "few" / "grid.png").exists()
+    assert run("--num_images", 3, out="three")["num_images"] == 3
+    everything, first_two, three = passes
+    assert list(first_two) == [0, 1, 6, 7] and list(three) == [0, 4, 8]
+    for part in (first_two, three):
+        for number, scores in part.items():
+            assert scores == pytest.approx(everything[number], abs=1e-3)
+
+
+def test_table_shows_published_numbers(run, capsys: pytest.CaptureFixture) -> None:  # noqa: ANN001
+    results = run("--bits", "3,6", "--range", "5,7")
+    lines = capsys.readouterr().out.splitlines()
+    assert "published*" in lines[0] and "published, ImageNet, KL-16" in lines[-2]
+    assert [line.split()[4] for line in lines[2:6]] == [f"{results['rows'][i]['ssim']:.4f}" for i in range(1, 5)]
+    assert {row["name"]: row["published_rfid"] for row in results["rows"]} == {
+        "VAE alone": 1.11, "3 bits, ±5": 3.69, "3 bits, ±7": None, "6 bits, ±5": 1.11, "6 bits, ±7": None}
+    assert "3.69" in lines[2] and "not computed (--no_rfid was given)" in lines[-1]
+
+
+@pytest.mark.parametrize("nproc", [2])
+def test_processes_change_nothing(run, vae_path: Path, image_root: Path, tmp_path: Path, nproc: int) -> None:  # noqa: ANN001
+    one = run("--bits", "3,6", "--range", "1,5", "--batch_size", 4)
+    result = run_processes(["reconstruction.py", "--bits", "3,6", "--range", "1,5", "--batch_size", 4, "--vae_path", vae_path, "--image_dir",
+                            image_root / "train", "--img_size", 32, "--num_workers", 0, "--no_rfid", "--output_dir", tmp_path / "two"], nproc)
+    assert result.returncode == 0, result.stderr
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert two["world_size"] == nproc and two["num_images"] == 12
+    assert_same_figures(one, two)
+    assert [row["indices_used"] for row in one["rows"]] == [row["indices_used"] for row in two["rows"]]
+    assert result.stdout.count("VAE alone") == 1                                 # one process prints
+
+
+# ------------------------------------------------------------------------------------------------------------- rFID
+
+class SmallFeatures:
+    """Stands in for Inception: 6 features (mean colours of the upper and lower half), 1008 logits; the rest of the path is the real one."""
+
+    sha256 = "small"
+
+    def __init__(self, weights: str | None, device: torch.device):
+        self.seen = 0
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        assert images.dtype == torch.uint8
+        self.seen += len(images)
+        pool = F.adaptive_avg_pool2d(images.float(), (2, 1)).flatten(1)                                    # (B, 6)
+        return {"2048": pool, "logits_unbiased": F.pad(pool / 20, (0, 1002))}
+
+
+def run_with_features(vae_path: Path, image_dir: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> tuple[dict, SmallFeatures]:
+    extractor = SmallFeatures(None, torch.device("cpu"))
+    monkeypatch.setattr(reconstruction, "find_inception_weights", lambda path: Path("weights.pth"))
+    monkeypatch.setattr(reconstruction, "InceptionFeatures", lambda path, device: extractor)
+    monkeypatch.setattr(reconstruction, "FeatureStatistics", partial(FeatureStatistics, 6))
+    main(["--vae_path", str(vae_path), "--image_dir", str(image_dir), "--img_size", "32", "--num_workers", "0", "--device", "cpu", "--mode",
+          "--output_dir", str(out), *flags])
+    return json.loads((out / "results.json").read_text()), extractor
+
+
+def test_rfid_is_against_the_originals_own_features(vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                    capsys: pytest.CaptureFixture) -> None:
+    results, extractor = run_with_features(vae_path, image_root / "train", tmp_path, monkeypatch, "--bits", "1,12", "--range", "4", "--batch_size", "5")
+    vae = load_vae(vae_path)
+    images = torch.stack([to_tensor(center_crop_adm(read_image(f), 32)) for f in sorted((image_root / "train").glob("*/*.png"))])
+    with torch.no_grad():
+        decoded = to_uint8(vae.decode(vae.encode(images).mode()))
+    features = [stats_of(extractor(x)["2048"].numpy()) for x in (decoded, to_uint8(images))]
+    alone, one_bit, twelve_bits = results["rows"]
+    assert alone["rfid"] == pytest.approx(fid(*features), rel=1e-3)
+    assert twelve_bits["rfid"] == pytest.approx(alone["rfid"], rel=0.05) and one_bit["rfid"] > alone["rfid"]
+    assert results["rfid_not_computed"] is None and results["inception_sha256"] == "small"
+    assert all(row["inception_score"] >= 1 for row in results["rows"])                                     # 12 images are enough for 10 splits
+    assert extractor.seen == 12 * 4 + 2 * 12                                     # originals once, each row once (and twice here)
+    assert "fewer than 10000, so too high" in capsys.readouterr().out
+
+
+def test_too_few_images_for_a_score(vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nine, _ = run_with_features(vae_path, image_root / "train", tmp_path / "9", monkeypatch, "--num_images", "9")
+    assert all(row["rfid"] is not None and row["inception_score"] is None for row in nine["rows"])
+    one, _ = run_with_features(vae_path, image_root / "train", tmp_path / "1", monkeypatch, "--num_images", "1")
+    assert all(row["rfid"] is None for row in one["rows"]) and "at least two images" in one["rfid_not_computed"]
+
+
+def test_no_weights_are_no_error_and_are_said(vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                              capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    main(["--vae_path", str(vae_path), "--image_dir", str(image_root / "train"), "--img_size", "32", "--num_workers", "0", "--device", "cpu",
+          "--output_dir", str(tmp_path / "out")])
+    said = "no Inception weights at "
+    assert said in capsys.readouterr().out and said in json.loads((tmp_path / "out" / "results.json").read_text())["rfid_not_computed"]
+
+
+@pytest.mark.slow
+def test_rfid_with_inception_on_two_processes(vae_path: Path, image_root: Path, tmp_path: Path) -> None:
+    """The real extractor, random weights: one process and two give the same rFID and Inception Score."""
+    weights = write_inception_weights(tmp_path / "weights.pth")
+    found = []
+    for nproc in (1, 2):
+        result = run_processes(["reconstruction.py", "--bits", "2", "--vae_path", vae_path, "--image_dir", image_root / "train", "--img_size", 32,
+                                "--num_workers", 0, "--inception_weights", weights, "--output_dir", tmp_path / str(nproc)], nproc, timeout=400)
+        assert result.returncode == 0, result.stderr
+        found.append(json.loads((tmp_path / str(nproc) / "results.json").read_text()))
+    for one, two in zip(found[0]["rows"], found[1]["rows"], strict=True):
+        assert one["rfid"] > 0 and two["rfid"] == pytest.approx(one["rfid"], rel=1e-3)
+        assert two["inception_score"] == pytest.approx(one["inception_score"], rel=1e-4)
+    assert found[0]["rows"][1]["rfid"] > found[0]["rows"][0]["rfid"]
+    assert len(found[0]["inception_sha256"]) == 64
+
+
+# ------------------------------------------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("flags, message", [
+    (["--bits", "0"], "--bits must be from 1 to 12, got 0"),
+    (["--bits", "6,13"], "--bits must be from 1 to 12, got 13"),
+    (["--range", "0"], "--range must be finite and greater than 0, got 0.0"),
+    (["--range", "5,-2"], "--range must be finite and greater than 0, got -2.0"),
+    (["--range", "nan"], "--range must be finite"),
+    (["--img_size", "33"], "--img_size 33 is not a multiple of 2"),
+    (["--img_size", "8"], "--img_size must be at least 11"),
+    (["--images_per_class", "0"], "--images_per_class must be at least 1"),
+    (["--batch_size", "0"], "--batch_size must be at least 1"),
+    (["--image_dir", "{tmp}/none"], "no folder {tmp}/none (--image_dir)"),
+    (["--image_dir", "{tmp}/empty"], "{tmp}/empty (--image_dir) holds no class folders"),
+    (["--image_dir", "{tmp}/classes"], "{tmp}/classes (--image_dir) holds class folders but no"),
+    (["--vae_path", "{tmp}/none.pth"], "no VAE weights at {tmp}/none.pth (--vae_path)"),
+    (["--vae_path", "{tmp}/text.pth"], "{tmp}/text.pth (--vae_path) cannot be read"),
+    (["--vae_embed_dim", "16"], "--vae_embed_dim 16 contradicts"),
+    (["--device", "cuda"], "--device cuda was asked for"),
+    (["--device", "gpu"], "--device 'gpu' is not one of"),
+    (["--output_dir", "{tmp}/text.pth/out"], "cannot write to {tmp}/text.pth/out (--output_dir)"),
+    (["--inception_weights", "{tmp}/none.pth"], "no Inception weights at {tmp}/none.pth"),
+    (["--inception_weights", "{tmp}/text.pth"], "{tmp}/text.pth (--inception_weights) does not hold"),
+    (["--inception_weights", "x", "--no_rfid"], "--no_rfid and --inception_weights contradict each other"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_input(flags: list[str], message: str, vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                   capsys: pytest.CaptureFixture) -> None:
+    """A clear error, exit status 2, before any work, and the results of an earlier run stay as they are."""
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("this machine has the device that the test needs absent")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "classes" / "a").mkdir(parents=True)
+    (tmp_path / "text.pth").write_text("no weights")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text("earlier")
+    monkeypatch.setattr(reconstruction, "reconstruct", lambda *_: pytest.fail("work was begun"))
+    usual = {"--vae_path": vae_path, "--image_dir": image_root / "train", "--img_size": 32, "--device": "cpu", "--output_dir": tmp_path / "out"}
+    given = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
+    argv = [str(x) for flag, value in usual.items() if flag not in flags for x in (flag, value)] + given
+    assert run_cli(lambda: main(argv)) == 2
+    assert message.replace("{tmp}", str(tmp_path)) in capsys.readouterr().err
+    assert (tmp_path / "out" / "results.json").read_text() == "earlier" and len(list((tmp_path / "out").iterdir())) == 1
+
+
+@pytest.mark.parametrize("flags", [["--bits", "six"], ["--range", "5;4"], ["--precision", "fp8"], ["--bit", "6"]])
+def test_what_argparse_refuses(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(flags)
+    assert flags[0] in capsys.readouterr().err
+
+
+@pytest.fixture
+def with_bad_image(image_root: Path, tmp_path: Path) -> Path:
+    """The pictures, one of them cut short."""
+    folder = tmp_path / "pictures"
+    for source in (image_root / "train").glob("*/*.png"):
+        (folder / source.parent.name).mkdir(parents=True, exist_ok=True)
+        (folder / source.parent.name / source.name).write_bytes(source.read_bytes())
+    bad = folder / "china" / "02.png"
+    bad.write_bytes(bad.read_bytes()[:500])
+    return folder
+
+
+def test_a_bad_image_is_an_error(run, with_bad_image: Path, tmp_path: Path) -> None:  # noqa: ANN001
+    with pytest.raises(ValueError, match=r"china/02\.png cannot be read .*--on_bad_image skip"):
+        run(image_dir=with_bad_image)
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_a_bad_image_stops_every_process(vae_path: Path, with_bad_image: Path, tmp_path: Path) -> None:
+    """Only one of the two meets it; the other does not wait for ever."""
+    result = run_processes(["reconstruction.py", "--vae_path", vae_path, "--image_dir", with_bad_image, "--img_size", 32, "--num_workers", 0,
+                            "--no_rfid", "--output_dir", tmp_path / "two"], 2)
+    assert result.returncode != 0 and result.stderr.count("china/02.png cannot be read") >= 2
+    assert not (tmp_path / "two" / "results.json").exists()
+
+
+def test_a_bad_image_is_left_out_and_named(run, with_bad_image: Path) -> None:  # noqa: ANN001
+    """The other eleven are as they were; no other image is counted in its place."""
+    full, eleven = run(out="full"), run("--on_bad_image", "skip", image_dir=with_bad_image)
+    assert eleven["num_images"] == 11 and eleven["bad_images"] == [str(with_bad_image / "china" / "02.png")]
+    for row, other in zip(full["rows"], eleven["rows"], strict=True):
+        left_out = 12 * row["psnr"] - 11 * other["psnr"]                         # what the missing image alone must have had
+        assert 5 < left_out < 60 and row["psnr"] != other["psnr"]
+
+
+def test_not_one_image_can_be_read(run, with_bad_image: Path) -> None:  # noqa: ANN001
+    for image in with_bad_image.glob("*/*.png"):
+        image.write_bytes(b"")
+    with pytest.raises(ValueError, match="not one of the 12 chosen images can be read"):
+        run("--on_bad_image", "skip", image_dir=with_bad_image)
+
+
+def test_a_vae_that_overflows_is_an_error(run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+    """No uint8 image is made of NaN."""
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, z: z.new_full((len(z), 3, 32, 32), float("nan")))
+    with pytest.raises(ValueError, match="the pixels of image 0 .* are not finite: the VAE .--vae_path. is broken"):
+        run()
