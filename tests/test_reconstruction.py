@@ -280,7 +280,7 @@ def test_rfid_with_inception_on_two_processes(vae_path: Path, image_root: Path, 
     for one, two in zip(found[0]["rows"], found[1]["rows"], strict=True):
         assert one["rfid"] > 0 and two["rfid"] == pytest.approx(one["rfid"], rel=1e-3)
         assert two["inception_score"] == pytest.approx(one["inception_score"], rel=1e-4)
-    assert found[0]["rows"][1]["rfid"] > found[0]["rows"][0]["rfid"]
+    assert found[0]["rows"][1]["rfid"] != found[0]["rows"][0]["rfid"]            # (random features need not rank them as Inception's do)
     assert len(found[0]["inception_sha256"]) == 64
 
 
