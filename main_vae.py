@@ -250,7 +250,7 @@ def flush(state: VaeState, args: argparse.Namespace, window: Window, steps_per_e
         if log is not None:
             numbers = dict(zip(PARTS, values, strict=True)) | {"grad_norm": norm} if finite else {"skipped": True}
             log.write({"step": step, "epoch": (step - 1) // steps_per_epoch, "lr": lr, **numbers, "images_per_s": rate})
-        if state.bad_in_row >= min(args.max_bad_steps, total_steps):
+        if state.bad_in_row >= (args.max_bad_steps if step < total_steps else min(args.max_bad_steps, total_steps, 2)):     # no run may end broken
             raise ValueError(f"{state.bad_in_row} steps in a row had a loss or gradient that is not finite; stopped at step {step} with lr {lr:.3g}, "
                              f"loss {values[0]}, grad norm {norm} (--max_bad_steps). Those steps changed no weight and the files written so far "
                              "are as they were. Check the data, lower --lr or --grad_clip, or use --precision bf16/fp32")
