@@ -336,6 +336,14 @@ def test_corrupt_image(data: Path, tmp_path: Path, messages: list[str]) -> None:
         read_image(bad)
 
 
+def test_corrupt_image_met_by_a_loader_process_is_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    root = Path(shutil.copytree(data, tmp_path / "data"))
+    (root / "train" / "flower" / "05.png").write_bytes(b"not a picture")
+    assert run_cli(lambda: main(arguments(root, tmp_path / "out", num_workers=1))) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"^error: image .*05\.png cannot be read .*--on_bad_image skip$", error, re.MULTILINE) and "Traceback" not in error
+
+
 def test_output_dir_that_cannot_be_written(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ValueError, match=r"cannot write to .*file.out \(--output_dir\)"):

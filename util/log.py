@@ -33,7 +33,10 @@ def run_cli(main: Callable[[], object]) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("TOKENBRIDGE_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        text = str(error)
+        if text.startswith("Caught ") and "DataLoader worker" in text:         # torch puts the worker's traceback into the message
+            text = text.rstrip().splitlines()[-1].split(": ", 1)[-1]
+        print(f"error: {text}", file=sys.stderr, flush=True)
         return 2
 
 
