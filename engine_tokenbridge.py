@@ -4,6 +4,7 @@ Letters: B images per process and micro-batch, A micro-batches per step (--accum
 """
 
 import contextlib
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -69,8 +70,10 @@ class TrainState:
         device = next(model.parameters()).device
         self.wrapped: nn.Module = model
         if dist.world_size() > 1:
-            self.wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False,
-                                                   gradient_as_bucket_view=True)
+            sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters else \
+                "broadcast_buffers"                                         # its name before torch 2.15; ours are constants
+            self.wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True,
+                                                   **{sync_buffers: False})
         self.optimizer = torch.optim.AdamW(weight_decay_groups(model, weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
         self.ema = ModelEma(model, ema_rate)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")

@@ -111,6 +111,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Everything that can be refused without reading a file."""
+    if args.sample and not args.classes:
+        raise ValueError("--sample needs --classes, class numbers such as 207,360, or all")
     if args.evaluate and args.sample:
         raise ValueError("--evaluate and --sample are two different things; choose one")
     at_least(args, num_iter=1, num_images=1, eval_bsz=1, batch_size=1, accum_iter=1, epochs=1, max_steps=1, log_freq=1, max_bad_steps=1,
@@ -216,8 +218,6 @@ def sample_settings(args: argparse.Namespace, device: torch.device) -> SampleSet
 
 def parse_classes(text: str, class_num: int) -> list[int]:
     """--classes 207,360 or all -> class numbers; ValueError if one is not in [0, class_num)."""
-    if not text:
-        raise ValueError("--sample needs --classes, class numbers such as 207,360, or all")
     if text == "all":
         return list(range(class_num))
     try:
@@ -350,8 +350,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, load, then train, evaluate or sample. Raises ValueError or OSError for bad input."""
     args, given = parse(build_parser(), argv)
     check_arguments(args)
-    if args.sample:
-        parse_classes(args.classes, sys.maxsize)
     try:
         device = dist.init(args.device, args.dist_url)
         source, content = read_checkpoint(args)
