@@ -276,7 +276,21 @@ class Evaluator:
 
 # ------------------------------------------------------------------------------------------------------------- training
 
-def build_dataset(args: argparse.Namespace, model: TokenBridge) -> ImageFolderDataset | CachedLatents:
+def check_cache_record(cache: Path, vae: AutoencoderKL) -> None:
+    """ValueError if the cache's own record says that another VAE made it. A cache without one (published scripts) is taken as it is."""
+    if not (cache / "cache.json").is_file():
+        logger.info("%s has no cache.json: that its latents are from --vae_path is taken on trust", cache)
+        return
+    try:
+        made_with = json.loads((cache / "cache.json").read_text())["latent_fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{cache / 'cache.json'} (--cached_path) is not a record of main_cache.py: {error}") from error
+    if made_with != vae.latent_fingerprint():
+        raise ValueError(f"{cache} (--cached_path) was made with another VAE than --vae_path (fingerprints {made_with[:12]} and "
+                         f"{vae.latent_fingerprint()[:12]}); cache the images anew, or name that VAE")
+
+
+def build_dataset(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL) -> ImageFolderDataset | CachedLatents:
     """The training set of the flags; ValueError or FileNotFoundError if it does not fit the model."""
     if not args.use_cached:
         dataset = ImageFolderDataset(Path(args.data_path) / "train", args.img_size, not args.no_flip, args.on_bad_image, model.class_num)
@@ -286,6 +300,7 @@ def build_dataset(args: argparse.Namespace, model: TokenBridge) -> ImageFolderDa
         if dataset.shape != expected:
             raise ValueError(f"{args.cached_path} (--cached_path) holds moments of shape {dataset.shape}, the model needs {expected} "
                              "(cached with another --img_size or VAE?)")
+        check_cache_record(Path(args.cached_path), vae)
     if len(dataset.classes) < model.class_num:
         logger.warning("the data has %d classes, --class_num is %d: the rest are never trained", len(dataset.classes), model.class_num)
     return dataset
@@ -294,7 +309,7 @@ def build_dataset(args: argparse.Namespace, model: TokenBridge) -> ImageFolderDa
 def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, content: dict | None, source: Path | None, device: torch.device) -> None:
     """Train to --epochs or --max_steps; writes checkpoint-last.pth, log.jsonl and tensorboard events to --output_dir."""
     world, output = dist.world_size(), Path(args.output_dir)
-    dataset = build_dataset(args, model)
+    dataset = build_dataset(args, model, vae)
     sampler = GlobalBatchSampler(len(dataset), args.batch_size, dist.rank(), world, args.seed)
     steps_per_epoch = len(sampler) // args.accum_iter
     if steps_per_epoch == 0:

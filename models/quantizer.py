@@ -52,9 +52,9 @@ def quantize(x: Tensor, values: Tensor, min_value: float, max_value: float) -> T
 
     Binary search on the K-1 midpoints; memory is that of the result, never (..., K).
     """
-    x = (x.float() - min_value) / (max_value - min_value) * (2 * STD_RANGE) - STD_RANGE     # divide first: the rounding of the golden arrays
-    midpoints = (values[:-1] + values[1:]) / 2
-    return torch.bucketize(x.clamp(-STD_RANGE, STD_RANGE).contiguous(), midpoints)     # x == midpoint goes to the lower cell
+    x = (x.float() - min_value).div_(max_value - min_value).mul_(2 * STD_RANGE).sub_(STD_RANGE)     # divide first: the golden arrays' rounding
+    midpoints = (values[:-1] + values[1:]) / 2                                  # all inside the range: no clamp is needed
+    return torch.bucketize(x.contiguous(), midpoints)                           # x == midpoint goes to the lower cell
 
 
 def dequantize(indices: Tensor, values: Tensor, min_value: float, max_value: float) -> Tensor:

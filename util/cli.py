@@ -23,7 +23,8 @@ def add_process_flags(parser: argparse.ArgumentParser, seed: int) -> None:
     group = parser.add_argument_group("processes")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes cuda where there is one")
     group.add_argument("--seed", type=int, default=seed, help="seed of every random draw")
-    group.add_argument("--num_workers", type=int, default=10, help="loader processes per training process; 0 loads in the process itself")
+    group.add_argument("--num_workers", type=int, default=10,
+                       help="loader processes per training process, by default no more than it has cores; 0 loads in the process itself")
     group.add_argument("--pin_mem", action="store_true", default=True, help="pin the loader's memory (faster copies to a GPU)")
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="do not pin it")
     group.add_argument("--world_size", type=int, default=1, help="set by torchrun; accepted for old launch lines, must agree with it")
@@ -52,6 +53,8 @@ def _check_process_flags(args: argparse.Namespace, given: set[str]) -> None:
         raise ValueError(f"--world_size {args.world_size}, but {launched} processes were launched; leave the flag out and use torchrun --nproc_per_node")
     if args.local_rank >= 0 and int(os.environ.setdefault("LOCAL_RANK", str(args.local_rank))) != args.local_rank:
         raise ValueError(f"--local_rank {args.local_rank} contradicts the launcher's LOCAL_RANK {os.environ['LOCAL_RANK']}; leave the flag out")
+    if "num_workers" not in given:
+        args.num_workers = min(args.num_workers, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     at_least(args, num_workers=0)
 
 
