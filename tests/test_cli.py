@@ -28,11 +28,20 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ------------------------------------------------------------------------------------------------------- parsing
 
-def test_defaults():
+def test_defaults(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
     args, given = parse(small_parser(), [])
     assert given == set()
     assert vars(args) == {"num_images": 50, "cfg": 1.0, "name": "x", "evaluate": False, "device": "auto", "seed": 3, "num_workers": 10, "pin_mem": True,
                           "world_size": 1, "local_rank": -1, "dist_on_itp": False, "dist_url": "env://"}
+
+
+@pytest.mark.parametrize("cores, processes, workers", [(64, 1, 10), (64, 8, 8), (2, 2, 1), (1, 4, 1)])
+def test_workers_by_default_no_more_than_cores(monkeypatch, cores, processes, workers):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert parse(small_parser(), [])[0].num_workers == workers
+    assert parse(small_parser(), ["--num_workers", "12"])[0].num_workers == 12           # a wish is a wish
 
 
 def test_what_was_given_is_told_from_defaults():
