@@ -1,7 +1,7 @@
 """How much the quantizer costs: reconstruct images through VAE and quantizer; PSNR, SSIM and, with Inception weights, rFID and Inception Score.
 
   one setting   python reconstruction.py --bits 6 --range 5.0 --image_dir DIR
-  a sweep       python reconstruction.py --bits 3,4,5,6 --range 2,3,4,5 --image_dir DIR          (all pairs)
+  a sweep       python reconstruction.py --bits 3 4 5 6 --range 2 3 4 5 --image_dir DIR          (all pairs)
   many GPUs     torchrun --nproc_per_node=8 reconstruction.py --bits 6 --range 5.0 --image_dir DIR
 
 DIR holds <class>/<image>; the first --images_per_class images of each class are used, ADM-cropped. Each image is encoded once; every pair and
@@ -14,7 +14,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from models.quantizer import MAX_BITS, GaussianQuantizer
 from models.vae import AutoencoderKL, load_vae
 from util import dist
 from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
-from util.images import save_grid, to_uint8
+from util.images import save_grid, save_png, to_uint8
 from util.loader import BAD_IMAGE_CHOICES, ImageFolderDataset, build_loader
 from util.log import get_logger, run_cli
 from util.metrics import SMALLEST_FOR_SSIM, FeatureStatistics, InceptionFeatures, fid, find_inception_weights, inception_score, psnr, ssim
@@ -41,19 +41,9 @@ IS_SPLITS = 10
 FEW_IMAGES = 10_000         # with fewer, FID's bias is larger than the differences between the rows
 
 
-def one_or_more(number: Callable[[str], int | float]) -> Callable[[str], int | float | list]:
-    """An argparse type: one value as published, or a comma list of them."""
-    def read(text: str) -> int | float | list:
-        try:
-            values = [number(part) for part in text.split(",")]
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"takes a number or a comma list of numbers ({number.__name__}), got {text!r}") from None
-        return values[0] if len(values) == 1 else list(dict.fromkeys(values))
-    return read
-
-
 def as_list(value: object) -> list:
-    return value if isinstance(value, list) else [value]
+    """The values of a flag that takes one or several, each once."""
+    return list(dict.fromkeys(value)) if isinstance(value, list) else [value]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,8 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_images", type=int, default=None, help="at most so many images in all, spread evenly over the classes")
     parser.add_argument("--img_size", type=int, default=256, help="side of the images, pixels")
     parser.add_argument("--output_dir", default="quantization_results", help="where results.json and grid.png go")
-    parser.add_argument("--bits", type=one_or_more(int), default=6, help=f"bits per latent dimension, 1 to {MAX_BITS}; a comma list sweeps")
-    parser.add_argument("--range", type=one_or_more(float), default=5.0, help="the quantizer covers [-range, range]; a comma list sweeps")
+    parser.add_argument("--bits", type=int, nargs="+", default=6, help=f"bits per latent dimension, 1 to {MAX_BITS}; several make a sweep")
+    parser.add_argument("--range", type=float, nargs="+", default=5.0, help="the quantizer covers [-range, range]; several make a sweep")
+    parser.add_argument("--save_images", action="store_true", help="also write every image quantized with the first pair to OUT/images/<class>/")
     parser.add_argument("--mode", action="store_true", help="decode the posterior's mean; default: a sample, as published")
     parser.add_argument("--batch_size", type=int, default=16, help="images per process decoded together")
     parser.add_argument("--precision", default="fp32", choices=dist.PRECISIONS, help="of the VAE; the quantizer is float32 always")
@@ -236,6 +227,9 @@ def reconstruct(vae: AutoencoderKL, rows: Sequence[Row], folder: ImageFolderData
             if len(versions) < 3:                                                            # original, VAE alone, first pair
                 versions.append(version)
         for i, number in enumerate(numbers):
+            if args.save_images:
+                name = Path(folder.samples[number][0]).relative_to(args.image_dir)
+                save_png(Path(args.output_dir) / "images" / (name if name.suffix == ".png" else f"{name}.png"), versions[2][i])
             if number in shown:
                 out.pictures[number] = [version[i].cpu() for version in versions]
     return out
