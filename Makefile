@@ -1,0 +1,30 @@
+# make demo      the whole pipeline on handwritten digits, CPU only
+# make test      the tests (make test-all: the slow ones too)
+# make clean     delete what the demo wrote
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all lint clean
+
+demo: .venv/installed
+	$(BIN)/python -m demo.run
+
+test: .venv/installed
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/python -m pip install --quiet ruff && $(BIN)/python -m ruff check .
+
+clean:
+	rm -rf demo/out demo/*.png
+
+# uv installs the same packages several times faster than pip; where it is not to be had, pip does it.
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	($(BIN)/python -m pip install --quiet uv && $(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.txt) \
+		|| $(BIN)/python -m pip install -r requirements.txt
+	touch $@
