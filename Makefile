@@ -17,7 +17,7 @@ test-all: .venv/installed
 	$(BIN)/python -m pytest
 
 lint: .venv/installed
-	$(BIN)/python -m pip install --quiet ruff && $(BIN)/python -m ruff check .
+	$(BIN)/python -m pip install --quiet ruff==0.17.6 && $(BIN)/python -m ruff check .
 
 clean:
 	rm -rf demo/out demo/*.png
