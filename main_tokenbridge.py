@@ -339,11 +339,12 @@ def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, cont
             logger.info("wrote %s at step %d", output / checkpoint.LAST, state.step)
 
     log = JsonlLog(output / "log.jsonl", state.step, output) if dist.is_main() else None
-    levels = model.config["quant_levels"]
+    levels, width = model.config["quant_levels"], model.config["channel_embed_dim"]
+    start = math.log(levels) + width / (width + levels)                    # xavier-uniform logits of a normalised feature have twice that variance
     logger.info("%s: %.2f M parameters, %d tokens x %d dimensions x %d levels; %d images, global batch %d, lr %.3g, %d epochs of %d steps, %s on %s; "
-                "the loss starts at about ln %d = %.3f", args.model, sum(p.numel() for p in model.parameters()) / 1e6, model.num_tokens,
+                "the loss starts near %.2f; below ln %d = %.3f something has been learned", args.model, sum(p.numel() for p in model.parameters()) / 1e6, model.num_tokens,
                 model.token_dim, levels, len(dataset), global_batch, settings.lr, args.epochs, steps_per_epoch,
-                settings.precision, device, levels, math.log(levels))
+                settings.precision, device, start, levels, math.log(levels))
     if state.step >= settings.total_steps:
         logger.info("nothing to do: %d of %d steps are done", state.step, settings.total_steps)
     loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem)
