@@ -27,7 +27,7 @@ from util.images import read_image, save_grid, save_png, to_tensor, to_uint8
 from util.loader import BAD_IMAGE_CHOICES, CachedLatents, GlobalBatchSampler, ImageFolderDataset, build_loader
 from util.log import JsonlLog, get_logger, run_cli
 from util.lr_sched import LR_SCHEDULES, base_learning_rate
-from util.metrics import InceptionFeatures, load_reference_stats
+from util.metrics import IS_SPLITS, InceptionFeatures, load_reference_stats
 
 logger = get_logger()
 
@@ -121,6 +121,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("cfg", "temperature", "grad_clip", "lr", "blr", "min_lr", "weight_decay"):
         if getattr(args, name) is not None and not math.isfinite(getattr(args, name)):
             raise ValueError(f"--{name} must be finite, got {getattr(args, name)}")
+    if (args.evaluate or args.online_eval) and args.num_images < IS_SPLITS:
+        raise ValueError(f"--num_images {args.num_images}: the Inception Score needs at least {IS_SPLITS} images, one per split")
     if not 1 <= args.quant_bits <= MAX_BITS:
         raise ValueError(f"--quant_bits must be from 1 to {MAX_BITS}, got {args.quant_bits}")
     check_range(args.quant_min, args.quant_max)
@@ -341,10 +343,10 @@ def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, cont
     log = JsonlLog(output / "log.jsonl", state.step, output) if dist.is_main() else None
     levels, width = model.config["quant_levels"], model.config["channel_embed_dim"]
     start = math.log(levels) + width / (width + levels)                    # xavier-uniform logits of a normalised feature have twice that variance
-    logger.info("%s: %.2f M parameters, %d tokens x %d dimensions x %d levels; %d images, global batch %d, lr %.3g, %d epochs of %d steps, %s on %s; "
-                "the loss starts near %.2f; below ln %d = %.3f something has been learned", args.model, sum(p.numel() for p in model.parameters()) / 1e6, model.num_tokens,
-                model.token_dim, levels, len(dataset), global_batch, settings.lr, args.epochs, steps_per_epoch,
-                settings.precision, device, start, levels, math.log(levels))
+    logger.info("%s: %.2f M parameters, %d tokens x %d dimensions x %d levels; %d images, global batch %d, lr %.3g, %d epochs of %d steps, %s on %s",
+                args.model, sum(p.numel() for p in model.parameters()) / 1e6, model.num_tokens, model.token_dim, levels, len(dataset), global_batch,
+                settings.lr, args.epochs, steps_per_epoch, settings.precision, device)
+    logger.info("the loss starts near %.2f; below ln %d = %.3f something has been learned", start, levels, math.log(levels))
     if state.step >= settings.total_steps:
         logger.info("nothing to do: %d of %d steps are done", state.step, settings.total_steps)
     loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem)

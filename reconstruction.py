@@ -31,13 +31,12 @@ from util.cli import add_process_flags, at_least, check_writable, make_parser, p
 from util.images import save_grid, save_png, to_uint8
 from util.loader import BAD_IMAGE_CHOICES, ImageFolderDataset, build_loader
 from util.log import get_logger, run_cli
-from util.metrics import SMALLEST_FOR_SSIM, FeatureStatistics, InceptionFeatures, fid, find_inception_weights, inception_score, psnr, ssim
+from util.metrics import IS_SPLITS, SMALLEST_FOR_SSIM, FeatureStatistics, InceptionFeatures, fid, find_inception_weights, inception_score, psnr, ssim
 
 logger = get_logger()
 
 # Published rFID by (bits, range); None is the VAE alone. ImageNet, KL-16, 256 px, 50 training images of each class (SPEC 3, 9).
 PUBLISHED_RFID = {None: 1.11, (3, 5.0): 3.69, (4, 5.0): 1.33, (5, 5.0): 1.12, (6, 5.0): 1.11, (6, 4.0): 1.13, (6, 3.0): 1.22, (6, 2.0): 2.26}
-IS_SPLITS = 10
 FEW_IMAGES = 10_000         # with fewer, FID's bias is larger than the differences between the rows
 
 

@@ -13,6 +13,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, i
 from util.dist import all_reduce_sum
 
 FEATURE_DIM = 2048
+IS_SPLITS = 10             # parts over which the Inception Score is averaged
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ def fid(stats_1: dict[str, np.ndarray], stats_2: dict[str, np.ndarray]) -> float
     return fid_statistics_to_metric(stats_1, stats_2, False)[KEY_METRIC_FID]
 
 
-def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
+def inception_score(logits: Tensor, splits: int = IS_SPLITS) -> tuple[float, float]:
     """Mean and standard deviation over the splits, from logits (N, 1008) in image order, shuffled as torch-fidelity does by default."""
     if len(logits) < splits:
         raise ValueError(f"the Inception Score needs at least {splits} images, one per split; got {len(logits)}")
