@@ -175,7 +175,8 @@ def build_stages(out: Path, pictures: Path, size: Size) -> list[Stage]:
             "main_tokenbridge.py", "--model", "tokenbridge_digits", "--img_size", 32, "--class_num", 10, "--buffer_size", 8,
             "--vae_path", vae / "vae.pth", "--use_cached", "--cached_path", cache, "--no_flip", "--batch_size", 32, "--epochs", 1000,
             "--max_steps", size.steps, "--lr", 1e-3, "--min_lr", 2e-5, "--warmup_epochs", 0, "--ema_rate", 0.995, "--grad_clip", 1,
-            "--attn_dropout", 0, "--proj_dropout", 0, "--mask_ratio_min", 0.3, "--save_last_freq", 10, "--log_freq", 100, "--output_dir", model, "--resume", model)[1:]],
+            "--attn_dropout", 0, "--proj_dropout", 0, "--mask_ratio_min", 0.3, "--save_last_freq", 10, "--log_freq", 100,
+            "--output_dir", model, "--resume", model)[1:]],
             model, loss_figure, "4.6, then 3.1 to 3.3"),
         Stage("sample", python(
             "main_tokenbridge.py", "--sample", "--resume", model, "--vae_path", vae / "vae.pth", "--classes", "all",
