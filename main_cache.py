@@ -11,7 +11,6 @@ After a kill, run the same command again: complete files are kept, all others ar
 import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 import zipfile
@@ -27,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from models.vae import AutoencoderKL, load_vae
 from util import dist
 from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
+from util.files import replacing, write_json
 from util.loader import BAD_IMAGE_CHOICES, ImageFolderDataset
 from util.log import get_logger, run_cli
 
@@ -68,14 +68,8 @@ def is_complete(path: Path, shape: tuple[int, ...]) -> bool:
 
 def write_moments(path: Path, moments: np.ndarray, moments_flip: np.ndarray) -> None:
     """Write one .npz under a temporary name, then rename. The name is fixed, so that running again replaces what a kill left behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, moments=moments, moments_flip=moments_flip)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        np.savez(file, moments=moments, moments_flip=moments_flip)
 
 
 class ToEncode(Dataset):
@@ -130,15 +124,6 @@ def check_record(path: Path, record: dict) -> None:
         what = "; ".join(f"{names[key]} was {str(old)[:16]}, now {str(new)[:16]}" for key, (old, new) in differs.items())
         raise ValueError(f"{path} (--cached_path) says that the latents there were made with another setting: {what}. Choose another folder, "
                          "or --overwrite to replace them")
-
-
-def write_record(path: Path, record: dict) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(json.dumps(record, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def check_folders(cache: Path, classes: Sequence[str]) -> None:
@@ -249,7 +234,7 @@ def prepare(args: argparse.Namespace, record: dict, work: ToEncode) -> None:
         if not (cache / RECORD).exists() and any(cache.glob("*/*.npz")):
             logger.warning("%s holds latents but no %s: complete files of the right shape are kept, whatever VAE made them; "
                            "--overwrite replaces them", cache, RECORD)
-        write_record(cache / RECORD, record)
+        write_json(cache / RECORD, record)
     dist.barrier()
 
 
@@ -286,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if encoded + kept == 0:
             raise ValueError(f"{images.folder.root} (--data_path): not one of its {len(images)} images can be read")
         if dist.is_main():
-            write_record(cache / RECORD, record | {"images": encoded + kept, "corrupt": corrupt, "complete": True})
+            write_json(cache / RECORD, record | {"images": encoded + kept, "corrupt": corrupt, "complete": True})
             stale = sum(1 for _ in cache.rglob("*.npz")) - encoded - kept
             if stale > 0:
                 logger.warning("%s holds %d latents of other images than those of %s; training would use them", cache, stale, images.folder.root)

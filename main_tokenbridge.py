@@ -23,6 +23,7 @@ from models.tokenbridge import CFG_SCHEDULES, TokenBridge
 from models.vae import AutoencoderKL, load_vae
 from util import checkpoint, dist
 from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
+from util.files import write_json
 from util.images import read_image, save_grid, save_png, to_tensor, to_uint8
 from util.loader import BAD_IMAGE_CHOICES, CachedLatents, GlobalBatchSampler, ImageFolderDataset, build_loader
 from util.log import JsonlLog, get_logger, run_cli
@@ -33,6 +34,7 @@ logger = get_logger()
 
 # Flags that say what the model is: fixed by a checkpoint's config. And those that only say how it is trained: a resumed run may change them.
 STRUCTURE_FLAGS = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "quant_bits", "quant_min", "quant_max", "class_num", "buffer_size")
+CONFIG_KEYS = {"model_name", "model", "vae", "vae_fingerprint"}             # what a checkpoint's config must say for the model to be built from it
 BEHAVIOUR_FLAGS = ("label_drop_prob", "mask_ratio_min", "attn_dropout", "proj_dropout", "grad_checkpointing")
 
 
@@ -117,7 +119,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--evaluate and --sample are two different things; choose one")
     at_least(args, num_iter=1, num_images=1, eval_bsz=1, batch_size=1, accum_iter=1, epochs=1, max_steps=1, log_freq=1, max_bad_steps=1,
              save_last_freq=1, eval_freq=1, img_size=1, class_num=1)
-    at_least(args, temperature=0, warmup_epochs=0, weight_decay=0, grad_clip=0, lr=0, blr=0, min_lr=0, start_epoch=0)
+    at_least(args, temperature=0, warmup_epochs=0, weight_decay=0, grad_clip=0, lr=0, blr=0, min_lr=0, start_epoch=0, seed=0)
     for name in ("cfg", "temperature", "grad_clip", "lr", "blr", "min_lr", "weight_decay"):
         if getattr(args, name) is not None and not math.isfinite(getattr(args, name)):
             raise ValueError(f"--{name} must be finite, got {getattr(args, name)}")
@@ -133,22 +135,29 @@ def check_arguments(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------------------- model and VAE
 
 def read_checkpoint(args: argparse.Namespace) -> tuple[Path | None, dict | None]:
-    """The checkpoint of --resume. None only when training may start anew: no --resume, or a folder that holds none."""
+    """The checkpoint of --resume. None only when training may start anew: no --resume, or a folder that holds none.
+
+    ValueError if training would overwrite another run's checkpoint, or the file is none of this script's.
+    """
+    training, path, last = not (args.evaluate or args.sample), checkpoint.resolve(args.resume), Path(args.output_dir) / checkpoint.LAST
+    if not training and not args.resume:
+        raise ValueError("--evaluate and --sample need trained weights: give --resume, a checkpoint or a folder with checkpoint-last.pth")
+    if training and last.exists() and not (args.resume and path.is_file() and path.samefile(last)):
+        raise ValueError(f"{args.output_dir} (--output_dir) already holds a {checkpoint.LAST}: continue it with --resume {args.output_dir}, "
+                         "or choose another folder")
     if not args.resume:
-        if args.evaluate or args.sample:
-            raise ValueError("--evaluate and --sample need trained weights: give --resume, a checkpoint or a folder with checkpoint-last.pth")
-        if (Path(args.output_dir) / checkpoint.LAST).exists():
-            raise ValueError(f"{args.output_dir} (--output_dir) already holds a {checkpoint.LAST}: continue it with --resume {args.output_dir}, "
-                             "or choose another folder")
         logger.info("no --resume: training starts from random weights")
         return None, None
-    path = checkpoint.resolve(args.resume)
-    if not path.is_file() and not (args.evaluate or args.sample) and Path(args.resume).suffix not in (".pth", ".pt", ".ckpt"):
+    if not path.is_file() and training and Path(args.resume).suffix not in (".pth", ".pt", ".ckpt"):
         logger.info("no %s in %s (--resume): training starts from random weights", checkpoint.LAST, args.resume)
         return None, None
     content = checkpoint.load_file(path)
     if not isinstance(content.get("model"), dict):
         raise ValueError(f'{path} (--resume) has no weights under the key "model"; found {", ".join(map(str, list(content)[:8]))}')
+    config = content.get("config")
+    if config is not None and not (isinstance(config, dict) and CONFIG_KEYS <= config.keys()):
+        raise ValueError(f"{path} (--resume) is no checkpoint of main_tokenbridge.py: its config lacks "
+                         f"{', '.join(sorted(CONFIG_KEYS - set(config if isinstance(config, dict) else ())))} (is it a VAE's, of --vae_path?)")
     return path, content
 
 
@@ -250,7 +259,7 @@ def sample(args: argparse.Namespace, given: set[str], model: TokenBridge, vae: A
         pictures = [to_uint8(to_tensor(read_image(output / f"{i:06d}.png"))) for i in range(shown)]
         save_grid(output / "grid.png", torch.stack(pictures), columns)
         record = asdict(settings) | {"checkpoint": str(source), "weights": args.weights, "labels": labels}
-        (output / "samples.json").write_text(json.dumps(record, indent=1))
+        write_json(output / "samples.json", record)
         logger.info("wrote %d images, grid.png and samples.json to %s", len(labels), output)
 
 

@@ -10,9 +10,7 @@ first pair (the first of --bits with the first of --range), and prints a table.
 """
 
 import argparse
-import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +26,7 @@ from models.quantizer import MAX_BITS, GaussianQuantizer
 from models.vae import AutoencoderKL, load_vae
 from util import dist
 from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
+from util.files import write_json
 from util.images import save_grid, save_png, to_uint8
 from util.loader import BAD_IMAGE_CHOICES, ImageFolderDataset, build_loader
 from util.log import get_logger, run_cli
@@ -282,13 +281,6 @@ def load_features(args: argparse.Namespace, device: torch.device) -> tuple[Incep
             raise
         return None, str(error)
     return InceptionFeatures(args.inception_weights, device), None
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Under a temporary name, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:

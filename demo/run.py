@@ -21,6 +21,7 @@ import torch
 
 from demo import digits
 from util.cli import check_writable, make_parser
+from util.files import replacing, write_json
 from util.log import run_cli
 
 matplotlib.use("Agg")
@@ -71,7 +72,7 @@ def run_stages(stages: Sequence[Stage], out: Path) -> list[tuple[str, float, str
         else:
             if not same and stage.folder.is_dir():
                 shutil.rmtree(stage.folder)
-            write_stamp(stamp, key)
+            write_json(stamp, key)
             print(f"\n{title}" + (f"\n    {shown(stage.command)}" if stage.command else ""), flush=True)
             started = time.perf_counter()
             stage.work()
@@ -82,19 +83,11 @@ def run_stages(stages: Sequence[Stage], out: Path) -> list[tuple[str, float, str
                     raise ValueError(f"stage {number} ({stage.name}) ended with exit code {code}; its message stands above. "
                                      "The same command continues from here")
             found = key | {"seconds": time.perf_counter() - started, "figure": stage.figure(), "finished": time.time()}
-            write_stamp(stamp, found)
+            write_json(stamp, found)
             print(f"    {found['seconds']:.0f} s: {found['figure']}", flush=True)
         rows.append((stage.name, found["seconds"], found["figure"]))
         before = found["finished"]
     return rows
-
-
-def write_stamp(path: Path, content: dict) -> None:
-    """Under a temporary name, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, path)
 
 
 def read_log(path: Path) -> dict[str, np.ndarray]:
@@ -112,9 +105,8 @@ def draw_loss(log: dict[str, np.ndarray], path: Path) -> None:
     axes.axhline(np.log(64), color="gray", linestyle=":", label="ln 64: nothing learned yet")
     axes.set(xlabel="optimizer step", ylabel="cross-entropy per dimension (nats)", title="TokenBridge on handwritten digits")
     axes.legend()
-    temporary = path.with_name("." + path.name)
-    figure.savefig(temporary, dpi=120, format="png")
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format="png")
     plt.close(figure)
 
 

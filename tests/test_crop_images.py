@@ -131,7 +131,7 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path):
 
     class Broken:
         def save(self, target, format: str) -> None:  # noqa: ANN001, A002
-            target.write_bytes(b"half")
+            target.write(b"half")
             raise OSError("disk full")
     with pytest.raises(OSError, match="disk full"):
         atomic_write(Broken(), path)

@@ -1,27 +1,19 @@
 """Checkpoint files: written whole or not at all, read without running code."""
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
+
+from util.files import replacing
 
 LAST = "checkpoint-last.pth"
 
 
 def atomic_save(content: object, path: str | Path) -> None:
     """torch.save to a temporary file beside `path`, fsync, rename: a kill leaves the old file or the new one, never half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, sync=True) as file:
+        torch.save(content, file)
 
 
 def load_file(path: str | Path, flag: str = "--resume", mmap: bool = False) -> dict:

@@ -1,6 +1,5 @@
 """Pictures: model output to uint8, PNG files and grids, all written atomically."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
+
+from util.files import replacing
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -17,14 +18,8 @@ def to_uint8(x: Tensor) -> Tensor:
 
 def atomic_write(image: Image.Image, path: str | Path) -> None:
     """Save as PNG under a temporary name, then rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        image.save(file, format="PNG")
 
 
 def save_png(path: str | Path, image: Tensor) -> None:

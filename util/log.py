@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from util.files import replacing
+
 
 def get_logger() -> logging.Logger:
     """The project's logger; INFO from rank 0, warnings from every rank, on stderr."""
@@ -56,9 +58,8 @@ class JsonlLog:
                         kept.append(line)
                 except (json.JSONDecodeError, KeyError, TypeError):
                     continue                                   # a line cut short by a kill
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, path)
+        with replacing(path) as file:
+            file.write("".join(line + "\n" for line in kept).encode())
         self.file = path.open("a", buffering=1)
         self.board = None
         if tensorboard_dir is not None:

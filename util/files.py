@@ -1,0 +1,35 @@
+"""Writing files so that a kill leaves the old content or the new, never half of one."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, sync: bool = False) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of `path` (its folder is made) when the block ends without an error.
+
+    Its own name is fixed, .NAME.tmp beside `path`, so that writing again replaces what a kill left behind; one process at a time may write.
+    sync: on the disk (fsync) before it is renamed, for files that must survive a power cut.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """`content` as indented JSON, on the disk before it replaces `path`."""
+    with replacing(path, sync=True) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
