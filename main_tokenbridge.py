@@ -155,7 +155,7 @@ def read_checkpoint(args: argparse.Namespace) -> tuple[Path | None, dict | None]
     if not isinstance(content.get("model"), dict):
         raise ValueError(f'{path} (--resume) has no weights under the key "model"; found {", ".join(map(str, list(content)[:8]))}')
     config = content.get("config")
-    if config is not None and not (isinstance(config, dict) and CONFIG_KEYS <= config.keys()):
+    if config is not None and not (isinstance(config, dict) and config.keys() >= CONFIG_KEYS):
         raise ValueError(f"{path} (--resume) is no checkpoint of main_tokenbridge.py: its config lacks "
                          f"{', '.join(sorted(CONFIG_KEYS - set(config if isinstance(config, dict) else ())))} (is it a VAE's, of --vae_path?)")
     return path, content
