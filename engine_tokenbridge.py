@@ -87,24 +87,29 @@ class TrainState:
                 "steps_per_epoch": steps_per_epoch}
 
     def load_state_dict(self, content: dict, steps_per_epoch: int, source: str) -> None:
-        """Continue from a checkpoint whose weights are in the model already; works without our extra keys, and says what is absent."""
-        if "model_ema" in content:
+        """Continue from a checkpoint whose weights are in the model already; works without our extra keys, and says what is absent.
+
+        ValueError naming the source for a part that is there but does not fit.
+        """
+        if isinstance(content.get("model_ema"), dict):
             self.ema.load_state_dict(content["model_ema"], source)
         else:
             logger.warning("%s has no model_ema: the average starts anew from its weights", source)
-        if "optimizer" in content:
-            try:
-                self.optimizer.load_state_dict(content["optimizer"])
-            except (ValueError, KeyError) as error:
-                raise ValueError(f"the optimizer state in {source} does not fit this model: {error}") from error
-        else:
+        if "optimizer" not in content:
             logger.warning("%s has no optimizer state: it starts anew", source)
-        if content.get("scaler"):
-            self.scaler.load_state_dict(content["scaler"])
+        try:
+            if "optimizer" in content:
+                self.optimizer.load_state_dict(content["optimizer"])
+            if content.get("scaler"):
+                self.scaler.load_state_dict(content["scaler"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the optimizer state in {source} does not fit this model: {error}") from error
+        if not all(isinstance(content.get(key, -1), int) for key in ("step", "epoch")):
+            raise ValueError(f"step and epoch in {source} must be whole numbers, they are {content.get('step')!r} and {content.get('epoch')!r}")
         if "step" in content and content.get("steps_per_epoch") == steps_per_epoch:
-            self.step = int(content["step"])
+            self.step = content["step"]
         else:
-            self.step = (int(content.get("epoch", -1)) + 1) * steps_per_epoch
+            self.step = (content.get("epoch", -1) + 1) * steps_per_epoch
             if "step" in content:
                 logger.warning("%s was written with %s steps per epoch, now there are %d (batch size or data changed): continuing after its last "
                                "full epoch", source, content.get("steps_per_epoch"), steps_per_epoch)

@@ -34,8 +34,8 @@ logger = get_logger()
 
 # Flags that say what the model is: fixed by a checkpoint's config. And those that only say how it is trained: a resumed run may change them.
 STRUCTURE_FLAGS = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "quant_bits", "quant_min", "quant_max", "class_num", "buffer_size")
-CONFIG_KEYS = {"model_name", "model", "vae", "vae_fingerprint"}             # what a checkpoint's config must say for the model to be built from it
 BEHAVIOUR_FLAGS = ("label_drop_prob", "mask_ratio_min", "attn_dropout", "proj_dropout", "grad_checkpointing")
+CONFIG_PARTS = {"model_name": str, "model": dict, "vae": dict, "vae_fingerprint": str}     # of a checkpoint's config: what the model is built from
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -155,9 +155,10 @@ def read_checkpoint(args: argparse.Namespace) -> tuple[Path | None, dict | None]
     if not isinstance(content.get("model"), dict):
         raise ValueError(f'{path} (--resume) has no weights under the key "model"; found {", ".join(map(str, list(content)[:8]))}')
     config = content.get("config")
-    if config is not None and not (isinstance(config, dict) and config.keys() >= CONFIG_KEYS):
-        raise ValueError(f"{path} (--resume) is no checkpoint of main_tokenbridge.py: its config lacks "
-                         f"{', '.join(sorted(CONFIG_KEYS - set(config if isinstance(config, dict) else ())))} (is it a VAE's, of --vae_path?)")
+    wanted = {} if config is None else CONFIG_PARTS
+    lacking = [key for key, kind in wanted.items() if not (isinstance(config, dict) and isinstance(config.get(key), kind))]
+    if lacking:
+        raise ValueError(f"{path} (--resume) has a config that is no TokenBridge model's, it lacks {', '.join(lacking)}; is the file a VAE's?")
     return path, content
 
 
@@ -187,18 +188,22 @@ def build_model(args: argparse.Namespace, given: set[str], vae: AutoencoderKL, c
     free = BEHAVIOUR_FLAGS if not (args.evaluate or args.sample) else ()
     for name in STRUCTURE_FLAGS + BEHAVIOUR_FLAGS:
         (key, value), = flag_values(args, [name]).items()
-        if name not in given or arguments[key] == value:
+        if name not in given or arguments.get(key) == value:
             continue
         if name not in free:
-            raise ValueError(f"--{name} {getattr(args, name)} contradicts {source}, whose model has {key} = {arguments[key]}; leave the flag out")
-        logger.info("--%s: %s from now on, was %s", name, value, arguments[key])
+            raise ValueError(f"--{name} {getattr(args, name)} contradicts {source}, whose model has {key} = {arguments.get(key)}; leave the flag out")
+        logger.info("--%s: %s from now on, was %s", name, value, arguments.get(key))
         arguments[key] = value
     differs = [key for key, value in vae.config.items() if config["vae"].get(key) != value]
     if differs or config["vae_fingerprint"] != vae.latent_fingerprint():
         what = ", ".join(f"{key} {vae.config[key]} instead of {config['vae'].get(key)}" for key in differs) or "other encoder weights"
         raise ValueError(f"{args.vae_path} (--vae_path) is not the VAE that {source} was trained with: {what}")
-    args.model, args.img_size, args.class_num = config["model_name"], arguments["img_size"], arguments["class_num"]
-    return TokenBridge(**arguments)
+    try:
+        model = TokenBridge(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{source} (--resume): its config does not describe a model of this code: {error}") from error
+    args.model, args.img_size, args.class_num = config["model_name"], model.config["img_size"], model.class_num
+    return model
 
 
 def load_generator_weights(model: TokenBridge, content: dict, source: Path, which: str) -> None:
@@ -212,7 +217,7 @@ def load_generator_weights(model: TokenBridge, content: dict, source: Path, whic
         if lacking:
             raise ValueError(f"model_ema in {source} lacks {len(lacking)} parameters: {', '.join(lacking[:3])}")
         state.update({name: content["model_ema"][name] for name in parameters})
-        rate = content.get("config", {}).get("args", {}).get("ema_rate")
+        rate = ((content.get("config") or {}).get("args") or {}).get("ema_rate")
         if rate and content.get("step") is not None and rate ** content["step"] > 0.1:
             logger.warning("the EMA of %s (rate %g) still holds %.0f %% of the random initial weights after %d steps: images will be noise or black; "
                            "--weights model shows the weights themselves", source, rate, 100 * rate ** content["step"], content["step"])
@@ -245,7 +250,7 @@ def sample(args: argparse.Namespace, given: set[str], model: TokenBridge, vae: A
     """Write OUT/000000.png and so on, class by class, OUT/grid.png and OUT/samples.json."""
     classes = parse_classes(args.classes, model.class_num)
     labels = balanced_labels(args.num_images if "num_images" in given else 4 * len(classes), classes)
-    output, settings = Path(args.output_dir), sample_settings(args, device)
+    output, settings = check_writable(args.output_dir, "--output_dir"), sample_settings(args, device)
     mine = range(dist.rank(), len(labels), dist.world_size())
     with tqdm(total=math.ceil(len(mine) / args.eval_bsz) * args.num_iter, unit="step", disable=not dist.is_main()) as bar:
         for numbers, images in generate(model, vae, labels, mine, settings, device, on_step=lambda *_: bar.update()):
@@ -270,6 +275,7 @@ class Evaluator:
         self.reference = load_reference_stats(args.fid_stats)
         self.features = InceptionFeatures(args.inception_weights, device)
         self.args, self.settings, self.device = args, sample_settings(args, device), device
+        self.output = check_writable(args.output_dir, "--output_dir")
 
     def __call__(self, model: TokenBridge, vae: AutoencoderKL, **about: object) -> dict:
         """Scores, logged and appended to OUT/eval.jsonl together with the settings and what is said `about` the weights."""
@@ -280,7 +286,7 @@ class Evaluator:
                     self.settings.cfg, self.settings.temperature, self.settings.num_iter)
         if dist.is_main():
             record = scores | asdict(self.settings) | about | {"num_images": len(labels), "fid_stats": self.args.fid_stats}
-            with (Path(self.args.output_dir) / "eval.jsonl").open("a") as file:
+            with (self.output / "eval.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
         return scores
 
@@ -319,7 +325,7 @@ def build_dataset(args: argparse.Namespace, model: TokenBridge, vae: Autoencoder
 
 def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, content: dict | None, source: Path | None, device: torch.device) -> None:
     """Train to --epochs or --max_steps; writes checkpoint-last.pth, log.jsonl and tensorboard events to --output_dir."""
-    world, output = dist.world_size(), Path(args.output_dir)
+    world = dist.world_size()
     dataset = build_dataset(args, model, vae)
     sampler = GlobalBatchSampler(len(dataset), args.batch_size, dist.rank(), world, args.seed)
     steps_per_epoch = len(sampler) // args.accum_iter
@@ -341,6 +347,7 @@ def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, cont
         logger.info("resumed from %s at step %d", source, state.step)
     elif args.start_epoch:
         state.step = args.start_epoch * steps_per_epoch
+    output = check_writable(args.output_dir, "--output_dir")               # last, so that a refused command leaves no folder behind
     config = {"model_name": args.model, "model": model.config, "vae": vae.config, "vae_fingerprint": vae.latent_fingerprint(),
               "classes": dataset.classes, "args": vars(args)}
 
@@ -383,7 +390,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         vae = load_vae(args.vae_path, *(getattr(args, n) if n in given else None for n in ("vae_embed_dim", "vae_stride")))
         torch.manual_seed(args.seed)                                       # initial weights, the same on every process
         model = build_model(args, given, vae, content, source)
-        check_writable(args.output_dir, "--output_dir")
         if args.evaluate or args.sample:
             load_generator_weights(model, content, source, args.weights)
         model, vae = model.to(device), vae.to(device)

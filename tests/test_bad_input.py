@@ -206,9 +206,10 @@ def test_training_does_not_take_an_absent_file_for_a_fresh_start(call: Callable[
     assert_nothing_written(tmp_path)
 
 
-@pytest.mark.parametrize("resume", [None, "empty", "absent"])
-def test_a_fresh_run_never_overwrites_a_checkpoint(call: Callable[..., None], trained: Path, tmp_path: Path, resume: str | None) -> None:
-    shutil.copytree(trained, tmp_path / "out")
+@pytest.mark.parametrize("resume", [None, "empty", "absent", "other"])
+def test_no_run_overwrites_the_checkpoint_of_another(call: Callable[..., None], trained: Path, tmp_path: Path, resume: str | None) -> None:
+    for folder in ("out", "other"):
+        shutil.copytree(trained, tmp_path / folder)
     (tmp_path / "empty").mkdir()
     before = snapshot(tmp_path / "out")
     with pytest.raises(ValueError, match=rf"out \(--output_dir\) already holds a checkpoint-last\.pth: continue it with --resume {tmp_path / 'out'}"):
@@ -230,10 +231,11 @@ NO_CHECKPOINTS = {
     "empty": (lambda path, trained: path.write_bytes(b""), CANNOT_BE_READ),
     "text": (lambda path, trained: path.write_text("not a checkpoint\n" * 100), CANNOT_BE_READ),
     "a list": (lambda path, trained: torch.save([1, 2], path), "is not a checkpoint: it holds a list, not a dict"),
-    "no weights": (lambda path, trained: torch.save({"state_dict": {}, "epoch": 3}, path), 'has no weights under the key "model"; found state_dict, epoch'),
+    "no weights": (lambda path, trained: torch.save({"state_dict": {}, "epoch": 3}, path),
+                   'has no weights under the key "model"; found state_dict, epoch'),
     "a VAE": (lambda path, trained: save_vae(path), "has a config that is no TokenBridge model's"),
     "code, torch.save": (lambda path, trained: torch.save({"model": Explosive(path.with_name("ran"))}, path), CANNOT_BE_READ),
-    "code, pickle": (lambda path, trained: path.write_bytes(pickle.dumps({"model": Explosive(path.with_name("ran"))})), CANNOT_BE_READ),
+    "code, pickle": (lambda path, trained: path.write_bytes(pickle.dumps({"model": Explosive(path.with_name("ran"))}, protocol=2)), CANNOT_BE_READ),
 }
 
 
@@ -243,7 +245,6 @@ def test_files_that_are_no_checkpoint(call: Callable[..., None], trained: Path, 
     write, words = NO_CHECKPOINTS[kind]
     (tmp_path / "out").mkdir()
     write(tmp_path / "out" / LAST, trained)
-    shutil.rmtree(tmp_path / "ran", ignore_errors=True)
     before = snapshot(tmp_path / "out")
     with pytest.raises(ValueError, match=rf"checkpoint-last\.pth \(--resume\) {words}"):
         call(resume=tmp_path / "out", **MODES[mode])
@@ -286,3 +287,89 @@ def test_a_checkpoint_without_ema_says_how_to_use_it(call: Callable[..., None], 
     with pytest.raises(ValueError, match=r"plain\.pth has no model_ema; give --weights model"):
         call(resume=path, **MODES["sample"])
     assert_nothing_written(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- flags that contradict a checkpoint
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("name", "value", "words"), [
+    ("quant_bits", 5, r"--quant_bits 5 contradicts .*checkpoint-last\.pth, whose model has quant_levels = 64"),
+    ("quant_max", 4.0, r"--quant_max 4\.0 contradicts .*checkpoint-last\.pth, whose model has quant_max = 5\.0"),
+    ("img_size", 64, r"--img_size 64 contradicts .*checkpoint-last\.pth, whose model has img_size = 32"),
+    ("class_num", 3, r"--class_num 3 contradicts .*checkpoint-last\.pth, whose model has class_num = 2"),
+    ("buffer_size", 64, r"--buffer_size 64 contradicts .*checkpoint-last\.pth, whose model has buffer_size = 4"),
+    ("model", "tokenbridge_base", r"--model tokenbridge_base contradicts .*checkpoint-last\.pth, which holds a tokenbridge_digits"),
+])
+def test_flags_that_contradict_the_checkpoint(call: Callable[..., None], trained: Path, tmp_path: Path, name: str, value: object, words: str,
+                                              mode: str) -> None:
+    before = snapshot(trained)
+    with pytest.raises(ValueError, match=words):
+        call(resume=trained, **MODES[mode], **{name: value})
+    assert snapshot(trained) == before
+    assert_nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_another_vae_than_the_checkpoint_was_trained_with(call: Callable[..., None], trained: Path, tmp_path: Path, mode: str) -> None:
+    other = save_vae(tmp_path / "other.pth", seed=1)
+    with pytest.raises(ValueError, match=r"other\.pth \(--vae_path\) is not the VAE that .*checkpoint-last\.pth was trained with: other encoder weights"):
+        call(resume=trained, vae_path=other, **MODES[mode])
+    assert_nothing_written(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- the VAE's file
+
+CONV = "encoder.conv_in.weight"
+
+
+def change_vae(path: Path, vae_file: Path, change: Callable[[dict], object]) -> None:
+    content = torch.load(vae_file, weights_only=True)
+    change(content["model"])
+    torch.save(content, path)
+
+
+BAD_VAES = {
+    "a key less": (lambda path, good: change_vae(path, good, lambda w: w.pop(CONV)), rf"lacks 1 of the VAE's \d+ keys, first: {CONV}"),
+    "another shape": (lambda path, good: change_vae(path, good, lambda w: w.update({CONV: w[CONV][:4]})),
+                      rf"has 1 weights of another shape: {CONV}: file \(4, 3, 3, 3\), VAE \(8, 3, 3, 3\)"),
+    "NaN": (lambda path, good: change_vae(path, good, lambda w: w[CONV].fill_(math.nan)), rf"holds NaN or infinite weights, first: {CONV}"),
+    "cut short": (lambda path, good: path.write_bytes(good.read_bytes()[:5000]), "cannot be read as a checkpoint of tensors"),
+    "text": (lambda path, good: path.write_text("not a VAE"), "cannot be read as a checkpoint of tensors"),
+    "code": (lambda path, good: torch.save({"model": Explosive(path.with_name("ran"))}, path), "cannot be read as a checkpoint of tensors"),
+    "no weights": (lambda path, good: torch.save({"state_dict": {}}, path), 'has no weights under the key "model"'),
+    "not this VAE's config": (lambda path, good: torch.save({"model": {}, "config": {"width": 3}}, path), "its config does not describe a VAE"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_VAES)
+def test_files_that_are_not_the_vae(call: Callable[..., None], vae_file: Path, tmp_path: Path, kind: str) -> None:
+    write, words = BAD_VAES[kind]
+    write(tmp_path / "bad.pth", vae_file)
+    with pytest.raises(ValueError, match=rf"bad\.pth \(--vae_path\):? {words}"):
+        call(vae_path=tmp_path / "bad.pth")
+    assert_nothing_written(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_transformer_is_not_a_vae(call: Callable[..., None], trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"checkpoint-last\.pth \(--vae_path\): its config does not describe a VAE"):
+        call(vae_path=trained / LAST)
+    assert_nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_vae_file_absent(call: Callable[..., None], trained: Path, tmp_path: Path, mode: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no VAE weights at absent\.ckpt \(--vae_path\)"):
+        call(vae_path="absent.ckpt", resume=trained, **MODES[mode])
+    assert_nothing_written(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- the output folder
+
+@pytest.mark.parametrize("below", [".", "deeper"])
+@pytest.mark.parametrize("mode", ["train", "sample"])
+def test_output_dir_that_is_a_file(call: Callable[..., None], trained: Path, tmp_path: Path, mode: str, below: str) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ValueError, match=rf"cannot write to {tmp_path / 'file' / below} \(--output_dir\)"):
+        call(output_dir=tmp_path / "file" / below, resume=trained if mode == "sample" else None, **MODES[mode])
+    assert (tmp_path / "file").read_text() == "not a folder"
