@@ -9,19 +9,11 @@ from torch import nn
 from models import MODELS
 from models.quantizer import GaussianQuantizer, quantize
 from models.tokenbridge import TokenBridge, draw_mask_ratio, random_orders
-from util.bench import (
-    HeadPositions,
-    OpCounter,
-    build_parser,
-    count,
-    count_samplers,
-    count_training,
-    fake_mode,
-    main,
-    mean_mask_ratio,
-    quantize_by_distance,
-    samplers,
-)
+from util.bench import build_parser, main
+from util.bench_quantizer import quantize_by_distance
+from util.bench_sample import HeadPositions, count_samplers, samplers
+from util.bench_train import count_training, mean_mask_ratio
+from util.counting import OpCounter, count, fake_mode
 from util.log import run_cli
 
 CPU = torch.device("cpu")
