@@ -20,19 +20,41 @@ HEAD_STARTS = ("official", "trained")
 DECODE_CHUNK_BYTES = 2**30        # tokens are decoded in groups whose adaLN terms fit in this much memory
 
 
-def draw_indices(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Indices (N,) from logits (N, K): argmax at temperature 0, otherwise a draw from softmax(logits / temperature).
+def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits (N, K) with -inf outside the top_k largest (0: all) and outside the smallest set of levels whose probability reaches top_p."""
+    levels = logits.shape[-1]
+    if (top_k == 0 or top_k >= levels) and top_p == 1:
+        return logits
+    ordered, place = logits.sort(dim=-1, descending=True, stable=True)                       # equal logits: lowest level first, as argmax
+    if 0 < top_k < levels:
+        ordered = torch.cat([ordered[:, :top_k], torch.full_like(ordered[:, top_k:], -torch.inf)], dim=-1)
+    if top_p < 1:
+        p = ordered.softmax(-1)
+        ordered = ordered.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf)                 # the most likely level always stays
+    return torch.full_like(logits, -torch.inf).scatter_(-1, place, ordered)
 
-    `uniform` (N,) in [0, 1) decides the draw by inverting the cumulative distribution: no host sync, and the same image for any batch
-    split. Second: a witness (N,), finite only if the draw had a distribution to draw from (no NaN, no overflow).
+
+def draw_indices(logits: Tensor, noise: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Indices (N,) from logits (N, K): argmax at temperature 0 or top_k 1, otherwise a draw from softmax(logits / temperature), cut by `keep_top`.
+
+    No host sync, and the same image for any batch split, since the draw is decided by `noise`: uniforms (N,) in [0, 1) invert the cumulative
+    distribution, Gumbel noise (N, K) is added to the logits, whose maximum is then the draw. Second: a witness (N,), finite only if the draw
+    had a distribution to draw from (no NaN, no overflow).
     """
     logits = logits.float()
-    if temperature == 0:
+    if temperature == 0 or top_k == 1:
         highest, indices = logits.max(-1)
         return indices, highest
-    cumulative = torch.softmax(logits / temperature, -1).cumsum(-1)                          # (N, K)
+    if temperature != 1:
+        logits = logits / temperature
+    logits = keep_top(logits, top_k, top_p)
+    if noise.ndim == 2:
+        highest, indices = (logits + noise).max(-1)
+        return indices, highest
+    cumulative = torch.softmax(logits, -1).cumsum(-1)                                        # (N, K)
     total = cumulative[:, -1:]                                                               # 1 up to rounding; NaN if a logit is
-    return (cumulative <= uniform[:, None] * total).sum(-1).clamp_(max=logits.shape[-1] - 1), total[:, 0]
+    indices = torch.searchsorted(cumulative, noise.unsqueeze(1) * total, right=True)         # (N, 1): how many are <= the uniform
+    return indices[:, 0].clamp_(max=logits.shape[-1] - 1), total[:, 0]
 
 
 class ChannelAR(nn.Module):
@@ -98,19 +120,31 @@ class ChannelAR(nn.Module):
         bias = torch.stack([head.bias for head in self.channel_heads])                       # (C, K)
         return torch.baddbmm(bias.unsqueeze(1), x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)                # (N, C, K)
 
-    def channel_sample(self, z: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def leading_logits(self, z: Tensor) -> Tensor:
+        """Logits (N, K) of the leading dimension (first in head order) from z (N, D)."""
+        h = self.condition_proj(z)                                                           # (N, H)
+        conditioning = (h + self.timesteps_embeddings[:, 0]).unsqueeze(1)                    # (N, 1, H)
+        x = (conditioning if self.head_start == "official" else h.unsqueeze(1)) + self.channel_embed[:, :1]
+        features = self.head_forward(x, [layer(conditioning) for layer in self.modulation_layers])
+        return self.channel_heads[0](features[:, 0]).float()
+
+    def channel_sample(self, z: Tensor, noise: Tensor, temperature: float | Sequence[float], top_k: int = 0,
+                       top_p: float = 1.0) -> tuple[Tensor, Tensor]:
         """Indices (N, C) in head order from z (N, D), one dimension after another with a key-value cache.
 
-        uniform: (N, C) in [0, 1), one number per draw (unused at temperature 0). Positions per token: C, not C(C+1)/2. Second: a
-        witness (N,), finite only where every draw of the token was sound (see `draw_indices`).
+        noise (N, C) or (N, C, K), temperature (one, or C in head order), top_k, top_p: see `draw_indices`. Positions per token: C, not C(C+1)/2.
+        Second: a witness (N,), finite only where every draw of the token was sound.
         """
+        temperatures = list(temperature) if isinstance(temperature, Sequence) else [temperature] * self.num_channels
         per_token = self.num_channels * self.condition_proj.out_features * (6 * len(self.channel_blocks) + 2) * 4
         chunk = max(1, DECODE_CHUNK_BYTES // per_token)
-        parts = [self._sample_chunk(z[i : i + chunk], uniform[i : i + chunk], temperature) for i in range(0, len(z), chunk)]
+        parts = [self._sample_chunk(z[i : i + chunk], noise[i : i + chunk], temperatures, top_k, top_p) for i in range(0, len(z), chunk)]
+        if len(parts) == 1:
+            return parts[0]
         indices, witness = zip(*parts, strict=True)
         return torch.cat(indices), torch.cat(witness)
 
-    def _sample_chunk(self, z: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def _sample_chunk(self, z: Tensor, noise: Tensor, temperatures: Sequence[float], top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
         h = self.condition_proj(z)                                                           # (N, H)
         conditioning = h.unsqueeze(1) + self.timesteps_embeddings                            # (N, C, H)
         modulations = [layer(conditioning) for layer in self.modulation_layers]              # all positions in one matmul per layer
@@ -121,7 +155,7 @@ class ChannelAR(nn.Module):
         for c in range(self.num_channels):
             x = (x + self.channel_embed[:, c]).unsqueeze(1)                                  # (N, 1, H)
             features = self.head_forward(x, [m[:, c : c + 1] for m in modulations], caches, start=c)
-            drawn, witness = draw_indices(self.channel_heads[c](features[:, 0]), uniform[:, c], temperature)              # (N,) both
+            drawn, witness = draw_indices(self.channel_heads[c](features[:, 0]), noise[:, c], temperatures[c], top_k, top_p)
             indices.append(drawn)
             witnesses.append(witness)
             if c < self.num_channels - 1:

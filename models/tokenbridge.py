@@ -9,68 +9,33 @@ slots, M tokens masked, V = L - M visible.
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from scipy.special import ndtr, ndtri
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
-from models import quantizer
+from models import generation, quantizer
 from models.channel_ar import ChannelAR
 from models.layers import LAYER_NORM_EPS
-from models.vae import KL16_CHANNEL_ORDER
+from models.sampling import CFG_SCHEDULES as CFG_SCHEDULES
+from models.sampling import SamplerOptions, SamplerState, random_orders, sample_steps, take
+from models.sampling import cosine_keep as cosine_keep
+from models.sampling import guidance_scale as guidance_scale
+from models.sampling import unmasking_plan as unmasking_plan
+from models.vae import KL16_CHANNEL_ORDER, AutoencoderKL
 
 logger = logging.getLogger("tokenbridge")
 
-CFG_SCHEDULES = ("linear", "constant")
-
-
-# ----------------------------------------------------------------------------------------------- schedules, one function each
-
-def cosine_keep(step: int, num_iter: int, num_tokens: int, masked_now: int) -> int:
-    """How many tokens stay masked after sampling step `step` (0-based) of `num_iter` (SPEC 6).
-
-    floor(L*cos(pi/2*(step+1)/N)) in float64, clipped to [1, masked_now - 1]: a step predicts at least one token and leaves at
-    least one. (The last step ignores this and predicts the rest; with N > L a step that finds one token left predicts none.)
-    Raises ValueError if step is outside [0, N).
-    """
-    if not 0 <= step < num_iter:
-        raise ValueError(f"step {step} is outside [0, {num_iter})")
-    return max(1, min(masked_now - 1, math.floor(num_tokens * math.cos(math.pi / 2 * (step + 1) / num_iter))))
-
-
-def unmasking_plan(num_iter: int, num_tokens: int) -> list[tuple[int, int, int]]:
-    """The sampler's steps as (masked before, masked after, `keep` for the guidance), known before anything runs.
-
-    The last step leaves nothing masked, while its clipped keep, which the guidance sees, is 1 (SPEC 6).
-    """
-    plan, masked = [], num_tokens
-    for step in range(num_iter):
-        keep = cosine_keep(step, num_iter, num_tokens, masked)
-        after = 0 if step == num_iter - 1 else keep
-        plan.append((masked, after, keep))
-        masked = after
-    return plan
-
-
-def guidance_scale(cfg: float, schedule: str, num_tokens: int, keep: int) -> float:
-    """Classifier-free guidance scale of a step that leaves `keep` of L tokens masked (SPEC 6): linear in the revealed share, or constant.
-
-    Raises ValueError that lists the choices for another schedule.
-    """
-    if schedule == "linear":
-        return 1 + (cfg - 1) * (num_tokens - keep) / num_tokens
-    if schedule == "constant":
-        return cfg
-    raise ValueError(f"unknown cfg_schedule {schedule!r} (--cfg_schedule); choose from {', '.join(CFG_SCHEDULES)}")
-
+# ----------------------------------------------------------------------------------------------- masking in training
 
 def draw_mask_ratio(mask_ratio_min: float, uniform: float) -> float:
     """Mask ratio in [mask_ratio_min, 1] from a number in [0, 1]: a normal (loc 1, scale 0.25) truncated to that interval (SPEC 4.5)."""
@@ -91,11 +56,6 @@ def cpu_uniform(generator: torch.Generator | None = None) -> float:
 def num_masked_tokens(mask_ratio: float, num_tokens: int) -> int:
     """ceil(L * ratio) (SPEC 4.5)."""
     return math.ceil(num_tokens * mask_ratio)
-
-
-def random_orders(batch: int, num_tokens: int, generator: torch.Generator | None = None, device: torch.device | str | None = None) -> Tensor:
-    """One random permutation of the tokens per image: (B, L) int64."""
-    return torch.rand(batch, num_tokens, generator=generator, device=device).argsort(dim=1)
 
 
 def mask_from_orders(orders: Tensor, num_masked: int) -> Tensor:
@@ -306,51 +266,61 @@ class TokenBridge(ChannelAR):
 
     # ------------------------------------------------------------------------------------------------------- sampling
 
-    @torch.no_grad()
     def sample_tokens(self, bsz: int, num_iter: int = 64, cfg: float = 1.0, cfg_schedule: str = "linear", labels: Tensor | Sequence[int] | None = None,
-                      temperature: float = 1.0, orders: Tensor | None = None, *, seeds: Sequence[int] | None = None,
-                      generator: torch.Generator | None = None, on_step: Callable[[int, int], None] | None = None) -> Tensor:
+                      temperature: float = 1.0, orders: Tensor | None = None, *, on_step: Callable[[int, int], None] | None = None,
+                      **more: object) -> Tensor:
         """Generate `bsz` images' latents (B, C, H, W), still scaled, in `num_iter` steps (SPEC 6).
 
         labels: (B,) classes, or None to condition on `fake_latent`. orders: (B, L), each row a permutation, unmasked from its end; random
-        when None. seeds: one per image; its order and draws depend on nothing else, whatever the batch. Without seeds they come from `generator`
-        (CPU) or torch's global one. on_step(step, num_iter) is called after each step. Latents of an image whose logits were not finite
-        are NaN, never a plausible picture. Dropout is off. Nothing in the loop waits for the device.
+        when None. on_step(step, num_iter) is called after each step. more: what `sample_steps` takes. Latents of an image whose logits were
+        not finite are NaN, never a plausible picture. Dropout is off. Nothing in the loop waits for the device.
         """
-        if num_iter < 1:
-            raise ValueError(f"num_iter must be at least 1 (--num_iter), got {num_iter}")
-        if not temperature >= 0 or math.isinf(temperature):
-            raise ValueError(f"temperature must be finite and not negative (--temperature), got {temperature}")
-        if not math.isfinite(cfg):
-            raise ValueError(f"cfg must be finite (--cfg), got {cfg}")
-        guidance_scale(cfg, cfg_schedule, self.num_tokens, self.num_tokens)                  # refuses an unknown schedule now
-        device, num_tokens = self.mask_token.device, self.num_tokens
-        drawn_orders, uniform = sampling_noise(bsz, num_tokens, self.token_dim, seeds, generator)
-        orders = (drawn_orders if orders is None else self._check_orders(orders, bsz)).to(device)
-        uniform = uniform[..., self.channel_order].to(device)                                # (B, L, C) head order
-        class_embedding = self.fake_latent.expand(bsz, -1)                                   # (B, D)
-        if labels is not None:
-            labels = torch.as_tensor(labels, dtype=torch.long)
-            check_labels(labels, bsz, self.class_num)
-            class_embedding = self.class_emb(labels.to(device))
-        was_training = self.training
-        self.eval()
-        try:
-            values = torch.zeros(bsz, num_tokens, self.token_dim, device=device)             # dequantized so far
-            for step, (before, after, keep) in enumerate(unmasking_plan(num_iter, num_tokens)):
-                if before > after:
-                    wanted, visible = orders[:, after:before], orders[:, before:]            # (B, M), (B, V)
-                    scale = guidance_scale(cfg, cfg_schedule, num_tokens, keep)
-                    z = self._guided_z(take(values, visible), visible, wanted, class_embedding, scale)            # (B, M, D)
-                    indices, witness = self.channel_sample(z.flatten(0, 1), take(uniform, wanted).flatten(0, 1), temperature)
-                    predicted = self.dequantize(indices[:, self.to_natural_order]) + 0 * witness[:, None]         # (B*M, C)
-                    predicted = predicted.view(bsz, -1, self.token_dim)                      # (B, M, C), NaN where a logit was not finite
-                    values = values.scatter(1, wanted.unsqueeze(-1).expand_as(predicted), predicted)
-                if on_step is not None:
-                    on_step(step, num_iter)
-        finally:
-            self.train(was_training)
-        return self.unpatchify(values)
+        for state in self.sample_steps(bsz, labels=labels, orders=orders, num_iter=num_iter, cfg=cfg, cfg_schedule=cfg_schedule,
+                                       temperature=temperature, **more):
+            if on_step is not None:
+                on_step(state.step, state.num_iter)
+        return state.latents
+
+    def sample_steps(self, bsz: int, *, labels: Tensor | Sequence[int] | None = None, class_embedding: Tensor | None = None,
+                     orders: Tensor | None = None, seeds: Sequence[int] | None = None, generator: torch.Generator | None = None,
+                     init: Tensor | None = None, regenerate: Tensor | None = None, **options: object) -> Iterator[SamplerState]:
+        """As `sample_tokens`, but yields a SamplerState after every step; closing the iterator stops.
+
+        class_embedding (B, D) instead of labels: see `class_embeddings`. seeds: one per image; its order and draws depend on nothing else,
+        whatever the batch. Without seeds they come from `generator` (CPU) or torch's global one. init, regenerate: editing, see
+        models/sampling.py; options: the fields of SamplerOptions.
+        """
+        settings, device = SamplerOptions(**options), self.mask_token.device
+        settings.check(self.token_dim)
+        if class_embedding is None:
+            class_embedding = self.fake_latent.detach().expand(bsz, -1)                      # (B, D)
+            if labels is not None:
+                labels = torch.as_tensor(labels, dtype=torch.long)
+                check_labels(labels, bsz, self.class_num)
+                class_embedding = self.class_emb.weight.detach()[labels.to(device)]
+        return sample_steps(self, class_embedding, settings, orders=orders, seeds=seeds, generator=generator, init=init, regenerate=regenerate)
+
+    def class_embeddings(self, classes: Sequence[int | None | Mapping[int, float]]) -> Tensor:
+        """(B, D): of a class number, of no class (None), or of a mixture {class: weight, ...}, the weighted sum of its embeddings.
+
+        ValueError for a class that the model does not have.
+        """
+        rows, table = [], self.class_emb.weight.detach()                                     # (classes, D)
+        for entry in classes:
+            parts = entry if isinstance(entry, Mapping) else {} if entry is None else {entry: 1.0}
+            wrong = [c for c in parts if int(c) != c or not 0 <= c < self.class_num]
+            if wrong or isinstance(entry, Mapping) and not (parts and all(math.isfinite(w) for w in parts.values())):
+                raise ValueError(f"classes (--classes): {entry} does not fit the model's classes, 0 to {self.class_num - 1}")
+            rows.append(sum(w * table[int(c)] for c, w in parts.items()) if parts else self.fake_latent.detach()[0])
+        return torch.stack(rows)
+
+    def generate(self, vae: AutoencoderKL, classes: generation.Classes, **options: object) -> list[Image.Image]:
+        """PIL images of classes: `model.generate(vae, [207, 360], cfg=3.0, num_iter=64, seed=0)`; see models/generation.py for all options."""
+        return generation.generate(self, vae, classes, **options)
+
+    def generate_steps(self, vae: AutoencoderKL, classes: generation.Classes, **options: object) -> Iterator[generation.GenerationStep]:
+        """As `generate` for one batch, yielding after every step what is known so far (`step.images()`)."""
+        return generation.generate_steps(self, vae, classes, **options)
 
     def _guided_z(self, values: Tensor, visible: Tensor, wanted: Tensor, class_embedding: Tensor, scale: float) -> Tensor:
         """z (B, M, D) of the wanted tokens; with guidance both halves run as one batch: z_u + s * (z_c - z_u)."""
@@ -361,19 +331,6 @@ class TokenBridge(ChannelAR):
         conditional, unconditional = self.decode(self.encode(values, visible, class_embedding), visible, wanted).chunk(2)
         return unconditional + scale * (conditional - unconditional)
 
-    def _check_orders(self, orders: Tensor, bsz: int) -> Tensor:
-        orders = torch.as_tensor(orders, dtype=torch.long)
-        if tuple(orders.shape) != (bsz, self.num_tokens):
-            raise ValueError(f"orders has shape {tuple(orders.shape)}, expected {(bsz, self.num_tokens)}")
-        if orders.device.type == "cpu" and not torch.equal(orders.sort(1).values, torch.arange(self.num_tokens).expand(bsz, -1)):
-            raise ValueError(f"every row of orders must be a permutation of 0..{self.num_tokens - 1}")
-        return orders
-
-
-def take(x: Tensor, positions: Tensor) -> Tensor:
-    """Rows of x (B, L, D) at positions (B, M): (B, M, D)."""
-    return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
 
 def check_labels(labels: Tensor, batch: int, class_num: int) -> None:
     """ValueError unless labels is (B,) in [0, class_num). Values are checked on CPU tensors only: elsewhere it would cost a host sync."""
@@ -381,19 +338,3 @@ def check_labels(labels: Tensor, batch: int, class_num: int) -> None:
         raise ValueError(f"labels has shape {tuple(labels.shape)}, expected {(batch,)}")
     if type(labels) is Tensor and labels.device.type == "cpu" and batch and not 0 <= int(labels.min()) <= int(labels.max()) < class_num:
         raise ValueError(f"labels must be in [0, {class_num}) (class_num), got {int(labels.min())} to {int(labels.max())}")
-
-
-def sampling_noise(bsz: int, num_tokens: int, num_channels: int, seeds: Sequence[int] | None,
-                   generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Orders (B, L) and uniforms (B, L, C; natural order) on the CPU, so that a seed means the same image on any device.
-
-    Row i depends on seeds[i] alone; without seeds, all come from `generator`.
-    """
-    if seeds is None:
-        return random_orders(bsz, num_tokens, generator, "cpu"), torch.rand(bsz, num_tokens, num_channels, generator=generator, device="cpu")
-    if len(seeds) != bsz:
-        raise ValueError(f"{len(seeds)} seeds for {bsz} images")
-    generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
-    orders = torch.cat([random_orders(1, num_tokens, g, "cpu") for g in generators])
-    uniform = torch.stack([torch.rand(num_tokens, num_channels, generator=g, device="cpu") for g in generators])
-    return orders, uniform

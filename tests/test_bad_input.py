@@ -136,7 +136,7 @@ def test_values_out_of_range(call: Callable[..., None], tmp_path: Path, changes:
 
 @pytest.mark.parametrize(("flag", "value", "choices"), [
     ("--model", "tokenbridge_giant", ["tokenbridge_base", "tokenbridge_large", "tokenbridge_huge"]),
-    ("--cfg_schedule", "cosine", ["linear", "constant"]),
+    ("--cfg_schedule", "step", ["linear", "constant"]),
     ("--lr_schedule", "step", ["constant", "cosine"]),
     ("--precision", "fp8", ["fp32", "bf16", "fp16"]),
     ("--weights", "best", ["ema", "model"]),

@@ -112,7 +112,7 @@ def cached_logits(model: TokenBridge, z: Tensor, indices: Tensor) -> Tensor:
     """The logits that `channel_sample` computes, position by position, when the draws are forced to `indices`: (N, C, K)."""
     seen = []
 
-    def forced(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forced(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
         seen.append(logits.clone())
         return indices[:, len(seen) - 1], logits[:, 0]
     original, channel_ar.draw_indices = channel_ar.draw_indices, forced
