@@ -1,4 +1,4 @@
-"""The loops: one epoch of training, generating images, evaluating them. No parsing, no files but those handed in.
+"""The loops: one epoch of training, evaluating generated images (engine_sample.py makes them). No parsing, no files but those handed in.
 
 Letters: B images per process and micro-batch, A micro-batches per step (--accum_iter), G = B*A*processes, L tokens.
 """
@@ -7,7 +7,7 @@ import contextlib
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from engine_sample import SampleSettings, generate
+from engine_sample import balanced_labels as balanced_labels
 from models.tokenbridge import TokenBridge, draw_mask_ratio, mask_from_orders, num_masked_tokens, random_orders
 from models.vae import AutoencoderKL, posterior_from_moments
 from util import dist
 from util.ema import ModelEma
-from util.images import to_uint8
 from util.log import JsonlLog, get_logger
 from util.lr_sched import learning_rate
 from util.metrics import FeatureStatistics, InceptionFeatures, fid, inception_score
@@ -250,47 +251,7 @@ def flush(state: TrainState, s: TrainSettings, window: Window, log: JsonlLog | N
     return Window()
 
 
-# ------------------------------------------------------------------------------------------------------------- generation
-
-@dataclass
-class SampleSettings:
-    """How images are made; the flags of main_tokenbridge.py have the same names."""
-
-    num_iter: int
-    cfg: float
-    cfg_schedule: str
-    temperature: float
-    seed: int
-    batch_size: int
-    precision: str
-
-
-def balanced_labels(num_images: int, classes: Sequence[int]) -> list[int]:
-    """Class-major labels, num_images / classes of each (SPEC 9); the first classes get one more if that is no whole number."""
-    each, rest = divmod(num_images, len(classes))
-    return [label for i, label in enumerate(classes) for _ in range(each + (i < rest))]
-
-
-@torch.no_grad()
-def generate(model: TokenBridge, vae: AutoencoderKL, labels: Sequence[int], indices: Sequence[int], settings: SampleSettings,
-             device: torch.device, on_step: Callable[[int, int], None] | None = None) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield (image numbers, uint8 images (B, 3, S, S)) for the image numbers `indices` with labels[i]; image i depends on (seed, i) only.
-
-    ValueError if an image's logits or pixels are not finite.
-    """
-    s = settings
-    for first in range(0, len(indices), s.batch_size):
-        numbers = list(indices[first : first + s.batch_size])
-        with dist.autocast(device, s.precision):
-            latents = model.sample_tokens(len(numbers), s.num_iter, s.cfg, s.cfg_schedule, [labels[i] for i in numbers], s.temperature,
-                                          seeds=[mixed_seed(s.seed, i) for i in numbers], on_step=on_step)
-        images = vae.decode(vae.unscale(latents.float()))                                    # float32: half precision can overflow here
-        bad = (~torch.isfinite(images).flatten(1).all(1)).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(f"image {numbers[bad[0]]} (and {len(bad) - 1} more of its batch) came out NaN: the weights are broken, or "
-                             f"{s.precision} overflowed; look at the checkpoint, or use --precision fp32")
-        yield numbers, to_uint8(images)
-
+# ------------------------------------------------------------------------------------------------------------- evaluation
 
 def evaluate(model: TokenBridge, vae: AutoencoderKL, labels: Sequence[int], settings: SampleSettings, features: InceptionFeatures,
              reference: dict[str, np.ndarray], device: torch.device, on_images: Callable[[list[int], Tensor], None] | None = None) -> dict[str, float]:

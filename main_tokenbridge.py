@@ -16,15 +16,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from engine_tokenbridge import SampleSettings, TrainSettings, TrainState, balanced_labels, evaluate, generate, train_one_epoch
+from engine_sample import Edit, SampleSettings, balanced_labels, mixtures, write_images
+from engine_tokenbridge import TrainSettings, TrainState, evaluate, train_one_epoch
 from models import MODELS
+from models.generation import encode_init, token_mask
 from models.quantizer import MAX_BITS, check_range
-from models.tokenbridge import CFG_SCHEDULES, TokenBridge
+from models.sampling import CFG_SCHEDULES, DRAWS, MASK_SCHEDULES, OPTION_NAMES, ORDERS, TEMPERATURE_SCHEDULES, SamplerOptions, image_seed
+from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL, load_vae
 from util import checkpoint, dist
 from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
+from util.crop import center_crop_adm
 from util.files import write_json
-from util.images import read_image, save_grid, save_png, to_tensor, to_uint8
+from util.images import read_image, save_grid, to_tensor, to_uint8
 from util.loader import BAD_IMAGE_CHOICES, CachedLatents, GlobalBatchSampler, ImageFolderDataset, build_loader
 from util.log import JsonlLog, get_logger, run_cli
 from util.lr_sched import LR_SCHEDULES, base_learning_rate
@@ -100,21 +104,55 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--num_iter", type=int, default=256, help="sampling steps")
     group.add_argument("--num_images", type=int, default=50000, help="images in all, spread evenly over the classes; with --sample 4 per class")
     group.add_argument("--cfg", type=float, default=1.0, help="guidance scale; 1 means none")
-    group.add_argument("--cfg_schedule", default="linear", choices=CFG_SCHEDULES)
+    group.add_argument("--cfg_schedule", default="linear", choices=CFG_SCHEDULES, help="guidance over the steps; linear as published")
     group.add_argument("--temperature", type=float, default=1.0)
     group.add_argument("--eval_bsz", type=int, default=64, help="images per process generated together")
     group.add_argument("--online_eval", action="store_true", help="evaluate the EMA weights every --eval_freq epochs of training")
     group.add_argument("--eval_freq", type=int, default=40)
     group.add_argument("--fid_stats", default="fid_stats/adm_in256_stats.npz", help="npz with the reference's mu and sigma")
     group.add_argument("--inception_weights", default=None, help="torch-fidelity's Inception weights; default: its download folder")
+    add_sampler_flags(parser)
     add_process_flags(parser, seed=1)
     return parser
 
 
+def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
+    """What the published sampler lacks (models/sampling.py); the defaults are the published sampler's."""
+    o = SamplerOptions()
+    group = parser.add_argument_group("sampler")
+    group.add_argument("--order", default=o.order, choices=ORDERS, help="which tokens are revealed first; random as published")
+    group.add_argument("--mask_schedule", default=o.mask_schedule, choices=list(MASK_SCHEDULES), help="how many tokens stay masked over the steps")
+    group.add_argument("--cfg_interval", type=float, nargs=2, default=list(o.cfg_interval), metavar=("FROM", "TO"),
+                       help="--cfg_schedule interval: guide while the share of revealed tokens is in it")
+    group.add_argument("--temperature_schedule", default=o.temperature_schedule, choices=TEMPERATURE_SCHEDULES,
+                       help="linear and cosine go from --temperature to --temperature_end")
+    group.add_argument("--temperature_end", type=float, default=o.temperature_end)
+    group.add_argument("--channel_temperature", type=float, nargs="+", default=list(o.channel_temperature), metavar="FACTOR",
+                       help="factors of the temperature by dimension in the head's order: one each, or two, for the first and the last")
+    group.add_argument("--top_k", type=int, default=o.top_k, help="draw from the k most likely levels only; 0 for all")
+    group.add_argument("--top_p", type=float, default=o.top_p, help="draw from the most likely levels that make up this probability")
+    group.add_argument("--draw", default=o.draw, choices=DRAWS, help="one uniform number per draw, or one Gumbel number per level")
+    group.add_argument("--confidence_temperature", type=float, default=o.confidence_temperature, help="--order confidence: weight of its noise")
+    group.add_argument("--confidence_candidates", type=float, default=o.confidence_candidates,
+                       help="--order confidence: score only so many times the tokens that are wanted (approximate); 0 for all")
+    group.add_argument("--reuse_features", type=int, default=o.reuse_features,
+                       help="run the whole backbone at every n-th step, the changed tokens only between (approximate)")
+    group.add_argument("--reuse_guidance", type=int, default=o.reuse_guidance,
+                       help="run the unconditional half at every n-th step, reuse its difference between (approximate)")
+
+    group = parser.add_argument_group("for --sample only")
+    group.add_argument("--cfg_scale", type=float, nargs="+", default=None, help="several guidance scales instead of --cfg: a folder each, and sweep.png")
+    group.add_argument("--interpolate", default="", help="two classes such as 207,360: --num_images mixtures between them, all from one seed")
+    group.add_argument("--init", default="", help="an image to edit; needs --mask")
+    group.add_argument("--mask", default="", help="black and white image of --init's size: white is drawn anew, tokens without white are kept")
+    group.add_argument("--show_steps", type=int, nargs="?", const=8, default=0, metavar="FRAMES",
+                       help="write the unmasking of the first images as GIF and PNG strip, 8 frames unless said")
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Everything that can be refused without reading a file."""
-    if args.sample and not args.classes:
-        raise ValueError("--sample needs --classes, class numbers such as 207,360, or all")
+    check_sample_arguments(args)
+    sampler_options(args).check(len(args.channel_temperature) or 2)        # how many dimensions there are is known later
     if args.evaluate and args.sample:
         raise ValueError("--evaluate and --sample are two different things; choose one")
     at_least(args, num_iter=1, num_images=1, eval_bsz=1, batch_size=1, accum_iter=1, epochs=1, max_steps=1, log_freq=1, max_bad_steps=1,
@@ -130,6 +168,21 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_range(args.quant_min, args.quant_max)
     if args.use_quantized_value:
         logger.info("--use_quantized_value: always so here, the encoder sees dequantized values")
+
+
+def check_sample_arguments(args: argparse.Namespace) -> None:
+    """ValueError for flags of --sample without it, or that do not go together."""
+    for name in ("cfg_scale", "interpolate", "init", "mask", "show_steps"):
+        if getattr(args, name) and not args.sample:
+            raise ValueError(f"--{name} changes --sample only; give --sample too, or leave it out")
+    if args.sample and bool(args.classes) == bool(args.interpolate):
+        raise ValueError("--sample needs --classes, class numbers such as 207,360, or all; or --interpolate instead")
+    if bool(args.init) != bool(args.mask):
+        raise ValueError("--init and --mask go together: an image, and which part of it is drawn anew")
+    at_least(args, show_steps=0)
+    for scale in args.cfg_scale or ():
+        if not math.isfinite(scale):
+            raise ValueError(f"--cfg_scale must be finite, got {scale}")
 
 
 # ------------------------------------------------------------------------------------------------------------- model and VAE
@@ -227,45 +280,80 @@ def load_generator_weights(model: TokenBridge, content: dict, source: Path, whic
 
 # ------------------------------------------------------------------------------------------------------------- generation
 
+def sampler_options(args: argparse.Namespace) -> SamplerOptions:
+    return SamplerOptions(**{name: getattr(args, name) for name in OPTION_NAMES})
+
+
 def sample_settings(args: argparse.Namespace, device: torch.device) -> SampleSettings:
-    return SampleSettings(num_iter=args.num_iter, cfg=args.cfg, cfg_schedule=args.cfg_schedule, temperature=args.temperature, seed=args.seed,
-                          batch_size=args.eval_bsz, precision=dist.pick_precision(args.precision, device))
+    return SampleSettings(seed=args.seed, batch_size=args.eval_bsz, precision=dist.pick_precision(args.precision, device),
+                          **vars(sampler_options(args)))
 
 
-def parse_classes(text: str, class_num: int) -> list[int]:
+def parse_classes(text: str, class_num: int, flag: str = "--classes") -> list[int]:
     """--classes 207,360 or all -> class numbers; ValueError if one is not in [0, class_num)."""
     if text == "all":
         return list(range(class_num))
     try:
         classes = [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"--classes takes numbers separated by commas, or all; got {text!r}") from None
+        raise ValueError(f"{flag} takes numbers separated by commas, or all; got {text!r}") from None
     wrong = [c for c in classes if not 0 <= c < class_num]
     if wrong:
-        raise ValueError(f"--classes: {wrong} not in [0, {class_num}), the model's classes")
+        raise ValueError(f"{flag}: {wrong} not in [0, {class_num}), the model's classes")
     return classes
 
 
+def read_edit(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, device: torch.device) -> Edit | None:
+    """--init and --mask, cropped alike to the model's size; ValueError if the mask is of another size or chooses nothing."""
+    if not args.init:
+        return None
+    image, mask, size = read_image(args.init), read_image(args.mask), model.config["img_size"]
+    if image.size != mask.size:
+        raise ValueError(f"{args.mask} (--mask) is {mask.width} x {mask.height} pixels, {args.init} (--init) {image.width} x {image.height}; "
+                         "they must have the same size")
+    return Edit(encode_init(vae, [center_crop_adm(image, size)], size, device), token_mask(center_crop_adm(mask, size), size, model.grid_size))
+
+
+def picture_grid(output: Path, numbers: Sequence[int], columns: int, name: str) -> None:
+    """Join output/000000.png and so on into output/<name>."""
+    pictures = [to_uint8(to_tensor(read_image(output / f"{i:06d}.png"))) for i in numbers]
+    save_grid(output / name, torch.stack(pictures), columns)
+
+
 def sample(args: argparse.Namespace, given: set[str], model: TokenBridge, vae: AutoencoderKL, source: Path, device: torch.device) -> None:
-    """Write OUT/000000.png and so on, class by class, OUT/grid.png and OUT/samples.json."""
-    classes = parse_classes(args.classes, model.class_num)
-    labels = balanced_labels(args.num_images if "num_images" in given else 4 * len(classes), classes)
-    output, settings = check_writable(args.output_dir, "--output_dir"), sample_settings(args, device)
-    mine = range(dist.rank(), len(labels), dist.world_size())
-    with tqdm(total=math.ceil(len(mine) / args.eval_bsz) * args.num_iter, unit="step", disable=not dist.is_main()) as bar:
-        for numbers, images in generate(model, vae, labels, mine, settings, device, on_step=lambda *_: bar.update()):
-            for number, image in zip(numbers, images, strict=True):
-                save_png(output / f"{number:06d}.png", image)
-    dist.barrier()
-    if dist.is_main():
-        shown = min(len(labels), 400)
-        each = len(labels) // len(classes)
-        columns = each if each * len(classes) == len(labels) and 1 < each <= 20 else math.ceil(shown**0.5)
-        pictures = [to_uint8(to_tensor(read_image(output / f"{i:06d}.png"))) for i in range(shown)]
-        save_grid(output / "grid.png", torch.stack(pictures), columns)
-        record = asdict(settings) | {"checkpoint": str(source), "weights": args.weights, "labels": labels}
-        write_json(output / "samples.json", record)
-        logger.info("wrote %d images, grid.png and samples.json to %s", len(labels), output)
+    """Write OUT/000000.png and so on, class by class, OUT/grid.png and OUT/samples.json; a folder for each of --cfg_scale, and sweep.png."""
+    seeds, count = None, args.num_images if "num_images" in given else None
+    if args.interpolate:
+        ends = parse_classes(args.interpolate, model.class_num, "--interpolate")
+        if len(ends) != 2:
+            raise ValueError(f"--interpolate takes two classes, got {args.interpolate!r}")
+        labels = mixtures(*ends, count or 8)
+        seeds = [image_seed(args.seed, 0)] * len(labels)                       # one seed: only the class changes
+        each = len(labels)
+    else:
+        classes = parse_classes(args.classes, model.class_num)
+        labels = balanced_labels(count or 4 * len(classes), classes)
+        each = len(labels) // len(classes) if len(labels) % len(classes) == 0 else 0
+    edit, settings = read_edit(args, model, vae, device), sample_settings(args, device)
+    settings.check(model.token_dim)
+    output = check_writable(args.output_dir, "--output_dir")
+    sweep = [(cfg, output / f"cfg_{cfg:g}") for cfg in args.cfg_scale] if args.cfg_scale else [(args.cfg, output)]
+    shown = min(len(labels), 400)
+    columns = each if 1 < each <= 20 else math.ceil(shown**0.5)
+    batches = math.ceil(len(range(dist.rank(), len(labels), dist.world_size())) / args.eval_bsz)
+    with tqdm(total=len(sweep) * batches * args.num_iter, unit="step", disable=not dist.is_main()) as bar:
+        for cfg, folder in sweep:
+            settings.cfg = cfg
+            bar.set_description(f"{len(labels)} images, cfg {cfg:g}")
+            write_images(model, vae, labels, settings, device, folder, seeds=seeds, edit=edit, show_steps=args.show_steps, on_step=lambda *_: bar.update())
+            if dist.is_main():
+                picture_grid(folder, range(shown), columns, "grid.png")
+                write_json(folder / "samples.json", asdict(settings) | {"checkpoint": str(source), "weights": args.weights, "labels": labels})
+                logger.info("wrote %d images, grid.png and samples.json to %s", len(labels), folder)
+    if dist.is_main() and args.cfg_scale:
+        shown = min(len(labels), 20)
+        rows = [to_uint8(to_tensor(read_image(folder / f"{i:06d}.png"))) for _, folder in sweep for i in range(shown)]
+        save_grid(output / "sweep.png", torch.stack(rows), shown)
 
 
 class Evaluator:

@@ -32,6 +32,14 @@ def save_grid(path: str | Path, images: Tensor, columns: int) -> None:
     save_png(path, make_grid(images.cpu(), nrow=columns, padding=2, pad_value=255))
 
 
+def save_frames(path: str | Path, images: Tensor, milliseconds: int = 150) -> None:
+    """uint8 images (N, 3, H, W) to a GIF that repeats and rests on the last."""
+    frames = [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
+    with replacing(path) as file:
+        frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], loop=0,
+                       duration=[milliseconds] * (len(frames) - 1) + [10 * milliseconds])
+
+
 def read_image(path: str | Path) -> Image.Image:
     """An RGB image. ValueError naming the file if it is corrupt, cut short or too large to be safe."""
     try:
