@@ -152,7 +152,6 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
 def check_arguments(args: argparse.Namespace) -> None:
     """Everything that can be refused without reading a file."""
     check_sample_arguments(args)
-    sampler_options(args).check(len(args.channel_temperature) or 2)        # how many dimensions there are is known later
     if args.evaluate and args.sample:
         raise ValueError("--evaluate and --sample are two different things; choose one")
     at_least(args, num_iter=1, num_images=1, eval_bsz=1, batch_size=1, accum_iter=1, epochs=1, max_steps=1, log_freq=1, max_bad_steps=1,
@@ -166,6 +165,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if not 1 <= args.quant_bits <= MAX_BITS:
         raise ValueError(f"--quant_bits must be from 1 to {MAX_BITS}, got {args.quant_bits}")
     check_range(args.quant_min, args.quant_max)
+    sampler_options(args).check(len(args.channel_temperature) or 2)        # how many dimensions there are is known later
     if args.use_quantized_value:
         logger.info("--use_quantized_value: always so here, the encoder sees dequantized values")
 

@@ -63,7 +63,7 @@ def call(vae_file: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.Mon
     """call(name=value, ...) runs main with those flags changed; an optimizer step or a generated image would fail the test."""
     def no_work(*args: object, **kwargs: object) -> None:
         raise AssertionError("work was begun before the input was refused")
-    for name in ("train_one_epoch", "generate", "evaluate"):
+    for name in ("train_one_epoch", "write_images", "evaluate"):
         monkeypatch.setattr(main_tokenbridge, name, no_work)
     return lambda **changes: main(arguments(vae_file, pictures, tmp_path / "out", **changes))
 
