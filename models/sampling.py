@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.reuse import FeatureSource, ReusedFeatures
+
 if TYPE_CHECKING:
     from models.tokenbridge import TokenBridge
 
@@ -380,15 +382,18 @@ def sample_steps(model: TokenBridge, class_embedding: Tensor, options: SamplerOp
         yield SamplerState(step, options.num_iter, values, orders, after, scale, model.grid_size)
 
 
-def feature_source(model: TokenBridge, class_embedding: Tensor, options: SamplerOptions) -> Callable[[Tensor, Tensor, int, Tensor, float], Tensor]:
+def feature_source(model: TokenBridge, class_embedding: Tensor, options: SamplerOptions) -> FeatureSource:
     """What computes z: called with values (B, L, C), orders (B, L), the number of masked tokens, wanted (B, M) and the guidance scale -> (B, M, D)."""
+    if options.reuse_features > 1 or options.reuse_guidance > 1:
+        return ReusedFeatures(model, class_embedding, options)
+
     def features(values: Tensor, orders: Tensor, num_masked: int, wanted: Tensor, scale: float) -> Tensor:
         visible = orders[:, num_masked:]                                                     # (B, V)
         return model._guided_z(take(values, visible), visible, wanted, class_embedding, scale)
     return features
 
 
-def _choose_tokens(model: TokenBridge, features: Callable[..., Tensor], values: Tensor, orders: Tensor, before: int, after: int, scale: float,
+def _choose_tokens(model: TokenBridge, features: FeatureSource, values: Tensor, orders: Tensor, before: int, after: int, scale: float,
                    noise: Tensor | None, options: SamplerOptions) -> tuple[Tensor, Tensor]:
     """Orders whose [after:before] are this step's tokens, and their z (B, M, D).
 
