@@ -61,7 +61,8 @@ def test_the_library_draws_the_same_images(folder, tmp_path):
     ("--order", "confidence"), ("--order", "raster"), ("--mask_schedule", "linear"), ("--top_k", 2), ("--top_p", 0.3), ("--draw", "gumbel"),
     ("--temperature_schedule", "linear"), ("--channel_temperature", 1, 0.1), ("--channel_temperature", 1, 0.5, 0.5, 0),
     ("--cfg_schedule", "cosine", "--cfg", 3), ("--cfg_schedule", "interval", "--cfg", 3, "--cfg_interval", 0, 0.5),
-    ("--reuse_features", 2), ("--reuse_guidance", 3, "--cfg", 5), ("--order", "confidence", "--confidence_temperature", 0), ("--order", "confidence", "--confidence_candidates", 1.5),
+    ("--reuse_features", 2), ("--reuse_guidance", 3, "--cfg", 5),
+    ("--order", "confidence", "--confidence_temperature", 0), ("--order", "confidence", "--confidence_candidates", 1.5),
 ])
 def test_options_change_the_images_and_are_written_down(folder, tmp_path, more):
     plain, changed = sampled(folder, tmp_path / "plain"), sampled(folder, tmp_path / "changed", *more)
