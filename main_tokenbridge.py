@@ -14,21 +14,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from engine_sample import Edit, SampleSettings, balanced_labels, mixtures, write_images
+from engine_sample import balanced_labels, sample, sample_settings, sampler_options
 from engine_tokenbridge import TrainSettings, TrainState, evaluate, train_one_epoch
 from models import MODELS
-from models.generation import encode_init, token_mask
 from models.quantizer import MAX_BITS, check_range
-from models.sampling import CFG_SCHEDULES, DRAWS, MASK_SCHEDULES, OPTION_NAMES, ORDERS, TEMPERATURE_SCHEDULES, SamplerOptions, image_seed
+from models.sampling import CFG_SCHEDULES, DRAWS, MASK_SCHEDULES, ORDERS, TEMPERATURE_SCHEDULES, SamplerOptions
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL, load_vae
 from util import checkpoint, dist
 from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
-from util.crop import center_crop_adm
-from util.files import write_json
-from util.images import read_image, save_grid, to_tensor, to_uint8
 from util.loader import BAD_IMAGE_CHOICES, CachedLatents, GlobalBatchSampler, ImageFolderDataset, build_loader
 from util.log import JsonlLog, get_logger, run_cli
 from util.lr_sched import LR_SCHEDULES, base_learning_rate
@@ -278,83 +273,7 @@ def load_generator_weights(model: TokenBridge, content: dict, source: Path, whic
     logger.info("loaded the %s weights of %s", which, source)
 
 
-# ------------------------------------------------------------------------------------------------------------- generation
-
-def sampler_options(args: argparse.Namespace) -> SamplerOptions:
-    return SamplerOptions(**{name: getattr(args, name) for name in OPTION_NAMES})
-
-
-def sample_settings(args: argparse.Namespace, device: torch.device) -> SampleSettings:
-    return SampleSettings(seed=args.seed, batch_size=args.eval_bsz, precision=dist.pick_precision(args.precision, device),
-                          **vars(sampler_options(args)))
-
-
-def parse_classes(text: str, class_num: int, flag: str = "--classes") -> list[int]:
-    """--classes 207,360 or all -> class numbers; ValueError if one is not in [0, class_num)."""
-    if text == "all":
-        return list(range(class_num))
-    try:
-        classes = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{flag} takes numbers separated by commas, or all; got {text!r}") from None
-    wrong = [c for c in classes if not 0 <= c < class_num]
-    if wrong:
-        raise ValueError(f"{flag}: {wrong} not in [0, {class_num}), the model's classes")
-    return classes
-
-
-def read_edit(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, device: torch.device) -> Edit | None:
-    """--init and --mask, cropped alike to the model's size; ValueError if the mask is of another size or chooses nothing."""
-    if not args.init:
-        return None
-    image, mask, size = read_image(args.init), read_image(args.mask), model.config["img_size"]
-    if image.size != mask.size:
-        raise ValueError(f"{args.mask} (--mask) is {mask.width} x {mask.height} pixels, {args.init} (--init) {image.width} x {image.height}; "
-                         "they must have the same size")
-    return Edit(encode_init(vae, [center_crop_adm(image, size)], size, device), token_mask(center_crop_adm(mask, size), size, model.grid_size))
-
-
-def picture_grid(output: Path, numbers: Sequence[int], columns: int, name: str) -> None:
-    """Join output/000000.png and so on into output/<name>."""
-    pictures = [to_uint8(to_tensor(read_image(output / f"{i:06d}.png"))) for i in numbers]
-    save_grid(output / name, torch.stack(pictures), columns)
-
-
-def sample(args: argparse.Namespace, given: set[str], model: TokenBridge, vae: AutoencoderKL, source: Path, device: torch.device) -> None:
-    """Write OUT/000000.png and so on, class by class, OUT/grid.png and OUT/samples.json; a folder for each of --cfg_scale, and sweep.png."""
-    seeds, count = None, args.num_images if "num_images" in given else None
-    if args.interpolate:
-        ends = parse_classes(args.interpolate, model.class_num, "--interpolate")
-        if len(ends) != 2:
-            raise ValueError(f"--interpolate takes two classes, got {args.interpolate!r}")
-        labels = mixtures(*ends, count or 8)
-        seeds = [image_seed(args.seed, 0)] * len(labels)                       # one seed: only the class changes
-        each = len(labels)
-    else:
-        classes = parse_classes(args.classes, model.class_num)
-        labels = balanced_labels(count or 4 * len(classes), classes)
-        each = len(labels) // len(classes) if len(labels) % len(classes) == 0 else 0
-    edit, settings = read_edit(args, model, vae, device), sample_settings(args, device)
-    settings.check(model.token_dim)
-    output = check_writable(args.output_dir, "--output_dir")
-    sweep = [(cfg, output / f"cfg_{cfg:g}") for cfg in args.cfg_scale] if args.cfg_scale else [(args.cfg, output)]
-    shown = min(len(labels), 400)
-    columns = each if 1 < each <= 20 else math.ceil(shown**0.5)
-    batches = math.ceil(len(range(dist.rank(), len(labels), dist.world_size())) / args.eval_bsz)
-    with tqdm(total=len(sweep) * batches * args.num_iter, unit="step", disable=not dist.is_main()) as bar:
-        for cfg, folder in sweep:
-            settings.cfg = cfg
-            bar.set_description(f"{len(labels)} images, cfg {cfg:g}")
-            write_images(model, vae, labels, settings, device, folder, seeds=seeds, edit=edit, show_steps=args.show_steps, on_step=lambda *_: bar.update())
-            if dist.is_main():
-                picture_grid(folder, range(shown), columns, "grid.png")
-                write_json(folder / "samples.json", asdict(settings) | {"checkpoint": str(source), "weights": args.weights, "labels": labels})
-                logger.info("wrote %d images, grid.png and samples.json to %s", len(labels), folder)
-    if dist.is_main() and args.cfg_scale:
-        shown = min(len(labels), 20)
-        rows = [to_uint8(to_tensor(read_image(folder / f"{i:06d}.png"))) for _, folder in sweep for i in range(shown)]
-        save_grid(output / "sweep.png", torch.stack(rows), shown)
-
+# ------------------------------------------------------------------------------------------------------------- evaluation
 
 class Evaluator:
     """FID and Inception Score of generated images; all its inputs are read, and refused if wrong, when it is made."""
