@@ -1,0 +1,109 @@
+"""From a checkpoint file and the command line to a model: which file, which structure, which weights. Training and sampling share it."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from models import MODELS
+from models.tokenbridge import TokenBridge
+from models.vae import AutoencoderKL
+from util import checkpoint
+from util.log import get_logger
+
+logger = get_logger()
+
+# Flags that say what the model is: fixed by a checkpoint's config. And those that only say how it is trained: a resumed run may change them.
+STRUCTURE_FLAGS = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "quant_bits", "quant_min", "quant_max", "class_num", "buffer_size")
+BEHAVIOUR_FLAGS = ("label_drop_prob", "mask_ratio_min", "attn_dropout", "proj_dropout", "grad_checkpointing")
+CONFIG_PARTS = {"model_name": str, "model": dict, "vae": dict, "vae_fingerprint": str}     # of a checkpoint's config: what the model is built from
+
+
+def read_checkpoint(args: argparse.Namespace) -> tuple[Path | None, dict | None]:
+    """The checkpoint of --resume. None only when training may start anew: no --resume, or a folder that holds none.
+
+    ValueError if training would overwrite another run's checkpoint, or the file is none of this script's.
+    """
+    training, path, last = not (args.evaluate or args.sample), checkpoint.resolve(args.resume), Path(args.output_dir) / checkpoint.LAST
+    if not training and not args.resume:
+        raise ValueError("--evaluate and --sample need trained weights: give --resume, a checkpoint or a folder with checkpoint-last.pth")
+    if training and last.exists() and not (args.resume and path.is_file() and path.samefile(last)):
+        raise ValueError(f"{args.output_dir} (--output_dir) already holds a {checkpoint.LAST}: continue it with --resume {args.output_dir}, "
+                         "or choose another folder")
+    if not args.resume:
+        logger.info("no --resume: training starts from random weights")
+        return None, None
+    if not path.is_file() and training and Path(args.resume).suffix not in (".pth", ".pt", ".ckpt"):
+        logger.info("no %s in %s (--resume): training starts from random weights", checkpoint.LAST, args.resume)
+        return None, None
+    content = checkpoint.load_file(path)
+    if not isinstance(content.get("model"), dict):
+        raise ValueError(f'{path} (--resume) has no weights under the key "model"; found {", ".join(map(str, list(content)[:8]))}')
+    config = content.get("config")
+    wanted = {} if config is None else CONFIG_PARTS
+    lacking = [key for key, kind in wanted.items() if not (isinstance(config, dict) and isinstance(config.get(key), kind))]
+    if lacking:
+        raise ValueError(f"{path} (--resume) has a config that is no TokenBridge model's, it lacks {', '.join(lacking)}; is the file a VAE's?")
+    return path, content
+
+
+def flag_values(args: argparse.Namespace, names: Sequence[str]) -> dict:
+    """Constructor arguments of TokenBridge from the flags of these names."""
+    values = {name: getattr(args, name) for name in names}
+    if "quant_bits" in values:
+        values["quant_levels"] = 2 ** values.pop("quant_bits")
+    return values
+
+
+def build_model(args: argparse.Namespace, given: set[str], vae: AutoencoderKL, content: dict | None, source: Path | None) -> TokenBridge:
+    """The model of the checkpoint's config, or of the flags where there is none (a fresh run, or published weights).
+
+    On the CPU, with random weights still. ValueError if a flag on the command line, or the VAE, contradicts the config.
+    """
+    config = (content or {}).get("config")
+    if config is None:
+        if content is not None:
+            logger.info("%s has no config: the model is what the flags say, and samples as published (head_start official)", source)
+        args.vae_embed_dim, args.vae_stride = vae.embed_dim, vae.stride
+        return MODELS[args.model](**flag_values(args, STRUCTURE_FLAGS + BEHAVIOUR_FLAGS), channel_order=vae.channel_order,
+                                  head_start="trained" if content is None else "official")
+    arguments = dict(config["model"])
+    if "model" in given and args.model != config["model_name"]:
+        raise ValueError(f"--model {args.model} contradicts {source}, which holds a {config['model_name']}")
+    free = BEHAVIOUR_FLAGS if not (args.evaluate or args.sample) else ()
+    for name in STRUCTURE_FLAGS + BEHAVIOUR_FLAGS:
+        (key, value), = flag_values(args, [name]).items()
+        if name not in given or arguments.get(key) == value:
+            continue
+        if name not in free:
+            raise ValueError(f"--{name} {getattr(args, name)} contradicts {source}, whose model has {key} = {arguments.get(key)}; leave the flag out")
+        logger.info("--%s: %s from now on, was %s", name, value, arguments.get(key))
+        arguments[key] = value
+    differs = [key for key, value in vae.config.items() if config["vae"].get(key) != value]
+    if differs or config["vae_fingerprint"] != vae.latent_fingerprint():
+        what = ", ".join(f"{key} {vae.config[key]} instead of {config['vae'].get(key)}" for key in differs) or "other encoder weights"
+        raise ValueError(f"{args.vae_path} (--vae_path) is not the VAE that {source} was trained with: {what}")
+    try:
+        model = TokenBridge(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{source} (--resume): its config does not describe a model of this code: {error}") from error
+    args.model, args.img_size, args.class_num = config["model_name"], model.config["img_size"], model.class_num
+    return model
+
+
+def load_generator_weights(model: TokenBridge, content: dict, source: Path, which: str) -> None:
+    """Weights to make images with: `model`, or its parameters replaced by the EMA's. ValueError if they are absent or do not fit."""
+    state = dict(content["model"])
+    if which == "ema":
+        if not isinstance(content.get("model_ema"), dict):
+            raise ValueError(f"{source} has no model_ema; give --weights model to use the weights as they are")
+        parameters = dict(model.named_parameters())
+        lacking = [name for name in parameters if name not in content["model_ema"]]
+        if lacking:
+            raise ValueError(f"model_ema in {source} lacks {len(lacking)} parameters: {', '.join(lacking[:3])}")
+        state.update({name: content["model_ema"][name] for name in parameters})
+        rate = ((content.get("config") or {}).get("args") or {}).get("ema_rate")
+        if rate and content.get("step") is not None and rate ** content["step"] > 0.1:
+            logger.warning("the EMA of %s (rate %g) still holds %.0f %% of the random initial weights after %d steps: images will be noise or black; "
+                           "--weights model shows the weights themselves", source, rate, 100 * rate ** content["step"], content["step"])
+    checkpoint.load_state(model, state, f"{source} ({which} weights)")
+    logger.info("loaded the %s weights of %s", which, source)
