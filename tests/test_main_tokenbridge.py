@@ -10,6 +10,7 @@ import torch
 from conftest import REPO, run_processes, tiny_vae
 from test_metrics import write_inception_weights
 
+import engine_train
 import main_cache
 from main_tokenbridge import main
 from models.vae import load_vae
@@ -97,8 +98,7 @@ def test_the_log_says_where_the_loss_starts(flags, tmp_path: Path, messages: lis
 @pytest.mark.parametrize("stop", [3, 4])
 def test_a_resumed_run_is_the_run_never_stopped(trained: Path, flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:  # noqa: ANN001
     """Stopped after step `stop`, whose last checkpoint is of step 3: weights, EMA, optimizer and log are equal bit for bit."""
-    import main_tokenbridge
-    real, out = main_tokenbridge.train_one_epoch, tmp_path / "run"
+    real, out = engine_train.train_one_epoch, tmp_path / "run"
 
     def killed(state, vae, loader, settings, device, log) -> None:  # noqa: ANN001
         if state.step >= 3:
@@ -107,11 +107,11 @@ def test_a_resumed_run_is_the_run_never_stopped(trained: Path, flags, tmp_path: 
                 real(state, vae, loader, settings, device, log)
             raise KeyboardInterrupt
         real(state, vae, loader, settings, device, log)
-    monkeypatch.setattr(main_tokenbridge, "train_one_epoch", killed)
+    monkeypatch.setattr(engine_train, "train_one_epoch", killed)
     with pytest.raises(KeyboardInterrupt):
         main(flags(out))
     assert load(out)["step"] == 3 and not torch.equal(load(out)["model"]["class_emb.weight"], load(trained)["model"]["class_emb.weight"])
-    monkeypatch.setattr(main_tokenbridge, "train_one_epoch", real)
+    monkeypatch.setattr(engine_train, "train_one_epoch", real)
     torch.manual_seed(99)
     main(flags(out, resume=out))
     mine, whole = load(out), load(trained)
