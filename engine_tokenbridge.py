@@ -1,4 +1,4 @@
-"""The loops: one epoch of training, evaluating generated images (engine_sample.py makes them). No parsing, no files but those handed in.
+"""The training loop. No parsing, no files but those handed in.
 
 Letters: B images per process and micro-batch, A micro-batches per step (--accum_iter), G = B*A*processes, L tokens.
 """
@@ -7,7 +7,7 @@ import contextlib
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,15 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine_sample import SampleSettings, generate
-from engine_sample import balanced_labels as balanced_labels
 from models.tokenbridge import TokenBridge, draw_mask_ratio, mask_from_orders, num_masked_tokens, random_orders
 from models.vae import AutoencoderKL, posterior_from_moments
 from util import dist
 from util.ema import ModelEma
 from util.log import JsonlLog, get_logger
 from util.lr_sched import learning_rate
-from util.metrics import FeatureStatistics, InceptionFeatures, fid, inception_score
 
 logger = get_logger()
 
@@ -249,34 +246,3 @@ def flush(state: TrainState, s: TrainSettings, window: Window, log: JsonlLog | N
                 100 * window.data_wait / seconds, dist.peak_memory_gib(device), eta // 3600, eta % 3600 // 60, eta % 60,
                 f"  ({state.bad_in_row} steps skipped in a row)" if state.bad_in_row else "")
     return Window()
-
-
-# ------------------------------------------------------------------------------------------------------------- evaluation
-
-def evaluate(model: TokenBridge, vae: AutoencoderKL, labels: Sequence[int], settings: SampleSettings, features: InceptionFeatures,
-             reference: dict[str, np.ndarray], device: torch.device, on_images: Callable[[list[int], Tensor], None] | None = None) -> dict[str, float]:
-    """Generate len(labels) images over all processes and score them: {"fid", "inception_score", "inception_score_std"} on every process.
-
-    on_images(numbers, uint8 images) is called for each finished batch (to save them).
-    """
-    statistics, logits, order = FeatureStatistics(), [], []
-    mine = range(dist.rank(), len(labels), dist.world_size())
-    started = time.perf_counter()
-    for numbers, images in generate(model, vae, labels, mine, settings, device):
-        found = features(images)
-        statistics.update(found["2048"])
-        logits.append(found["logits_unbiased"].cpu())
-        order += numbers
-        if on_images is not None:
-            on_images(numbers, images)
-        rate = len(order) / (time.perf_counter() - started)
-        logger.info("generated %d/%d images  %.2f images/s  ETA %.0f s", len(order) * dist.world_size(), len(labels), rate * dist.world_size(),
-                    (len(mine) - len(order)) / rate)
-    statistics.merge()
-    gathered = dist.gather_objects((order, torch.cat(logits) if logits else None))
-    everything = torch.empty(len(labels), next(part.shape[1] for _, part in gathered if part is not None))
-    for numbers, part in gathered:
-        if part is not None:
-            everything[numbers] = part
-    score, spread = inception_score(everything)
-    return {"fid": fid(statistics.as_dict(), reference), "inception_score": score, "inception_score_std": spread}

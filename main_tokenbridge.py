@@ -6,30 +6,27 @@
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 
 import torch
 
+from engine_evaluate import Evaluator
 from engine_load import build_model, load_generator_weights, read_checkpoint
-from engine_sample import balanced_labels, sample, sample_settings, sampler_options
-from engine_tokenbridge import evaluate
+from engine_sample import sample, sampler_options
 from engine_train import train
 from models import MODELS
 from models.quantizer import MAX_BITS, check_range
 from models.sampling import CFG_SCHEDULES, DRAWS, MASK_SCHEDULES, ORDERS, TEMPERATURE_SCHEDULES, SamplerOptions
-from models.tokenbridge import TokenBridge
-from models.vae import AutoencoderKL, load_vae
+from models.vae import load_vae
 from util import dist
-from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
+from util.cli import add_process_flags, at_least, make_parser, parse
 from util.loader import BAD_IMAGE_CHOICES
 from util.log import get_logger, run_cli
 from util.lr_sched import LR_SCHEDULES
-from util.metrics import IS_SPLITS, InceptionFeatures, load_reference_stats
+from util.metrics import IS_SPLITS
 
 logger = get_logger()
 
@@ -175,31 +172,6 @@ def check_sample_arguments(args: argparse.Namespace) -> None:
     for scale in args.cfg_scale or ():
         if not math.isfinite(scale):
             raise ValueError(f"--cfg_scale must be finite, got {scale}")
-
-
-# ------------------------------------------------------------------------------------------------------------- evaluation
-
-class Evaluator:
-    """FID and Inception Score of generated images; all its inputs are read, and refused if wrong, when it is made."""
-
-    def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.reference = load_reference_stats(args.fid_stats)
-        self.features = InceptionFeatures(args.inception_weights, device)
-        self.args, self.settings, self.device = args, sample_settings(args, device), device
-        self.output = check_writable(args.output_dir, "--output_dir")
-
-    def __call__(self, model: TokenBridge, vae: AutoencoderKL, **about: object) -> dict:
-        """Scores, logged and appended to OUT/eval.jsonl together with the settings and what is said `about` the weights."""
-        labels = balanced_labels(self.args.num_images, range(model.class_num))
-        scores = evaluate(model, vae, labels, self.settings, self.features, self.reference, self.device)
-        logger.info("FID %.3f  Inception Score %.2f +- %.2f  (%d images, cfg %g, temperature %g, %d iterations)", scores["fid"],
-                    scores["inception_score"], scores["inception_score_std"], len(labels),
-                    self.settings.cfg, self.settings.temperature, self.settings.num_iter)
-        if dist.is_main():
-            record = scores | asdict(self.settings) | about | {"num_images": len(labels), "fid_stats": self.args.fid_stats}
-            with (self.output / "eval.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
-        return scores
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,9 +10,6 @@ import pytest
 import torch
 from conftest import Explosive, tiny_vae, write_image_folder
 
-import engine_sample
-import engine_train
-import main_tokenbridge
 from main_tokenbridge import main
 from models.vae import load_vae
 from util.checkpoint import LAST
@@ -65,8 +62,8 @@ def call(vae_file: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.Mon
     """call(name=value, ...) runs main with those flags changed; an optimizer step or a generated image would fail the test."""
     def no_work(*args: object, **kwargs: object) -> None:
         raise AssertionError("work was begun before the input was refused")
-    for module, name in ((engine_train, "train_one_epoch"), (engine_sample, "write_images"), (main_tokenbridge, "evaluate")):
-        monkeypatch.setattr(module, name, no_work)
+    for name in ("engine_train.train_one_epoch", "engine_sample.write_images", "engine_evaluate.evaluate"):
+        monkeypatch.setattr(name, no_work)
     return lambda **changes: main(arguments(vae_file, pictures, tmp_path / "out", **changes))
 
 

@@ -10,8 +10,9 @@ import torch
 import train_tiny
 from conftest import REPO, run_processes, tiny_model, tiny_vae
 
-import engine_tokenbridge
-from engine_tokenbridge import SampleSettings, TrainState, balanced_labels, draw_step, evaluate, generate, mixed_seed, optimizer_step, weight_decay_groups
+from engine_evaluate import evaluate
+from engine_sample import SampleSettings, balanced_labels, generate
+from engine_tokenbridge import TrainState, draw_step, mixed_seed, optimizer_step, weight_decay_groups
 from util import dist
 from util.log import JsonlLog
 from util.lr_sched import learning_rate
@@ -252,7 +253,7 @@ class MeanColours:
 
 
 def test_evaluate_scores_every_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_tokenbridge, "FeatureStatistics", partial(FeatureStatistics, 3))
+    monkeypatch.setattr("engine_evaluate.FeatureStatistics", partial(FeatureStatistics, 3))
     model, vae = tiny_model(), tiny_vae()
     labels, kept = balanced_labels(20, range(10)), {}
     images = {n: image for numbers, batch in generate(model, vae, labels, range(20), SAMPLE, CPU) for n, image in zip(numbers, batch, strict=True)}
