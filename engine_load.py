@@ -7,7 +7,8 @@ from pathlib import Path
 from models import MODELS
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
-from util import checkpoint
+from models.weights import generator_state, one_layout, structure_from_shapes
+from util import checkpoint, download
 from util.log import get_logger
 
 logger = get_logger()
@@ -23,6 +24,7 @@ def read_checkpoint(args: argparse.Namespace) -> tuple[Path | None, dict | None]
 
     ValueError if training would overwrite another run's checkpoint, or the file is none of this script's.
     """
+    args.resume = download.local_path(args.resume, "--resume")
     training, path, last = not (args.evaluate or args.sample), checkpoint.resolve(args.resume), Path(args.output_dir) / checkpoint.LAST
     if not training and not args.resume:
         raise ValueError("--evaluate and --sample need trained weights: give --resume, a checkpoint or a folder with checkpoint-last.pth")
@@ -35,9 +37,9 @@ def read_checkpoint(args: argparse.Namespace) -> tuple[Path | None, dict | None]
     if not path.is_file() and training and Path(args.resume).suffix not in (".pth", ".pt", ".ckpt"):
         logger.info("no %s in %s (--resume): training starts from random weights", checkpoint.LAST, args.resume)
         return None, None
-    content = checkpoint.load_file(path)
-    if not isinstance(content.get("model"), dict):
-        raise ValueError(f'{path} (--resume) has no weights under the key "model"; found {", ".join(map(str, list(content)[:8]))}')
+    content = one_layout(checkpoint.load_file(path, mmap=not training), f"{path} (--resume)")
+    if training and "weights" in content:
+        raise ValueError(f"{path} (--resume) holds one set of weights only: it makes images, but a training cannot be continued from it")
     config = content.get("config")
     wanted = {} if config is None else CONFIG_PARTS
     lacking = [key for key, kind in wanted.items() if not (isinstance(config, dict) and isinstance(config.get(key), kind))]
@@ -54,6 +56,19 @@ def flag_values(args: argparse.Namespace, names: Sequence[str]) -> dict:
     return values
 
 
+def take_structure_from_shapes(args: argparse.Namespace, given: set[str], content: dict, source: Path) -> None:
+    """Set --model and the structure flags from weights without a config. ValueError if one that was given says otherwise."""
+    name, found = structure_from_shapes(content["model"], f"{source} (--resume)")
+    found |= dict(model=name, quant_bits=found["quant_levels"].bit_length() - 1, img_size=found["img_size"] // 16 * args.vae_stride)
+    for flag in ("model", "img_size", "vae_embed_dim", "quant_bits", "class_num", "buffer_size"):
+        if flag in given and getattr(args, flag) != found[flag]:
+            raise ValueError(f"--{flag} {getattr(args, flag)} contradicts {source}: from the shapes of its weights, {flag} is {found[flag]}; "
+                             "leave the flag out")
+        setattr(args, flag, found[flag])
+    logger.info("%s has no config: from the shapes of its weights it is %s, %d classes, %d bits, and it samples as published (head_start official)",
+                source, name, args.class_num, args.quant_bits)
+
+
 def build_model(args: argparse.Namespace, given: set[str], vae: AutoencoderKL, content: dict | None, source: Path | None) -> TokenBridge:
     """The model of the checkpoint's config, or of the flags where there is none (a fresh run, or published weights).
 
@@ -61,9 +76,9 @@ def build_model(args: argparse.Namespace, given: set[str], vae: AutoencoderKL, c
     """
     config = (content or {}).get("config")
     if config is None:
-        if content is not None:
-            logger.info("%s has no config: the model is what the flags say, and samples as published (head_start official)", source)
         args.vae_embed_dim, args.vae_stride = vae.embed_dim, vae.stride
+        if content is not None:
+            take_structure_from_shapes(args, given, content, source)
         return MODELS[args.model](**flag_values(args, STRUCTURE_FLAGS + BEHAVIOUR_FLAGS), channel_order=vae.channel_order,
                                   head_start="trained" if content is None else "official")
     arguments = dict(config["model"])
@@ -92,18 +107,10 @@ def build_model(args: argparse.Namespace, given: set[str], vae: AutoencoderKL, c
 
 def load_generator_weights(model: TokenBridge, content: dict, source: Path, which: str) -> None:
     """Weights to make images with: `model`, or its parameters replaced by the EMA's. ValueError if they are absent or do not fit."""
-    state = dict(content["model"])
-    if which == "ema":
-        if not isinstance(content.get("model_ema"), dict):
-            raise ValueError(f"{source} has no model_ema; give --weights model to use the weights as they are")
-        parameters = dict(model.named_parameters())
-        lacking = [name for name in parameters if name not in content["model_ema"]]
-        if lacking:
-            raise ValueError(f"model_ema in {source} lacks {len(lacking)} parameters: {', '.join(lacking[:3])}")
-        state.update({name: content["model_ema"][name] for name in parameters})
-        rate = ((content.get("config") or {}).get("args") or {}).get("ema_rate")
-        if rate and content.get("step") is not None and rate ** content["step"] > 0.1:
-            logger.warning("the EMA of %s (rate %g) still holds %.0f %% of the random initial weights after %d steps: images will be noise or black; "
-                           "--weights model shows the weights themselves", source, rate, 100 * rate ** content["step"], content["step"])
+    state = generator_state(content, model, which, str(source))
+    rate = ((content.get("config") or {}).get("args") or {}).get("ema_rate")
+    if which == "ema" and rate and content.get("step") is not None and rate ** content["step"] > 0.1:
+        logger.warning("the EMA of %s (rate %g) still holds %.0f %% of the random initial weights after %d steps: images will be noise or black; "
+                       "--weights model shows the weights themselves", source, rate, 100 * rate ** content["step"], content["step"])
     checkpoint.load_state(model, state, f"{source} ({which} weights)")
     logger.info("loaded the %s weights of %s", which, source)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.weights import read_file
+
 logger = logging.getLogger("tokenbridge")
 
 KL16_SCALE = 0.2325      # 1/std of KL-16 latents on ImageNet (SPEC 2); belongs to those weights
@@ -283,14 +285,11 @@ def read_vae_file(path: str | Path) -> dict:
     """The dict in a VAE checkpoint; weights under "model". Clear FileNotFoundError or ValueError naming the file otherwise."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no VAE weights at {path} (--vae_path): give the path of a checkpoint such as pretrained_models/vae/kl16.ckpt")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} (--vae_path) cannot be read as a checkpoint of tensors; it may be cut short or hold code: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        found = sorted(map(str, content))[:8] if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f'{path} (--vae_path) has no weights under the key "model"; found {found}')
+        raise FileNotFoundError(f"no VAE weights at {path} (--vae_path): give the path of a checkpoint such as pretrained_models/vae/kl16.ckpt, "
+                                "which `python -m util.download vae` fetches")
+    content = read_file(path, "--vae_path")
+    if not isinstance(content.get("model"), dict):
+        raise ValueError(f'{path} (--vae_path) has no weights under the key "model"; found {sorted(map(str, content))[:8]}')
     return content
 
 
