@@ -56,7 +56,7 @@ def read_file(path: str | Path, flag: str = "", mmap: bool = False) -> dict:
         raise ValueError(f"{path}{named} cannot be read as a checkpoint; it is cut short, or another kind of file: "
                          f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}{named} is not a checkpoint: it holds a {type(content).__name__}, not a dict")
+        raise ValueError(f"{path}{named} is not a checkpoint: it holds a {type(content).__name__}, not a dict with weights under \"model\"")
     return content
 
 

@@ -223,7 +223,8 @@ def write_truncated(path: Path, trained: Path, share: float = 0.7) -> None:
     path.write_bytes(whole[: int(len(whole) * share)])
 
 
-CANNOT_BE_READ = r"cannot be read as a checkpoint; it is cut short, another kind of file, or holds code"
+CANNOT_BE_READ = r"cannot be read as a checkpoint; it is cut short, or another kind of file"
+HOLDS_CODE = r"holds code \([\w.]+\), which is never run"
 NO_CHECKPOINTS = {
     "truncated": (write_truncated, CANNOT_BE_READ),
     "cut to its first bytes": (lambda path, trained: write_truncated(path, trained, 1e-4), CANNOT_BE_READ),
@@ -233,8 +234,8 @@ NO_CHECKPOINTS = {
     "no weights": (lambda path, trained: torch.save({"state_dict": {}, "epoch": 3}, path),
                    'has no weights under the key "model"; found state_dict, epoch'),
     "a VAE": (lambda path, trained: save_vae(path), "has a config that is no TokenBridge model's"),
-    "code, torch.save": (lambda path, trained: torch.save({"model": Explosive(path.with_name("ran"))}, path), CANNOT_BE_READ),
-    "code, pickle": (lambda path, trained: path.write_bytes(pickle.dumps({"model": Explosive(path.with_name("ran"))}, protocol=2)), CANNOT_BE_READ),
+    "code, torch.save": (lambda path, trained: torch.save({"model": Explosive(path.with_name("ran"))}, path), HOLDS_CODE),
+    "code, pickle": (lambda path, trained: path.write_bytes(pickle.dumps({"model": Explosive(path.with_name("ran"))}, protocol=2)), HOLDS_CODE),
 }
 
 
@@ -332,9 +333,9 @@ BAD_VAES = {
     "another shape": (lambda path, good: change_vae(path, good, lambda w: w.update({CONV: w[CONV][:4]})),
                       rf"has 1 weights of another shape: {CONV}: file \(4, 3, 3, 3\), VAE \(8, 3, 3, 3\)"),
     "NaN": (lambda path, good: change_vae(path, good, lambda w: w[CONV].fill_(math.nan)), rf"holds NaN or infinite weights, first: {CONV}"),
-    "cut short": (lambda path, good: path.write_bytes(good.read_bytes()[:5000]), "cannot be read as a checkpoint of tensors"),
-    "text": (lambda path, good: path.write_text("not a VAE"), "cannot be read as a checkpoint of tensors"),
-    "code": (lambda path, good: torch.save({"model": Explosive(path.with_name("ran"))}, path), "cannot be read as a checkpoint of tensors"),
+    "cut short": (lambda path, good: path.write_bytes(good.read_bytes()[:5000]), "cannot be read as a checkpoint"),
+    "text": (lambda path, good: path.write_text("not a VAE"), "cannot be read as a checkpoint"),
+    "code": (lambda path, good: torch.save({"model": Explosive(path.with_name("ran"))}, path), HOLDS_CODE),
     "no weights": (lambda path, good: torch.save({"state_dict": {}}, path), 'has no weights under the key "model"'),
     "not this VAE's config": (lambda path, good: torch.save({"model": {}, "config": {"width": 3}}, path), "its config does not describe a VAE"),
 }
