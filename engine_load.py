@@ -14,7 +14,7 @@ from util.log import get_logger
 logger = get_logger()
 
 # Flags that say what the model is: fixed by a checkpoint's config. And those that only say how it is trained: a resumed run may change them.
-STRUCTURE_FLAGS = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "quant_bits", "quant_min", "quant_max", "class_num", "buffer_size")
+STRUCTURE_FLAGS = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "quant_bits", "quant_min", "quant_max", "class_num", "buffer_size", "head")
 BEHAVIOUR_FLAGS = ("label_drop_prob", "mask_ratio_min", "attn_dropout", "proj_dropout", "grad_checkpointing")
 CONFIG_PARTS = {"model_name": str, "model": dict, "vae": dict, "vae_fingerprint": str}     # of a checkpoint's config: what the model is built from
 
@@ -81,7 +81,7 @@ def build_model(args: argparse.Namespace, given: set[str], vae: AutoencoderKL, c
             take_structure_from_shapes(args, given, content, source)
         return MODELS[args.model](**flag_values(args, STRUCTURE_FLAGS + BEHAVIOUR_FLAGS), channel_order=vae.channel_order,
                                   head_start="trained" if content is None else "official")
-    arguments = dict(config["model"])
+    arguments = {"head": "autoregressive"} | config["model"]               # the configs of older checkpoints do not name it
     if "model" in given and args.model != config["model_name"]:
         raise ValueError(f"--model {args.model} contradicts {source}, which holds a {config['model_name']}")
     free = BEHAVIOUR_FLAGS if not (args.evaluate or args.sample) else ()

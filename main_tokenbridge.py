@@ -18,6 +18,7 @@ from engine_load import build_model, load_generator_weights, read_checkpoint
 from engine_sample import sample, sampler_options
 from engine_train import train
 from models import MODELS
+from models.channel_ar import HEADS
 from models.quantizer import MAX_BITS, check_range
 from models.sampling import CFG_SCHEDULES, DRAWS, MASK_SCHEDULES, ORDERS, TEMPERATURE_SCHEDULES, SamplerOptions
 from models.vae import load_vae
@@ -52,6 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--use_quantized_value", action="store_true", help="accepted; the encoder always sees dequantized values")
     group.add_argument("--class_num", type=int, default=1000)
     group.add_argument("--buffer_size", type=int, default=64, help="class-token slots before the image tokens")
+    group.add_argument("--head", default="autoregressive", choices=HEADS,
+                       help="how a token's dimensions are predicted: one after another, or (ablation) all at once")
     group.add_argument("--label_drop_prob", type=float, default=0.1)
     group.add_argument("--mask_ratio_min", type=float, default=0.7)
     group.add_argument("--attn_dropout", type=float, default=0.1)

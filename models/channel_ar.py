@@ -4,6 +4,9 @@ A token has K^C values, too many for one softmax; its dimensions are predicted o
 a small causal transformer whose sequence is the C dimensions of *one* token. "Head order" means that frequency order; position c
 of the head predicts dimension channel_order[c].
 
+For comparison there is the head that the paper argues against, head="parallel": the same blocks, but no position sees an index of the token,
+so the dimensions are predicted at once and drawn independently given z. Its state dict lacks the token_embeddings.
+
 Letters: N tokens, C dimensions, K levels, H head width, D backbone width.
 """
 
@@ -16,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.layers import LAYER_NORM_EPS, AdaLNBlock, FinalModulation, LayerCache
 
+HEADS = ("autoregressive", "parallel")
 HEAD_STARTS = ("official", "trained")
 DECODE_CHUNK_BYTES = 2**30        # tokens are decoded in groups whose adaLN terms fit in this much memory
 
@@ -64,20 +68,25 @@ class ChannelAR(nn.Module):
     """
 
     def build_channel_head(self, *, condition_dim: int, dim: int, depth: int, num_heads: int, mlp_ratio: float,
-                           num_channels: int, num_levels: int, channel_order: Sequence[int], head_start: str, grad_checkpointing: bool) -> None:
+                           num_channels: int, num_levels: int, channel_order: Sequence[int], head_start: str, grad_checkpointing: bool,
+                           head: str = "autoregressive") -> None:
         """Create the modules; call it where their place in the parameter order is (optimizer states are saved by position)."""
         if head_start not in HEAD_STARTS:
             raise ValueError(f"head_start must be one of {', '.join(HEAD_STARTS)}, got {head_start!r}")
+        if head not in HEADS:
+            raise ValueError(f"head must be one of {', '.join(HEADS)} (--head), got {head!r}")
+        if head == "parallel" and head_start != "trained":
+            raise ValueError(f"head_start {head_start!r} belongs to the published autoregressive head; the parallel one (--head) has \"trained\" only")
         if sorted(channel_order) != list(range(num_channels)):
             raise ValueError(f"channel_order must be a permutation of 0..{num_channels - 1}, got {list(channel_order)}")
-        self.num_channels, self.num_levels, self.head_start = num_channels, num_levels, head_start
+        self.num_channels, self.num_levels, self.head_start, self.head = num_channels, num_levels, head_start, head
         self.checkpoint_head = grad_checkpointing
         self.channel_order = [int(c) for c in channel_order]
         inverse = [self.channel_order.index(c) for c in range(num_channels)]
         self.register_buffer("to_head_order", torch.tensor(self.channel_order), persistent=False)
         self.register_buffer("to_natural_order", torch.tensor(inverse), persistent=False)
         self.condition_proj = nn.Linear(condition_dim, dim)
-        self.token_embeddings = nn.ModuleList(nn.Embedding(num_levels, dim) for _ in range(num_channels - 1))
+        self.token_embeddings = nn.ModuleList(nn.Embedding(num_levels, dim) for _ in range(num_channels - 1 if head == "autoregressive" else 0))
         self.channel_blocks = nn.ModuleList(AdaLNBlock(dim, num_heads, mlp_ratio) for _ in range(depth))
         self.channel_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.channel_final = FinalModulation(dim)
@@ -102,13 +111,10 @@ class ChannelAR(nn.Module):
     def modulation_layers(self) -> list[nn.Module]:
         return [module.adaLN_modulation for module in (*self.channel_blocks, self.channel_final)]
 
-    def channel_logits(self, z: Tensor, indices: Tensor) -> Tensor:
-        """Teacher-forced logits (N, C, K) in head order from z (N, D) and the true indices (N, C) in head order."""
+    def channel_logits(self, z: Tensor, indices: Tensor | None) -> Tensor:
+        """Teacher-forced logits (N, C, K) in head order from z (N, D) and the true indices (N, C) in head order (parallel head: unused)."""
         h = self.condition_proj(z)                                                           # (N, H)
-        table = torch.cat([embedding.weight for embedding in self.token_embeddings] or [h.new_zeros(1, h.shape[-1])])     # ((C-1)*K, H)
-        offsets = torch.arange(self.num_channels - 1, device=z.device) * self.num_levels
-        previous = F.embedding(indices[:, :-1] + offsets, table)                             # (N, C-1, H)
-        x = torch.cat([h.unsqueeze(1), previous], dim=1) + self.channel_embed                # (N, C, H)
+        x = self._inputs(h, indices) + self.channel_embed                                    # (N, C, H)
         conditioning = h.unsqueeze(1) + self.timesteps_embeddings                            # (N, C, H)
         if self.checkpoint_head and self.training and torch.is_grad_enabled():
             for block in self.channel_blocks:
@@ -120,6 +126,15 @@ class ChannelAR(nn.Module):
         bias = torch.stack([head.bias for head in self.channel_heads])                       # (C, K)
         return torch.baddbmm(bias.unsqueeze(1), x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)                # (N, C, K)
 
+    def _inputs(self, h: Tensor, indices: Tensor | None) -> Tensor:
+        """What the positions see before their embeddings (N, C, H): h, then the previous dimension's index; the parallel head h throughout."""
+        if self.head == "parallel":
+            return h.unsqueeze(1).expand(-1, self.num_channels, -1)
+        table = torch.cat([embedding.weight for embedding in self.token_embeddings] or [h.new_zeros(1, h.shape[-1])])     # ((C-1)*K, H)
+        offsets = torch.arange(self.num_channels - 1, device=h.device) * self.num_levels
+        previous = F.embedding(indices[:, :-1] + offsets, table)                             # (N, C-1, H)
+        return torch.cat([h.unsqueeze(1), previous], dim=1)
+
     def leading_logits(self, z: Tensor) -> Tensor:
         """Logits (N, K) of the leading dimension (first in head order) from z (N, D)."""
         h = self.condition_proj(z)                                                           # (N, H)
@@ -130,7 +145,7 @@ class ChannelAR(nn.Module):
 
     def channel_sample(self, z: Tensor, noise: Tensor, temperature: float | Sequence[float], top_k: int = 0,
                        top_p: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Indices (N, C) in head order from z (N, D), one dimension after another with a key-value cache.
+        """Indices (N, C) in head order from z (N, D), one dimension after another with a key-value cache; parallel head: all from one pass.
 
         noise (N, C) or (N, C, K), temperature (one, or C in head order), top_k, top_p: see `draw_indices`. Positions per token: C, not C(C+1)/2.
         Second: a witness (N,), finite only where every draw of the token was sound.
@@ -145,6 +160,10 @@ class ChannelAR(nn.Module):
         return torch.cat(indices), torch.cat(witness)
 
     def _sample_chunk(self, z: Tensor, noise: Tensor, temperatures: Sequence[float], top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+        if self.head == "parallel":
+            logits = self.channel_logits(z, None)                                            # (N, C, K)
+            drawn, witness = zip(*(draw_indices(logits[:, c], noise[:, c], temperatures[c], top_k, top_p) for c in range(self.num_channels)), strict=True)
+            return torch.stack(drawn, dim=1), torch.stack(witness, dim=1).sum(1)
         h = self.condition_proj(z)                                                           # (N, H)
         conditioning = h.unsqueeze(1) + self.timesteps_embeddings                            # (N, C, H)
         modulations = [layer(conditioning) for layer in self.modulation_layers]              # all positions in one matmul per layer

@@ -77,8 +77,8 @@ class TokenBridge(ChannelAR):
     """The whole model; constructor arguments and state-dict keys are those of SPEC 11 (sizes default to large).
 
     quant_levels: K, a power of two from 2 to 4096. channel_order: latent dimensions in the head's order, KL-16's for 16
-    channels, otherwise identity unless given. head_start: what the *sampler* feeds the head first (SPEC 5). ValueError on
-    arguments that do not fit together, naming the flag.
+    channels, otherwise identity unless given. head_start: what the *sampler* feeds the head first (SPEC 5). head: "parallel" for
+    the ablation that predicts a token's dimensions at once. ValueError on arguments that do not fit together, naming the flag.
     """
 
     def __init__(self, *, img_size: int = 256, vae_stride: int = 16, patch_size: int = 1, encoder_embed_dim: int = 1024,
@@ -87,7 +87,7 @@ class TokenBridge(ChannelAR):
                  mlp_ratio: float = 4.0, quant_levels: int = 64, vae_embed_dim: int = 16, mask_ratio_min: float = 0.7,
                  label_drop_prob: float = 0.1, class_num: int = 1000, attn_dropout: float = 0.1, proj_dropout: float = 0.1,
                  buffer_size: int = 64, grad_checkpointing: bool = False, quant_min: float = -5.0, quant_max: float = 5.0,
-                 channel_order: Sequence[int] | None = None, head_start: str = "trained"):
+                 channel_order: Sequence[int] | None = None, head_start: str = "trained", head: str = "autoregressive"):
         config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
         if patch_size != 1:
@@ -146,7 +146,7 @@ class TokenBridge(ChannelAR):
         self.decoder_norm = norm(decoder_embed_dim)
         self.build_channel_head(condition_dim=decoder_embed_dim, dim=channel_embed_dim, depth=channel_depth, num_heads=channel_heads,
                                 mlp_ratio=mlp_ratio, num_channels=vae_embed_dim, num_levels=quant_levels, channel_order=channel_order,
-                                head_start=head_start, grad_checkpointing=grad_checkpointing)
+                                head_start=head_start, grad_checkpointing=grad_checkpointing, head=head)
         self._initialize()
 
     def _initialize(self) -> None:

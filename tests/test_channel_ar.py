@@ -1,12 +1,13 @@
 """models/channel_ar.py, models/layers.py (SPEC 5): the head against one written out in float64, cached against uncached, the draws."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config, tiny_model
+from conftest import tiny_batch, tiny_config, tiny_model
 from scipy.stats import chisquare
 from torch import Tensor
 
@@ -274,7 +275,58 @@ def test_attention_with_one_position_sees_itself_only():
     (dict(channel_order=[0, *range(15)]), "permutation of 0..15"),
     (dict(vae_embed_dim=4, channel_order=[1, 2, 3, 4]), "permutation of 0..3"),
     (dict(channel_heads=5), "head width 48 is not a multiple of its 5 heads"),
+    (dict(head="mlp"), "head must be one of autoregressive, parallel"),
+    (dict(head="parallel", head_start="official"), "the parallel one (--head) has"),
 ])
 def test_errors(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         TokenBridge(**tiny_config(**change))
+
+
+# ------------------------------------------------------------------------------------------------------------- the parallel head
+
+def test_the_parallel_head_predicts_each_dimension_from_z_alone():
+    """Its logits do not know the indices, those of the autoregressive head do; it has every parameter of that head but the token embeddings."""
+    model, other = tiny_model(head="parallel"), tiny_model()
+    z, indices = random_inputs(model)
+    changed = (indices + 1) % model.num_levels
+    assert torch.equal(model.channel_logits(z, indices), model.channel_logits(z, changed))
+    assert not torch.equal(other.channel_logits(z, indices), other.channel_logits(z, changed))
+    assert {key for key in other.state_dict() if key not in model.state_dict()} == {f"token_embeddings.{c}.weight" for c in range(15)}
+    assert model.state_dict().keys() < other.state_dict().keys() and model.config["head"] == "parallel"
+
+
+@torch.no_grad()
+def test_the_parallel_head_samples_from_its_logits():
+    """At temperature 0 the argmax of each dimension; otherwise draws from each softmax, whatever the other dimensions became."""
+    model = tiny_model(head="parallel")
+    z, _ = random_inputs(model)
+    logits = model.channel_logits(z, None)
+    indices, witness = model.channel_sample(z, torch.zeros(N, 16), 0.0)
+    assert torch.equal(indices, logits.argmax(-1)) and torch.isfinite(witness).all()
+    torch.testing.assert_close(model.leading_logits(z), logits[:, 0], rtol=1e-4, atol=1e-4)
+    draws, noise = 4000, torch.rand(4000, 16, generator=torch.Generator().manual_seed(1))
+    drawn, _ = model.channel_sample(z[:1].expand(draws, -1), noise, 1.0)
+    for c in (0, 7, 15):
+        expected = draws * logits[0, c].double().softmax(-1)
+        likely = expected >= 5
+        observed = torch.bincount(drawn[:, c], minlength=16).double()
+        assert chisquare([*observed[likely], observed[~likely].sum()], [*expected[likely], expected[~likely].sum() + 1e-9]).pvalue > 1e-4
+
+
+def test_the_parallel_head_learns():
+    """A few steps on one batch lower the loss, and every parameter gets a gradient."""
+    torch.manual_seed(0)
+    model = TokenBridge(**tiny_config(head="parallel"))
+    latents, labels = tiny_batch()
+    mask = torch.ones(4, 16)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        loss = model(latents, labels, mask)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    assert not [name for name, p in model.named_parameters() if p.grad is None and name != "fake_latent"]

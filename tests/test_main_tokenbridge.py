@@ -156,6 +156,16 @@ def test_half_precision_trains(flags, tmp_path: Path, precision: str) -> None:  
     assert bool(content["scaler"]) == (precision == "fp16")
 
 
+def test_the_parallel_head_trains_and_samples(flags, vae_path: Path, tmp_path: Path) -> None:  # noqa: ANN001
+    """--head is recorded in the checkpoint, which then samples without it; naming the other head is an error."""
+    main(flags(tmp_path / "run", head="parallel", max_steps=1))
+    content = load(tmp_path / "run")
+    assert content["config"]["model"]["head"] == "parallel" and not [key for key in content["model"] if key.startswith("token_embeddings")]
+    assert len(sampled(tmp_path / "run", vae_path, tmp_path / "samples")) == 6
+    with pytest.raises(ValueError, match="--head autoregressive contradicts"):
+        sampled(tmp_path / "run", vae_path, tmp_path / "other", "--head", "autoregressive")
+
+
 # ------------------------------------------------------------------------------------------------------- sampling and evaluation
 
 def sampled(trained: Path, vae_path: Path, out: Path, *more: object) -> dict[str, np.ndarray]:
