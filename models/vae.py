@@ -3,21 +3,25 @@
 Letters: B batch, C latent channels, H and W image height and width, h = H/stride, w = W/stride.
 """
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.vae_description import KL16, LatentSpace, VaeDescription, find_description
 from models.weights import read_file
+
+if TYPE_CHECKING:
+    from models.vae_diffusers import DiffusersVAE
+
+KL16_SCALE, KL16_CHANNEL_ORDER = KL16.scale_factor, tuple(KL16.channel_order)
 
 logger = logging.getLogger("tokenbridge")
 
-KL16_SCALE = 0.2325      # 1/std of KL-16 latents on ImageNet (SPEC 2); belongs to those weights
-KL16_CHANNEL_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)   # by frequency (SPEC 5)
 
 
 class DiagonalGaussian:
@@ -201,7 +205,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class AutoencoderKL(nn.Module):
+class AutoencoderKL(nn.Module, LatentSpace):
     """KL-regularised autoencoder; the defaults give KL-16 (66.456 M parameters, keys as published).
 
     embed_dim: latent channels C. ch, ch_mult: base width and its multiplier per level (stride = 2^(levels - 1)). num_res_blocks:
@@ -224,14 +228,7 @@ class AutoencoderKL(nn.Module):
             raise ValueError(f"every VAE width (ch {ch} times ch_mult {ch_mult}) must be a multiple of norm_groups {norm_groups}")
         if channel_order is None and embed_dim == 16 and ch_mult == (1, 1, 2, 2, 4) and ch == 128:
             channel_order = KL16_CHANNEL_ORDER
-        if channel_order is not None and sorted(channel_order) != list(range(embed_dim)):
-            raise ValueError(f"channel_order must be a permutation of 0..{embed_dim - 1}, got {list(channel_order)}")
-        for name, value in (("scale_factor", scale_factor), ("shift", shift)):
-            if isinstance(value, Sequence) and len(value) != embed_dim:
-                raise ValueError(f"{name} has {len(value)} values but the VAE has {embed_dim} latent channels")
-        self.embed_dim, self.stride = embed_dim, 2 ** (len(ch_mult) - 1)
-        self.scale_factor, self.shift = scale_factor, shift
-        self.channel_order = None if channel_order is None else list(channel_order)
+        self.set_description(VaeDescription(embed_dim, 2 ** (len(ch_mult) - 1), scale_factor, shift, channel_order))
         self._architecture = dict(embed_dim=embed_dim, ch_mult=list(ch_mult), ch=ch, num_res_blocks=num_res_blocks,
                                   attention=attention, norm_groups=norm_groups)
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, attention, norm_groups, 2 * embed_dim)
@@ -244,17 +241,7 @@ class AutoencoderKL(nn.Module):
     @property
     def config(self) -> dict:
         """Every constructor argument but ckpt_path, JSON-able: `AutoencoderKL(**vae.config)` has the same shape and scale."""
-        def plain(value: float | Sequence[float]) -> float | list[float]:
-            return [float(v) for v in value] if isinstance(value, Sequence) else float(value)
-        return self._architecture | dict(scale_factor=plain(self.scale_factor), shift=plain(self.shift), channel_order=self.channel_order)
-
-    def latent_fingerprint(self) -> str:
-        """SHA-256 of the weights that define the latent space (encoder and quant_conv), to tell one VAE from another."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.state_dict().items()):
-            if name.startswith(("encoder.", "quant_conv.")):
-                digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return self._architecture | self.latent_config
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Image (B, 3, H, W) in [-1, 1] -> posterior over raw latents (B, C, h, w). ValueError unless stride divides H and W."""
@@ -265,20 +252,6 @@ class AutoencoderKL(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Raw (unscaled) latents (B, C, h, w) -> image (B, 3, H, W), about [-1, 1], not clipped."""
         return self.decoder(self.post_quant_conv(z))
-
-    def scale(self, z: Tensor) -> Tensor:
-        """Raw latents -> the transformer's latents of about unit variance: (z - shift) * scale_factor, (B, C, h, w)."""
-        return (z - self._per_channel(self.shift, z)) * self._per_channel(self.scale_factor, z)
-
-    def unscale(self, latents: Tensor) -> Tensor:
-        """Inverse of `scale`: what `decode` takes, (B, C, h, w)."""
-        return latents / self._per_channel(self.scale_factor, latents) + self._per_channel(self.shift, latents)
-
-    @staticmethod
-    def _per_channel(value: float | Sequence[float], like: Tensor) -> float | Tensor:
-        if isinstance(value, Sequence):
-            return torch.tensor(list(value), device=like.device, dtype=like.dtype).view(-1, 1, 1)       # (C, 1, 1)
-        return value
 
 
 def read_vae_file(path: str | Path) -> dict:
@@ -316,11 +289,29 @@ def load_weights(vae: AutoencoderKL, path: str | Path, content: dict | None = No
     vae.load_state_dict({key: weights[key] for key in own}, strict=True)
 
 
-def load_vae(path: str | Path, embed_dim: int | None = None, stride: int | None = None) -> AutoencoderKL:
-    """A frozen VAE in eval mode from a checkpoint; its shape comes from the file's "config", KL-16 where there is none.
+def load_vae(path: str | Path, embed_dim: int | None = None, stride: int | None = None) -> "AutoencoderKL | DiffusersVAE":
+    """A frozen VAE in eval mode from a checkpoint, or from a folder that diffusers wrote (models/vae_diffusers.py).
 
-    embed_dim, stride: what the command line says; a contradiction is a ValueError that names both.
+    Its shape comes from the file's "config", KL-16 where there is none; what its latents are like (scale, shift, order, range) from the JSON file
+    beside it if there is one, see `models/vae_description.py`. embed_dim, stride: what the command line says; a contradiction is a ValueError
+    that names both.
     """
+    if Path(path).is_dir():
+        from models.vae_diffusers import load_diffusers_vae
+        vae = load_diffusers_vae(path)
+    else:
+        vae = load_checkpoint_vae(path, embed_dim)
+    for flag, given, actual in (("--vae_embed_dim", embed_dim, vae.embed_dim), ("--vae_stride", stride, vae.stride)):
+        if given is not None and given != actual:
+            raise ValueError(f"{flag} {given} contradicts {path}, whose VAE has {actual}")
+    found = find_description(path)
+    if found is not None:
+        vae.set_description(found)
+    return vae.eval().requires_grad_(False)
+
+
+def load_checkpoint_vae(path: str | Path, embed_dim: int | None = None) -> AutoencoderKL:
+    """The VAE of a checkpoint file with its weights; see `load_vae`."""
     content = read_vae_file(path)
     config = content.get("config")
     if config is None:
@@ -329,8 +320,6 @@ def load_vae(path: str | Path, embed_dim: int | None = None, stride: int | None 
         vae = AutoencoderKL(**config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} (--vae_path): its config does not describe a VAE of this code: {error}") from error
-    for flag, given, actual in (("--vae_embed_dim", embed_dim, vae.embed_dim), ("--vae_stride", stride, vae.stride)):
-        if given is not None and given != actual:
-            raise ValueError(f"{flag} {given} contradicts {path}, whose VAE has {actual}")
-    load_weights(vae, path, content)
-    return vae.eval().requires_grad_(False)
+    if embed_dim in (None, vae.embed_dim):                                 # else load_vae refuses in its own words
+        load_weights(vae, path, content)
+    return vae

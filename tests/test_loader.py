@@ -10,7 +10,8 @@ from conftest import photographs, write_image_folder
 from PIL import Image
 
 from util.crop import center_crop_adm
-from util.loader import CachedLatents, GlobalBatchSampler, ImageFolderDataset, build_loader, coin
+from util.latents import CachedLatents
+from util.loader import GlobalBatchSampler, ImageFolderDataset, build_loader, coin
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""main_cache.py: the files it writes, that running it again mends and never mixes, and what it refuses."""
+"""main_cache.py --format npz, the published layout: the files, that running it again mends and never mixes; and what any format refuses."""
 
 import hashlib
 import json
@@ -12,10 +12,12 @@ import torch
 from conftest import run_processes, write_image_folder
 from torch import Tensor
 
-import main_cache
-from main_cache import is_complete, main
+import engine_cache
+from engine_cache import read_moments
+from main_cache import main
 from models.vae import AutoencoderKL, load_vae
-from util.loader import CachedLatents, ImageFolderDataset
+from util.latents import CachedLatents
+from util.loader import ImageFolderDataset
 from util.log import run_cli
 
 SIZE, SHAPE = 16, (8, 8, 8)      # 16-pixel images; moments of 4 channels at stride 2
@@ -49,7 +51,8 @@ def finished(data: Path, vae_path: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def arguments(data: Path, vae_path: Path, out: Path, /, **changes: object) -> list[str]:
-    flags = dict(data_path=data, vae_path=vae_path, cached_path=out, img_size=SIZE, batch_size=4, num_workers=0, device="cpu") | changes
+    flags = dict(data_path=data, vae_path=vae_path, cached_path=out, img_size=SIZE, batch_size=4, num_workers=0, device="cpu",
+                 format="npz") | changes
     return [part for name, value in flags.items() if value is not None for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
 
 
@@ -94,7 +97,7 @@ def test_the_record(finished: Path, vae_path: Path) -> None:
     record, vae = json.loads((finished / "cache.json").read_text()), load_vae(vae_path)
     assert record["img_size"] == SIZE and record["precision"] == "fp32" and record["vae"] == vae.config and record["scale_factor"] == 1.5
     assert record["vae_sha256"] == hashlib.sha256(vae_path.read_bytes()).hexdigest() and record["latent_fingerprint"] == vae.latent_fingerprint()
-    assert record["images"] == 10 and record["classes"] == 2 and record["corrupt"] == 0 and record["complete"] is True
+    assert record["images"] == 10 and record["classes"] == ["china", "flower"] and record["corrupt"] == 0 and record["complete"] is True
 
 
 def test_training_reads_it(finished: Path, data: Path) -> None:
@@ -152,7 +155,7 @@ def test_complete_files_are_kept_and_all_others_mended(finished: Path, data: Pat
     assert any("8 images encoded, 2 were there, 0 corrupt" in line for line in messages)
     assert snapshot(out).keys() == snapshot(finished).keys()
     for name in stamps(finished):
-        assert is_complete(out / name, SHAPE)
+        assert read_moments(out / name)[0].shape == SHAPE
         for key, value in arrays(finished / name).items():
             np.testing.assert_allclose(arrays(out / name)[key], value, rtol=0, atol=1e-5)
 
@@ -161,7 +164,7 @@ def test_after_a_kill_the_same_command_finishes(data: Path, vae_path: Path, tmp_
                                                 messages: list[str]) -> None:
     class Killed(BaseException):
         pass
-    calls, encode = [], main_cache.encode
+    calls, encode = [], engine_cache.Encoder.posterior
 
     def die_in_third_batch(*args: object) -> Tensor:
         calls.append(1)
@@ -169,7 +172,7 @@ def test_after_a_kill_the_same_command_finishes(data: Path, vae_path: Path, tmp_
             raise Killed
         return encode(*args)
     with monkeypatch.context() as patch:
-        patch.setattr(main_cache, "encode", die_in_third_batch)
+        patch.setattr(engine_cache.Encoder, "posterior", die_in_third_batch)
         with pytest.raises(Killed):
             main(arguments(data, vae_path, tmp_path))
     record = json.loads((tmp_path / "cache.json").read_text())
@@ -272,10 +275,12 @@ def test_corrupt_images(data: Path, vae_path: Path, tmp_path: Path, messages: li
     root = Path(shutil.copytree(data, tmp_path / "data"))
     for name in ("01.png", "04.png"):
         (root / "train" / "china" / name).write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match=r"china.01\.png cannot be read .*--on_bad_image skip"):
+    with pytest.raises(ValueError, match=r"2 of 10 images are corrupt and listed in .*bad_images\.txt; .*china.01\.png cannot be read .*--on_bad_image skip"):
         main(arguments(root, vae_path, tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "cache.json").read_text())["complete"] is False and len(stamps(tmp_path / "out")) == 8
     main(arguments(root, vae_path, tmp_path / "out", on_bad_image="skip"))
-    assert sum("skipped bad image" in line for line in messages) == 2 and any("2 corrupt" in line for line in messages)
+    assert sum("corrupt image" in line for line in messages) == 4 and any("2 corrupt" in line for line in messages)
+    assert (tmp_path / "out" / "bad_images.txt").read_text() == "china/01.png\nchina/04.png\n"
     assert sorted(p.name for p in (tmp_path / "out" / "china").iterdir()) == ["00.png.npz", "02.png.npz", "03.png.npz"]
     record = json.loads((tmp_path / "out" / "cache.json").read_text())
     assert (record["images"], record["corrupt"], record["complete"]) == (8, 2, True)
@@ -302,7 +307,7 @@ def test_a_failed_write_leaves_no_half_file(data: Path, vae_path: Path, tmp_path
         savez(file, moments=content["moments"])
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as patch:
-        patch.setattr(main_cache.np, "savez", disk_full)
+        patch.setattr(engine_cache.np, "savez", disk_full)
         with pytest.raises(OSError, match="No space left"):
             main(arguments(data, vae_path, tmp_path))
     assert set(snapshot(tmp_path)) == {"cache.json"} and json.loads((tmp_path / "cache.json").read_text())["complete"] is False

@@ -43,6 +43,12 @@ def init(device_flag: str, dist_url: str = "env://") -> torch.device:
     return device
 
 
+def same_bits_every_time() -> None:
+    """Let cuDNN choose kernels by shape alone and not by timing them, so that two runs give the same bits; nothing changes on cpu."""
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

@@ -1,4 +1,4 @@
-"""Data sets of images and of cached latents, and an order of samples that no number of processes changes (SPEC 1, 8)."""
+"""Data sets of images, and an order of samples that no number of processes changes (SPEC 1). Cached latents: util/latents.py."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,7 +79,7 @@ class ImageFolderDataset(Dataset):
         return to_tensor(center_crop_adm(read_image(self.samples[index][0]), self.img_size))
 
     def __getitem__(self, index: Index) -> tuple[Tensor, int]:
-        number, seed = index if isinstance(index, tuple) else (index, None)
+        number, seed = split_index(index)
         for offset in range(len(self)):
             path, label = self.samples[(number + offset) % len(self)]
             try:
@@ -93,44 +93,37 @@ class ImageFolderDataset(Dataset):
         raise ValueError(f"{self.folder.root} (--data_path): not one image can be read")
 
 
-class CachedLatents(Dataset):
-    """The published cache, root/<class>/<image file name>.npz with `moments` and `moments_flip` -> (moments (2C, h, w) float32, label).
-
-    With index (i, seed) one of the two is drawn with p = 0.5 if `flip`; with a bare i it is `moments`.
-    """
-
-    def __init__(self, root: str | Path, flip: bool = True, class_num: int | None = None, flag: str = "--cached_path"):
-        if not str(root):
-            raise ValueError("--use_cached needs the folder of the cache: give --cached_path")
-        self.folder = list_folder(root, (".npz",), class_num, flag)
-        self.flip = flip
-        self.classes, self.labels, self.samples = self.folder.classes, self.folder.targets, self.folder.samples
-        self.shape: tuple[int, ...] | None = None
-        self.shape = tuple(self[0][0].shape)                    # reads one file now, so that a wrong cache fails at the start
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: Index) -> tuple[Tensor, int]:
-        number, seed = index if isinstance(index, tuple) else (index, None)
-        path, label = self.samples[number]
-        key = "moments_flip" if self.flip and seed is not None and coin(seed) else "moments"
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                moments = torch.from_numpy(arrays[key]).float()
-        except Exception as error:                              # zipfile, zlib, numpy and the disk each have their own
-            raise ValueError(f"cached latents {path} (--cached_path) cannot be read, cache this image anew: {error}") from error
-        if not torch.isfinite(moments).all():
-            raise ValueError(f"cached latents {path} (--cached_path) hold NaN or infinite values, cache this image anew")
-        if self.shape is not None and tuple(moments.shape) != self.shape:
-            raise ValueError(f"cached latents {path} (--cached_path) have shape {tuple(moments.shape)}, those of {self.samples[0][0]} {self.shape}; "
-                             "cache all images with the same VAE and size")
-        return moments, label
+def mix(seed: int) -> int:
+    """64 well-mixed bits of a seed (the finalizer of SplitMix64, Steele et al. 2014): one per sample, so it must cost next to nothing."""
+    x = (seed + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return x ^ (x >> 31)
 
 
 def coin(seed: int) -> bool:
     """A fair coin that depends on the seed alone."""
-    return bool(np.random.default_rng(seed).random() < 0.5)
+    return mix(seed) >> 63 == 1
+
+
+def pick(seed: int, choices: int) -> int:
+    """A number in [0, choices) that depends on the seed alone, and not on its `coin`."""
+    return mix(mix(seed)) % choices
+
+
+def split_index(index: Index) -> tuple[int, int | None]:
+    """(sample number, seed of its draws or None)."""
+    return index if isinstance(index, tuple) else (index, None)
+
+
+class Batches(Dataset):
+    """A data set with `read_batch` seen batch by batch: the sampler's list of indices is one index."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, indices: list[Index]) -> tuple[Tensor, Tensor]:
+        return self.dataset.read_batch(indices)
 
 
 class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -166,6 +159,7 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 def build_loader(dataset: Dataset, sampler: Sampler, num_workers: int, pin_memory: bool) -> DataLoader:
-    """DataLoader over a batch sampler; workers stay alive between epochs."""
-    return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory and torch.cuda.is_available(),
-                      persistent_workers=num_workers > 0, prefetch_factor=4 if num_workers else None)
+    """DataLoader over a batch sampler; workers stay alive between epochs. A data set with `read_batch` collates by itself."""
+    batched = {"batch_sampler": sampler} if not hasattr(dataset, "read_batch") else {"sampler": sampler, "batch_size": None}
+    return DataLoader(Batches(dataset) if "sampler" in batched else dataset, **batched, num_workers=num_workers,
+                      pin_memory=pin_memory and torch.cuda.is_available(), persistent_workers=num_workers > 0, prefetch_factor=4 if num_workers else None)
