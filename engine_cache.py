@@ -124,7 +124,7 @@ class Encoder:
         with dist.autocast(self.device, self.precision):
             moments = self.vae.encode(images).parameters
         if not torch.isfinite(moments).all():
-            raise ValueError(f"the VAE's latents of an image are NaN or infinite under --precision {self.precision}; use fp32 or bf16, or check --vae_path")
+            raise ValueError(f"the VAE's latents of an image are NaN or infinite under --precision {self.precision}; use fp32 or bf16 or check --vae_path")
         return posterior_from_moments(moments.float())
 
     def record(self, posterior: DiagonalGaussian, numbers: Sequence[int], view: int) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from models import MODELS
+from models.quantizer import build_quantizer
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from models.weights import generator_state, one_layout, structure_from_shapes
@@ -79,8 +80,17 @@ def build_model(args: argparse.Namespace, given: set[str], vae: AutoencoderKL, c
         args.vae_embed_dim, args.vae_stride = vae.embed_dim, vae.stride
         if content is not None:
             take_structure_from_shapes(args, given, content, source)
-        return MODELS[args.model](**flag_values(args, STRUCTURE_FLAGS + BEHAVIOUR_FLAGS), channel_order=vae.channel_order,
-                                  head_start="trained" if content is None else "official")
+        else:
+            vae.fill_in_range(args, given)
+        model = MODELS[args.model](**flag_values(args, STRUCTURE_FLAGS + BEHAVIOUR_FLAGS), channel_order=vae.channel_order,
+                                   head_start="trained" if content is None else "official")
+        if content is None:
+            set_quantizer(model, args)
+        return model
+    trained_with = (config.get("args") or {}).get("quantizer", "gaussian")
+    if "quantizer" in given and args.quantizer != trained_with:
+        raise ValueError(f"--quantizer {args.quantizer} contradicts {source}, which was trained with {trained_with}; leave the flag out")
+    args.quantizer = trained_with                                          # its tables are among the weights
     arguments = {"head": "autoregressive"} | config["model"]               # the configs of older checkpoints do not name it
     if "model" in given and args.model != config["model_name"]:
         raise ValueError(f"--model {args.model} contradicts {source}, which holds a {config['model_name']}")
@@ -103,6 +113,16 @@ def build_model(args: argparse.Namespace, given: set[str], vae: AutoencoderKL, c
         raise ValueError(f"{source} (--resume): its config does not describe a model of this code: {error}") from error
     args.model, args.img_size, args.class_num = config["model_name"], model.config["img_size"], model.class_num
     return model
+
+
+def set_quantizer(model: TokenBridge, args: argparse.Namespace) -> None:
+    """Give a fresh model the tables of --quantizer, in the buffers that every checkpoint carries; gaussian tables it has already."""
+    if args.quantizer == "gaussian" and not args.quantizer_tables:
+        return
+    bits = model.config["quant_levels"].bit_length() - 1
+    tables = build_quantizer(args.quantizer, bits, model.quant_min, model.quant_max, args.quantizer_tables)
+    model.boundaries.copy_(tables.boundaries)
+    model.reconstruction_values.copy_(tables.reconstruction_values)
 
 
 def load_generator_weights(model: TokenBridge, content: dict, source: Path, which: str) -> None:

@@ -148,9 +148,21 @@ def mixed_seed(*parts: int) -> int:
 
 
 @torch.no_grad()
-def batch_latents(batch: Tensor, vae: AutoencoderKL, noise: Tensor) -> Tensor:
-    """Scaled latents (B, C, h, w): sampled from the posterior of images (B, 3, S, S), or of cached moments (B, 2C, h, w)."""
-    posterior = vae.encode(batch) if batch.shape[1] == 3 else posterior_from_moments(batch)
+def batch_latents(batch: Tensor, vae: AutoencoderKL, noise: Tensor, model: TokenBridge) -> Tensor:
+    """Scaled latents (B, C, h, w) float32, whatever the data set holds.
+
+    Sampled with `noise` from the posterior of images (B, 3, S, S) or of cached moments (B, 2C, h, w); or cached means (B, C, h, w); or cached
+    indices (B, C, h, w) int16, which are the model's own quantizer's.
+    """
+    if not batch.is_floating_point():
+        return model.dequantize(batch.long())
+    channels, grid = noise.shape[1], noise.shape[2:]
+    if batch.shape[2:] != grid:
+        posterior = vae.encode(batch)
+    elif batch.shape[1] == 2 * channels:
+        posterior = posterior_from_moments(batch.float())
+    else:
+        return vae.scale(batch.float())
     return vae.scale(posterior.sample(noise=noise))
 
 
@@ -188,7 +200,7 @@ def train_one_epoch(state: TrainState, vae: AutoencoderKL, loader: Iterable, set
             waiting = time.perf_counter()
             batch, labels = (x.to(device, non_blocking=True) for x in next(batches))
             window.data_wait += time.perf_counter() - waiting
-            latents = batch_latents(batch, vae, draws.noise[micro])
+            latents = batch_latents(batch, vae, draws.noise[micro], model)
             hold = micro < s.accum_iter - 1 and isinstance(state.wrapped, DistributedDataParallel)
             with state.wrapped.no_sync() if hold else contextlib.nullcontext():
                 with dist.autocast(device, s.precision):

@@ -1,53 +1,23 @@
 """A training run: its data, its settings, its checkpoints, epoch after epoch (engine_tokenbridge.py has the loop within one). No parsing."""
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from engine_data import build_dataset
 from engine_tokenbridge import TrainSettings, TrainState, train_one_epoch
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util import checkpoint, dist
 from util.cli import check_writable
-from util.loader import CachedLatents, GlobalBatchSampler, ImageFolderDataset, build_loader
+from util.loader import GlobalBatchSampler, build_loader
 from util.log import JsonlLog, get_logger
 from util.lr_sched import base_learning_rate
 
 logger = get_logger()
-
-
-def check_cache_record(cache: Path, vae: AutoencoderKL) -> None:
-    """ValueError if the cache's own record says that another VAE made it. A cache without one (published scripts) is taken as it is."""
-    if not (cache / "cache.json").is_file():
-        logger.info("%s has no cache.json: that its latents are from --vae_path is taken on trust", cache)
-        return
-    try:
-        made_with = json.loads((cache / "cache.json").read_text())["latent_fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{cache / 'cache.json'} (--cached_path) is not a record of main_cache.py: {error}") from error
-    if made_with != vae.latent_fingerprint():
-        raise ValueError(f"{cache} (--cached_path) was made with another VAE than --vae_path (fingerprints {made_with[:12]} and "
-                         f"{vae.latent_fingerprint()[:12]}); cache the images anew, or name that VAE")
-
-
-def build_dataset(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL) -> ImageFolderDataset | CachedLatents:
-    """The training set of the flags; ValueError or FileNotFoundError if it does not fit the model."""
-    if not args.use_cached:
-        dataset = ImageFolderDataset(Path(args.data_path) / "train", args.img_size, not args.no_flip, args.on_bad_image, model.class_num)
-    else:
-        dataset = CachedLatents(args.cached_path, not args.no_flip, model.class_num)
-        expected = (2 * model.token_dim, model.grid_size, model.grid_size)
-        if dataset.shape != expected:
-            raise ValueError(f"{args.cached_path} (--cached_path) holds moments of shape {dataset.shape}, the model needs {expected} "
-                             "(cached with another --img_size or VAE?)")
-        check_cache_record(Path(args.cached_path), vae)
-    if len(dataset.classes) < model.class_num:
-        logger.warning("the data has %d classes, --class_num is %d: the rest are never trained", len(dataset.classes), model.class_num)
-    return dataset
 
 
 def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, content: dict | None, source: Path | None, device: torch.device,
@@ -57,7 +27,7 @@ def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, cont
     make_evaluator: called once the data is known to be good; what it returns is called every --eval_freq epochs (--online_eval).
     """
     world = dist.world_size()
-    dataset = build_dataset(args, model, vae)
+    dataset = build_dataset(args, model, vae, ((content or {}).get("config") or {}).get("classes"))
     sampler = GlobalBatchSampler(len(dataset), args.batch_size, dist.rank(), world, args.seed)
     steps_per_epoch = len(sampler) // args.accum_iter
     if steps_per_epoch == 0:

@@ -19,7 +19,7 @@ from engine_sample import sample, sampler_options
 from engine_train import train
 from models import MODELS
 from models.channel_ar import HEADS
-from models.quantizer import MAX_BITS, check_range
+from models.quantizer import MAX_BITS, QUANTIZERS, check_range
 from models.sampling import CFG_SCHEDULES, DRAWS, MASK_SCHEDULES, ORDERS, TEMPERATURE_SCHEDULES, SamplerOptions
 from models.vae import load_vae
 from util import dist
@@ -43,13 +43,15 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("model and tokenizer")
     group.add_argument("--model", default="tokenbridge_large", choices=list(MODELS))
     group.add_argument("--img_size", type=int, default=256, help="side of the images, pixels")
-    group.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help="VAE checkpoint (weights under \"model\")")
+    group.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help="VAE checkpoint (weights under \"model\"), or a folder of diffusers")
     group.add_argument("--vae_embed_dim", type=int, default=16, help="latent channels; taken from the VAE's file if it says so")
     group.add_argument("--vae_stride", type=int, default=16, help="pixels per latent position; taken from the VAE's file if it says so")
     group.add_argument("--patch_size", type=int, default=1, help="latent positions per token side; the head is defined for 1 only")
     group.add_argument("--quant_bits", type=int, default=6, help=f"bits per latent dimension, 1 to {MAX_BITS}")
     group.add_argument("--quant_min", type=float, default=-5.0, help="lowest latent value of the quantizer")
     group.add_argument("--quant_max", type=float, default=5.0, help="highest latent value of the quantizer")
+    group.add_argument("--quantizer", default="gaussian", choices=QUANTIZERS, help="where its levels come from; the checkpoint keeps them")
+    group.add_argument("--quantizer_tables", default="", help="--quantizer lloyd: file with its levels (python -m util.vae_stats writes it)")
     group.add_argument("--use_quantized_value", action="store_true", help="accepted; the encoder always sees dequantized values")
     group.add_argument("--class_num", type=int, default=1000)
     group.add_argument("--buffer_size", type=int, default=64, help="class-token slots before the image tokens")

@@ -56,7 +56,7 @@ def find_vae(checkpoint: Path, config: dict, vae_path: str | Path | None) -> Aut
     places = [vae_path] if vae_path is not None else [
         *([folder / VAE_SAFE] if checkpoint.name == SAFE else []), *([trained_with] if trained_with else []), folder / "vae.pth",
         folder.parent / "vae" / "vae.pth", folder.parent.parent / "vae" / "kl16.ckpt", Path("pretrained_models/vae/kl16.ckpt")]
-    found = [place for place in map(Path, places) if place.is_file()]
+    found = [place for place in map(Path, places) if place.exists()]                # a file, or a folder of diffusers
     if not found:
         raise FileNotFoundError(f"no VAE for {checkpoint}: looked at {', '.join(map(str, places))}; give vae_path")
     for place in found:

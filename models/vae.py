@@ -23,7 +23,6 @@ KL16_SCALE, KL16_CHANNEL_ORDER = KL16.scale_factor, tuple(KL16.channel_order)
 logger = logging.getLogger("tokenbridge")
 
 
-
 class DiagonalGaussian:
     """Posterior N(mean, std^2) from moments (B, 2C, h, w): mean and unclamped log-variance stacked along the channels."""
 
@@ -283,7 +282,7 @@ def load_weights(vae: AutoencoderKL, path: str | Path, content: dict | None = No
     not_finite = [key for key in own if not torch.isfinite(weights[key]).all()]
     if not_finite:
         raise ValueError(f"{path} (--vae_path) holds NaN or infinite weights, first: {', '.join(not_finite[:4])}")
-    extra = [key for key in content if key not in ("model", "config")] + [key for key in weights if key not in own]
+    extra = [key for key in content if key not in ("model", "config", "description")] + [key for key in weights if key not in own]
     if extra:
         logger.info("%s: ignoring %d keys that are not the VAE's weights: %s", path, len(extra), ", ".join(map(str, extra[:8])))
     vae.load_state_dict({key: weights[key] for key in own}, strict=True)
@@ -318,6 +317,8 @@ def load_checkpoint_vae(path: str | Path, embed_dim: int | None = None) -> Autoe
         config = {} if embed_dim is None else {"embed_dim": embed_dim}
     try:
         vae = AutoencoderKL(**config)
+        if "description" in content:
+            vae.set_description(VaeDescription(**content["description"]))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} (--vae_path): its config does not describe a VAE of this code: {error}") from error
     if embed_dim in (None, vae.embed_dim):                                 # else load_vae refuses in its own words

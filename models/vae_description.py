@@ -1,7 +1,8 @@
 """What of TokenBridge depends on the VAE: channels, stride, scale, shift, channel order, quantizer range. KL-16's is built in.
 
-It stands in a VAE checkpoint's config or, for any VAE, in a small JSON file beside its weights (`python -m util.vae_stats` writes it), which
-takes precedence: kl16.ckpt -> kl16.json, a folder DIR -> DIR/tokenbridge.json. Keys are the fields of VaeDescription.
+It stands in a VAE checkpoint ("config", and "description" if it has one) or, for any VAE, in a small JSON file beside its weights, which
+takes precedence: kl16.ckpt -> kl16.latents.json, a folder DIR -> DIR/tokenbridge.json. Keys are the fields of VaeDescription;
+`python -m util.vae_stats` writes it.
 
 Letters: B batch, C latent channels, h and w latent grid.
 """
@@ -66,7 +67,7 @@ KL16 = VaeDescription(16, 16, scale_factor=0.2325,            # 1/std of KL-16 l
 def description_path(vae_path: str | Path) -> Path:
     """Where the description of a VAE file or folder stands."""
     path = Path(vae_path)
-    return path / "tokenbridge.json" if path.is_dir() else path.with_suffix(".json")
+    return path / "tokenbridge.json" if path.is_dir() else path.with_suffix(".latents.json")
 
 
 def read_description(path: str | Path) -> VaeDescription:

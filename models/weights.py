@@ -139,7 +139,8 @@ def load_state(module: nn.Module, state: dict, source: str) -> None:
     not_finite = [k for k in own if k != "channel_mask" and not torch.isfinite(state[k]).all()]
     if not_finite:
         raise ValueError(f"{source} holds NaN or infinite weights, first: {', '.join(not_finite[:3])}")
-    half = [k for k in TABLES if k in own and state[k].dtype in (torch.float16, torch.bfloat16)]
+    half = [k for k in TABLES if k in own and state[k].dtype in (torch.float16, torch.bfloat16)
+            and torch.allclose(state[k].float(), own[k].float(), rtol=0, atol=0.02)]           # other tables (--quantizer) are read, rounded as they are
     if half:
         logger.info("%s is in half precision: the quantizer's tables are computed, not read", source)
     module.load_state_dict(state | {k: own[k] for k in half}, strict=True)

@@ -275,7 +275,7 @@ def test_corrupt_images(data: Path, vae_path: Path, tmp_path: Path, messages: li
     root = Path(shutil.copytree(data, tmp_path / "data"))
     for name in ("01.png", "04.png"):
         (root / "train" / "china" / name).write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match=r"2 of 10 images are corrupt and listed in .*bad_images\.txt; .*china.01\.png cannot be read .*--on_bad_image skip"):
+    with pytest.raises(ValueError, match=r"2 of 10 images are corrupt .*bad_images\.txt; .*china.01\.png cannot be read .*on_bad_image skip"):
         main(arguments(root, vae_path, tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "cache.json").read_text())["complete"] is False and len(stamps(tmp_path / "out")) == 8
     main(arguments(root, vae_path, tmp_path / "out", on_bad_image="skip"))
