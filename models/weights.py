@@ -106,8 +106,8 @@ def generator_state(content: dict, model: nn.Module, which: str, source: str) ->
             raise ValueError(f"{source} holds one set of weights, {only}: {which} is not there (--weights)")
         if only not in CHOICES:
             logger.info("%s holds one set of weights and does not say whether they are an EMA", source)
-        for name, value in model.named_buffers():
-            state.setdefault(name, value)
+        for name in model.state_dict().keys() - set(parameters):
+            state.setdefault(name, model.state_dict()[name])
     elif which == "ema":
         ema = content.get("model_ema")
         if not isinstance(ema, dict):
