@@ -144,7 +144,7 @@ def draw_step(model: TokenBridge, settings: TrainSettings, step: int, device: to
 
 def mixed_seed(*parts: int) -> int:
     """One 63-bit seed from several numbers."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1
 
 
 @torch.no_grad()

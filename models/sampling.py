@@ -176,7 +176,7 @@ def image_seed(seed: int, index: int) -> int:
     """The seed of image number `index` of a run with --seed `seed`: 63 bits that depend on nothing else. ValueError if one is negative."""
     if seed < 0 or index < 0:
         raise ValueError(f"seeds and image numbers must not be negative (--seed), got {seed} and {index}")
-    return int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]) >> 1
 
 
 # ----------------------------------------------------------------------------------------------- settings

@@ -92,7 +92,7 @@ def safe_name(name: str, source: str) -> str:
 def list_files(repository: str, revision: str | None = None) -> list[RemoteFile]:
     """All files of a hub repository with size and hash, at the commit that `revision` means now."""
     from huggingface_hub import HfApi
-    info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+    info = HfApi(endpoint=os.environ.get("HF_ENDPOINT")).model_info(repository, revision=revision, files_metadata=True)
     files = []
     for entry in info.siblings or []:
         lfs = entry.lfs or {}
@@ -104,7 +104,7 @@ def list_files(repository: str, revision: str | None = None) -> list[RemoteFile]
 def fetch(repository: str, remote: RemoteFile) -> Path:
     """The file in huggingface_hub's cache, downloaded (or continued) if need be and checked. ValueError if size or hash are wrong."""
     from huggingface_hub import hf_hub_download
-    path = Path(hf_hub_download(repository, remote.name, revision=remote.revision))
+    path = Path(hf_hub_download(repository, remote.name, revision=remote.revision, endpoint=os.environ.get("HF_ENDPOINT")))
     wrong = problem(path, remote)
     if wrong:
         path.resolve().unlink()                                            # or the cache would hand it out again
