@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.layers import LAYER_NORM_EPS, AdaLNBlock, FinalModulation, LayerCache
+from models.layers import LAYER_NORM_EPS, AdaLNBlock, FinalModulation, LayerCache, Modulation
 
 HEADS = ("autoregressive", "parallel")
 HEAD_STARTS = ("official", "trained")
@@ -38,7 +38,7 @@ def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return torch.full_like(logits, -torch.inf).scatter_(-1, place, ordered)
 
 
-def draw_indices(logits: Tensor, noise: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+def draw_indices(logits: Tensor, noise: Tensor, temperature: float | Tensor, top_k: int = 0, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
     """Indices (N,) from logits (N, K): argmax at temperature 0 or top_k 1, otherwise a draw from softmax(logits / temperature), cut by `keep_top`.
 
     No host sync, and the same image for any batch split, since the draw is decided by `noise`: uniforms (N,) in [0, 1) invert the cumulative
@@ -46,10 +46,11 @@ def draw_indices(logits: Tensor, noise: Tensor, temperature: float, top_k: int =
     had a distribution to draw from (no NaN, no overflow).
     """
     logits = logits.float()
-    if temperature == 0 or top_k == 1:
+    known = not isinstance(temperature, Tensor)                                              # a tensor (0-dim) is above 0
+    if known and temperature == 0 or top_k == 1:
         highest, indices = logits.max(-1)
         return indices, highest
-    if temperature != 1:
+    if not (known and temperature == 1):
         logits = logits / temperature
     logits = keep_top(logits, top_k, top_p)
     if noise.ndim == 2:
@@ -98,10 +99,15 @@ class ChannelAR(nn.Module):
             nn.init.zeros_(module.adaLN_modulation[1].weight)
             nn.init.zeros_(module.adaLN_modulation[1].bias)
 
-    def head_forward(self, x: Tensor, modulations: list[Tensor], caches: list[LayerCache] | None = None, start: int = 0) -> Tensor:
+    def modulations(self, conditioning: Tensor) -> list[Modulation]:
+        """Every block's modulation, then the final one, from the conditioning (N, P, H)."""
+        activated = F.silu(conditioning)
+        return [module.modulation(activated) for module in (*self.channel_blocks, self.channel_final)]
+
+    def head_forward(self, x: Tensor, modulations: Sequence[Modulation], caches: list[LayerCache] | None = None, start: int = 0) -> Tensor:
         """The one forward pass of the head: inputs x (N, P, H) at positions start.. -> features (N, P, H) before `channel_heads`.
 
-        modulations: what `modulation_layers` make of the conditioning, (N, P, 6H) per block and (N, P, 2H) last.
+        modulations: those of the same positions, see `modulations`.
         """
         for i, block in enumerate(self.channel_blocks):
             x = block(x, modulations[i], caches[i] if caches else None, start)
@@ -109,7 +115,12 @@ class ChannelAR(nn.Module):
 
     @property
     def modulation_layers(self) -> list[nn.Module]:
+        """The Sequential (SiLU, Linear) of every block and the final one."""
         return [module.adaLN_modulation for module in (*self.channel_blocks, self.channel_final)]
+
+    def embedding_table(self) -> Tensor:
+        """All token embeddings in one: ((C-1)*K, H), those of position c at c*K; with a single dimension, which has none, (0, H)."""
+        return torch.cat([embedding.weight for embedding in self.token_embeddings] or [self.channel_embed[0, :0]])
 
     def channel_logits(self, z: Tensor, indices: Tensor | None) -> Tensor:
         """Teacher-forced logits (N, C, K) in head order from z (N, D) and the true indices (N, C) in head order (parallel head: unused)."""
@@ -117,11 +128,12 @@ class ChannelAR(nn.Module):
         x = self._inputs(h, indices) + self.channel_embed                                    # (N, C, H)
         conditioning = h.unsqueeze(1) + self.timesteps_embeddings                            # (N, C, H)
         if self.checkpoint_head and self.training and torch.is_grad_enabled():
+            activated = F.silu(conditioning)
             for block in self.channel_blocks:
-                x = checkpoint(lambda x, c, block=block: block(x, block.adaLN_modulation(c)), x, conditioning, use_reentrant=False)
-            x = self.channel_final(self.channel_norm(x), self.channel_final.adaLN_modulation(conditioning))
+                x = checkpoint(lambda x, a, block=block: block(x, block.modulation(a)), x, activated, use_reentrant=False)
+            x = self.channel_final(self.channel_norm(x), self.channel_final.modulation(activated))
         else:
-            x = self.head_forward(x, [layer(conditioning) for layer in self.modulation_layers])
+            x = self.head_forward(x, self.modulations(conditioning))
         weight = torch.stack([head.weight for head in self.channel_heads])                   # (C, K, H)
         bias = torch.stack([head.bias for head in self.channel_heads])                       # (C, K)
         return torch.baddbmm(bias.unsqueeze(1), x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)                # (N, C, K)
@@ -130,9 +142,8 @@ class ChannelAR(nn.Module):
         """What the positions see before their embeddings (N, C, H): h, then the previous dimension's index; the parallel head h throughout."""
         if self.head == "parallel":
             return h.unsqueeze(1).expand(-1, self.num_channels, -1)
-        table = torch.cat([embedding.weight for embedding in self.token_embeddings] or [h.new_zeros(1, h.shape[-1])])     # ((C-1)*K, H)
         offsets = torch.arange(self.num_channels - 1, device=h.device) * self.num_levels
-        previous = F.embedding(indices[:, :-1] + offsets, table)                             # (N, C-1, H)
+        previous = F.embedding(indices[:, :-1] + offsets, self.embedding_table())            # (N, C-1, H)
         return torch.cat([h.unsqueeze(1), previous], dim=1)
 
     def leading_logits(self, z: Tensor) -> Tensor:
@@ -140,7 +151,7 @@ class ChannelAR(nn.Module):
         h = self.condition_proj(z)                                                           # (N, H)
         conditioning = (h + self.timesteps_embeddings[:, 0]).unsqueeze(1)                    # (N, 1, H)
         x = (conditioning if self.head_start == "official" else h.unsqueeze(1)) + self.channel_embed[:, :1]
-        features = self.head_forward(x, [layer(conditioning) for layer in self.modulation_layers])
+        features = self.head_forward(x, self.modulations(conditioning))
         return self.channel_heads[0](features[:, 0]).float()
 
     def channel_sample(self, z: Tensor, noise: Tensor, temperature: float | Sequence[float], top_k: int = 0,
@@ -153,30 +164,33 @@ class ChannelAR(nn.Module):
         temperatures = list(temperature) if isinstance(temperature, Sequence) else [temperature] * self.num_channels
         per_token = self.num_channels * self.condition_proj.out_features * (6 * len(self.channel_blocks) + 2) * 4
         chunk = max(1, DECODE_CHUNK_BYTES // per_token)
-        parts = [self._sample_chunk(z[i : i + chunk], noise[i : i + chunk], temperatures, top_k, top_p) for i in range(0, len(z), chunk)]
+        parts = [self.sample_chunk(z[i : i + chunk], noise[i : i + chunk], temperatures, top_k, top_p) for i in range(0, len(z), chunk)]
         if len(parts) == 1:
             return parts[0]
         indices, witness = zip(*parts, strict=True)
         return torch.cat(indices), torch.cat(witness)
 
-    def _sample_chunk(self, z: Tensor, noise: Tensor, temperatures: Sequence[float], top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    def sample_chunk(self, z: Tensor, noise: Tensor, temperatures: Sequence[float | Tensor], top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+        """`channel_sample` of all tokens at once: static shapes, no host sync, one graph for torch.compile."""
         if self.head == "parallel":
             logits = self.channel_logits(z, None)                                            # (N, C, K)
             drawn, witness = zip(*(draw_indices(logits[:, c], noise[:, c], temperatures[c], top_k, top_p) for c in range(self.num_channels)), strict=True)
             return torch.stack(drawn, dim=1), torch.stack(witness, dim=1).sum(1)
         h = self.condition_proj(z)                                                           # (N, H)
         conditioning = h.unsqueeze(1) + self.timesteps_embeddings                            # (N, C, H)
-        modulations = [layer(conditioning) for layer in self.modulation_layers]              # all positions in one matmul per layer
-        caches = [LayerCache.empty(len(z), block.attn.num_heads, self.num_channels, block.attn.head_dim, z, h.dtype)
-                  for block in self.channel_blocks]
-        x = conditioning[:, 0] if self.head_start == "official" else h                       # SPEC 5, start token
+        modulations = self.modulations(conditioning)                                         # all positions in one matmul per layer
+        attention = self.channel_blocks[0].attn
+        caches = LayerCache.allocate(len(self.channel_blocks), (len(z), attention.num_heads, self.num_channels, attention.head_dim), z, h.dtype)
+        tables = self.embedding_table().view(self.num_channels - 1, self.num_levels, h.shape[-1]) + self.channel_embed[0, 1:, None]     # (C-1, K, H)
+        start = conditioning[:, 0] if self.head_start == "official" else h                   # SPEC 5, start token
+        x = start + self.channel_embed[:, 0]                                                 # (N, H)
         indices, witnesses = [], []
         for c in range(self.num_channels):
-            x = (x + self.channel_embed[:, c]).unsqueeze(1)                                  # (N, 1, H)
-            features = self.head_forward(x, [m[:, c : c + 1] for m in modulations], caches, start=c)
+            now = [tuple(term[:, c : c + 1] for term in modulation) for modulation in modulations]
+            features = self.head_forward(x.unsqueeze(1), now, caches, start=c)               # (N, 1, H)
             drawn, witness = draw_indices(self.channel_heads[c](features[:, 0]), noise[:, c], temperatures[c], top_k, top_p)
             indices.append(drawn)
             witnesses.append(witness)
             if c < self.num_channels - 1:
-                x = self.token_embeddings[c](drawn)
+                x = F.embedding(drawn, tables[c])
         return torch.stack(indices, dim=1), torch.stack(witnesses, dim=1).sum(1)

@@ -22,9 +22,9 @@ class LayerCache:
     values: Tensor
 
     @classmethod
-    def empty(cls, num_tokens: int, num_heads: int, num_positions: int, head_dim: int, like: Tensor, dtype: torch.dtype) -> "LayerCache":
-        shape = (num_tokens, num_heads, num_positions, head_dim)
-        return cls(like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=dtype))
+    def allocate(cls, num_layers: int, shape: tuple[int, int, int, int], like: Tensor, dtype: torch.dtype) -> list["LayerCache"]:
+        """One for each layer, of shape (N, heads, C, head_dim), cut from a single uninitialised tensor on the device of `like`."""
+        return [cls(*layer.unbind()) for layer in like.new_empty((num_layers, 2, *shape), dtype=dtype).unbind()]
 
 
 class CausalAttention(nn.Module):
@@ -56,9 +56,8 @@ class CausalAttention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(num_tokens, positions, dim))
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift, in two operations: (N, P, H) each."""
-    return torch.addcmul(x + shift, x, scale)
+Modulation = tuple[Tensor, ...]
+"""Shifts, scales and gates, each (N, P, H); a scale has its 1 added already, so that decoding adds it once for all positions."""
 
 
 class AdaLNBlock(nn.Module):
@@ -72,11 +71,16 @@ class AdaLNBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))             # GELU (erf), no dropout
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, x: Tensor, modulation: Tensor, cache: LayerCache | None = None, start: int = 0) -> Tensor:
-        """x (N, P, H), modulation (N, P, 6H) = adaLN_modulation(conditioning) -> (N, P, H)."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)    # (N, P, H) each
-        x = torch.addcmul(x, gate_a, self.attn(modulate(self.norm1(x), shift_a, scale_a), cache, start))
-        return torch.addcmul(x, gate_m, self.mlp(modulate(self.norm2(x), shift_m, scale_m)))
+    def modulation(self, activated: Tensor) -> Modulation:
+        """The six terms, (N, P, H) each, from SiLU(conditioning) (N, P, H): the SiLU is the same for all blocks, so it is taken once."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation[1](activated).chunk(6, dim=-1)
+        return shift_a, 1 + scale_a, gate_a, shift_m, 1 + scale_m, gate_m
+
+    def forward(self, x: Tensor, modulation: Modulation, cache: LayerCache | None = None, start: int = 0) -> Tensor:
+        """x (N, P, H) -> (N, P, H), at positions start .. start+P-1."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+        x = torch.addcmul(x, gate_a, self.attn(torch.addcmul(shift_a, self.norm1(x), scale_a), cache, start))
+        return torch.addcmul(x, gate_m, self.mlp(torch.addcmul(shift_m, self.norm2(x), scale_m)))
 
 
 class FinalModulation(nn.Module):
@@ -87,7 +91,12 @@ class FinalModulation(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS, elementwise_affine=False)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x (N, P, H), modulation (N, P, 2H) -> (N, P, H)."""
-        scale, shift = modulation.chunk(2, dim=-1)
-        return modulate(self.norm(x), shift, scale)
+    def modulation(self, activated: Tensor) -> Modulation:
+        """Scale and shift, (N, P, H) each, from SiLU(conditioning)."""
+        scale, shift = self.adaLN_modulation[1](activated).chunk(2, dim=-1)
+        return 1 + scale, shift
+
+    def forward(self, x: Tensor, modulation: Modulation) -> Tensor:
+        """x (N, P, H) -> (N, P, H)."""
+        scale, shift = modulation
+        return torch.addcmul(shift, self.norm(x), scale)

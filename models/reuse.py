@@ -92,7 +92,8 @@ class ReusedFeatures:
 
     def _allocate(self, x: Tensor, blocks: nn.ModuleList, dtype: torch.dtype) -> list[LayerCache]:
         slots = self.model.buffer_size + self.model.num_tokens
-        return [LayerCache.empty(len(self.embedding), b.attn.num_heads, slots, b.attn.head_dim, x, dtype) for b in blocks]
+        attention = blocks[0].attn
+        return LayerCache.allocate(len(blocks), (len(self.embedding), attention.num_heads, slots, attention.head_dim), x, dtype)
 
     def _encoder(self, x: Tensor, slots: slice) -> Tensor:
         for block, cache in zip(self.model.encoder_blocks, self.encoder_caches, strict=True):

@@ -43,7 +43,7 @@ def plain_head(model: torch.nn.Module, z: Tensor) -> Tensor:
     for c in range(model.num_channels):
         x = torch.stack(inputs, dim=1) + model.channel_embed[:, : c + 1]                                 # (N, c+1, H)
         conditioning = h.unsqueeze(1) + model.timesteps_embeddings[:, : c + 1]
-        features = model.head_forward(x, [layer(conditioning) for layer in model.modulation_layers])
+        features = model.head_forward(x, model.modulations(conditioning))
         indices.append(model.channel_heads[c](features[:, -1]).argmax(-1))
         if c < model.num_channels - 1:
             inputs.append(model.token_embeddings[c](indices[-1]))
