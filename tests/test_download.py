@@ -1,11 +1,14 @@
 """util.download against a local server that speaks the hub's routes: whole files in the right places, or an error that says what to do."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,8 +162,9 @@ def test_addresses(run: Run) -> None:
 @pytest.mark.slow
 def test_the_command_in_its_own_process(hub: Hub, tmp_path: Path) -> None:
     """HF_ENDPOINT and HF_HOME as huggingface_hub reads them when it starts; progress is shown."""
-    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(REPO), "PATH": os.environ["PATH"], "TERM": "xterm"}
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(REPO), "PATH": os.environ["PATH"]}
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))          # a terminal of no width shows no bar
     result = subprocess.run([sys.executable, "-m", "util.download", "vae"], env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, timeout=100)
     os.close(theirs)
     shown = ""
