@@ -154,7 +154,8 @@ def build_page(studio: Studio, title: str) -> "gr.Blocks":
                 seed = gr.Number(0, label="seed", precision=0, minimum=0, elem_id="seed")
                 cfg = gr.Slider(1, 8, 2, step=0.1, label="guidance", elem_id="cfg")
                 temperature = gr.Slider(0, 1.5, 0.9, step=0.01, label="temperature", elem_id="temperature")
-                num_iter = gr.Slider(1, max(64, studio.model.num_tokens), min(16, studio.model.num_tokens), step=1, label="iterations", elem_id="iterations")
+                most = max(64, studio.model.num_tokens)
+                num_iter = gr.Slider(1, most, min(16, studio.model.num_tokens), step=1, label="iterations", elem_id="iterations")
             with gr.Column(scale=2), gr.Tabs():
                 with gr.Tab("generate"):
                     with gr.Row():
@@ -163,7 +164,7 @@ def build_page(studio: Studio, title: str) -> "gr.Blocks":
                         watch = gr.Checkbox(True, label="watch tokens unmask", elem_id="watch")
                     with gr.Row():
                         go, stop = gr.Button("Generate", variant="primary", elem_id="go"), gr.Button("Stop", elem_id="stop")
-                    result = gr.Image(label="pictures", format="png", interactive=False, elem_id="result")
+                    result = gr.Image(label="pictures", format="png", interactive=False, buttons=["download", "fullscreen"], elem_id="result")
                     line = gr.Textbox(show_label=False, interactive=False, elem_id="line", placeholder="Generate draws pictures of the class")
                 with gr.Tab("edit", elem_id="edit"):
                     take = gr.Button("Take the last result", elem_id="take")
@@ -171,7 +172,7 @@ def build_page(studio: Studio, title: str) -> "gr.Blocks":
                                             brush=gr.Brush(default_size=24, colors=["#ff4081"], color_mode="fixed"), layers=False, format="png",
                                             canvas_size=(SHOWN * 2, SHOWN * 2), elem_id="editor")
                     draw = gr.Button("Draw the painted part anew", variant="primary", elem_id="draw")
-                    edited = gr.Image(label="result", format="png", interactive=False, elem_id="edited")
+                    edited = gr.Image(label="result", format="png", interactive=False, buttons=["download", "fullscreen"], elem_id="edited")
                     edit_line = gr.Textbox(show_label=False, interactive=False, elem_id="edit-line")
         settings = [name, seed, cfg, temperature, num_iter]
         running = go.click(shown, [*settings, count, order, watch], [result, line])
@@ -241,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     page = build_page(Studio(model, vae, names or class_names(path)), f"TokenBridge: {args.resume}")
     if args.host not in ("127.0.0.1", "localhost", "::1"):
         logger.warning("--host %s: other machines can reach the page, and there is no password", args.host)
-    page.queue(default_concurrency_limit=1).launch(server_name=args.host, server_port=args.port, share=False, quiet=True, ssr_mode=False,
+    page.queue(default_concurrency_limit=1).launch(server_name=args.host, server_port=args.port, share=False, quiet=True, ssr_mode=False, footer_links=[],
                                                    theme=gr.themes.Base(font=["system-ui"], font_mono=["monospace"]), prevent_thread_lock=True)
     print(f"open http://{args.host}:{args.port} in a browser; Ctrl-C ends it", flush=True)
     page.block_thread()
