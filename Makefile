@@ -1,11 +1,12 @@
 # make demo      the whole pipeline on handwritten digits, CPU only
 # make test      the tests (make test-all: the slow ones too)
+# make extras    install what is optional: web demo, notebook
 # make clean     delete what the demo wrote
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint extras clean
 
 demo: .venv/installed
 	$(BIN)/python -m demo.run
@@ -18,6 +19,9 @@ test-all: .venv/installed
 
 lint: .venv/installed
 	$(BIN)/python -m pip install --quiet ruff==0.17.6 && $(BIN)/python -m ruff check .
+
+extras: .venv/installed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements-extra.txt || $(BIN)/python -m pip install -r requirements-extra.txt
 
 clean:
 	rm -rf demo/out demo/*.png
