@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from engine_evaluate import Evaluator
+from engine_evaluate import Evaluator, sweep_values
 from engine_load import build_model, load_generator_weights, read_checkpoint
 from engine_sample import sample, sampler_options
 from engine_train import train
@@ -24,6 +24,7 @@ from models.sampling import CFG_SCHEDULES, DRAWS, MASK_SCHEDULES, ORDERS, TEMPER
 from models.vae import load_vae
 from util import dist
 from util.cli import add_process_flags, at_least, make_parser, parse
+from util.eval_store import SAVE_IMAGES
 from util.loader import BAD_IMAGE_CHOICES
 from util.log import get_logger, run_cli
 from util.lr_sched import LR_SCHEDULES
@@ -97,17 +98,26 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("generation and evaluation")
     group.add_argument("--num_iter", type=int, default=256, help="sampling steps")
     group.add_argument("--num_images", type=int, default=50000, help="images in all, spread evenly over the classes; with --sample 4 per class")
-    group.add_argument("--cfg", type=float, default=1.0, help="guidance scale; 1 means none")
+    group.add_argument("--cfg", type=float, nargs="+", default=1.0, help="guidance scale; 1 means none; several with --evaluate")
     group.add_argument("--cfg_schedule", default="linear", choices=CFG_SCHEDULES, help="guidance over the steps; linear as published")
-    group.add_argument("--temperature", type=float, default=1.0)
+    group.add_argument("--temperature", type=float, nargs="+", default=1.0, help="several with --evaluate: all pairs with --cfg")
     group.add_argument("--eval_bsz", type=int, default=64, help="images per process generated together")
     group.add_argument("--online_eval", action="store_true", help="evaluate the EMA weights every --eval_freq epochs of training")
     group.add_argument("--eval_freq", type=int, default=40)
-    group.add_argument("--fid_stats", default="fid_stats/adm_in256_stats.npz", help="npz with the reference's mu and sigma")
-    group.add_argument("--inception_weights", default=None, help="torch-fidelity's Inception weights; default: its download folder")
+    add_evaluation_flags(parser)
     add_sampler_flags(parser)
     add_process_flags(parser, seed=1)
     return parser
+
+
+def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    """What --evaluate compares the images with, and what it keeps."""
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--fid_stats", default="fid_stats/adm_in256_stats.npz",
+                       help="the real images: npz of statistics (ADM's, or of python -m util.fid_stats), npz of images (arr_0), or a folder of images")
+    group.add_argument("--inception_weights", default=None, help="torch-fidelity's Inception weights; default: its download")
+    group.add_argument("--save_images", default="none", choices=SAVE_IMAGES, help="keep the images of --evaluate; npz is the format of ADM's evaluator")
+    group.add_argument("--fid_infinity", action="store_true", help="also extrapolate FID to infinitely many images")
 
 
 def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
@@ -150,12 +160,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--evaluate and --sample are two different things; choose one")
     at_least(args, num_iter=1, num_images=1, eval_bsz=1, batch_size=1, accum_iter=1, epochs=1, max_steps=1, log_freq=1, max_bad_steps=1,
              save_last_freq=1, eval_freq=1, img_size=1, class_num=1)
-    at_least(args, temperature=0, warmup_epochs=0, weight_decay=0, grad_clip=0, lr=0, blr=0, min_lr=0, start_epoch=0, seed=0)
-    for name in ("cfg", "temperature", "grad_clip", "lr", "blr", "min_lr", "weight_decay"):
+    at_least(args, warmup_epochs=0, weight_decay=0, grad_clip=0, lr=0, blr=0, min_lr=0, start_epoch=0, seed=0)
+    for name in ("grad_clip", "lr", "blr", "min_lr", "weight_decay"):
         if getattr(args, name) is not None and not math.isfinite(getattr(args, name)):
             raise ValueError(f"--{name} must be finite, got {getattr(args, name)}")
     if (args.evaluate or args.online_eval) and args.num_images < IS_SPLITS:
         raise ValueError(f"--num_images {args.num_images}: the Inception Score needs at least {IS_SPLITS} images, one per split")
+    if args.save_images != "none" and not args.evaluate or args.fid_infinity and not (args.evaluate or args.online_eval):
+        raise ValueError("--save_images and --fid_infinity change --evaluate only; give --evaluate too, or leave them out")
     if not 1 <= args.quant_bits <= MAX_BITS:
         raise ValueError(f"--quant_bits must be from 1 to {MAX_BITS}, got {args.quant_bits}")
     check_range(args.quant_min, args.quant_max)
@@ -182,6 +194,7 @@ def check_sample_arguments(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, load, then train, evaluate or sample. Raises ValueError or OSError for bad input."""
     args, given = parse(build_parser(), argv)
+    pairs = sweep_values(args)
     check_arguments(args)
     try:
         device = dist.init(args.device, args.dist_url)
@@ -193,11 +206,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             load_generator_weights(model, content, source, args.weights)
         model, vae = model.to(device), vae.to(device)
         if args.evaluate:
-            Evaluator(args, device)(model, vae, checkpoint=str(source), weights=args.weights)
+            Evaluator.prepare(args, device).run(model, vae, source, pairs)
         elif args.sample:
             sample(args, given, model, vae, source, device)
         else:
-            train(args, model, vae, content, source, device, partial(Evaluator, args, device) if args.online_eval else None)
+            train(args, model, vae, content, source, device, partial(Evaluator.prepare, args, device) if args.online_eval else None)
     finally:
         dist.shutdown()
 

@@ -1,8 +1,7 @@
-"""The training loop: draws, groups, schedules, skipped steps; accumulation and two processes equal the big batch. Generation and evaluation."""
+"""The training loop: draws, groups, schedules, skipped steps; accumulation and two processes equal the big batch. Generation."""
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,13 +9,11 @@ import torch
 import train_tiny
 from conftest import REPO, run_processes, tiny_model, tiny_vae
 
-from engine_evaluate import evaluate
 from engine_sample import SampleSettings, balanced_labels, generate
 from engine_tokenbridge import TrainState, draw_step, mixed_seed, optimizer_step, weight_decay_groups
 from util import dist
 from util.log import JsonlLog
 from util.lr_sched import learning_rate
-from util.metrics import FeatureStatistics, fid
 
 CPU = torch.device("cpu")
 
@@ -206,7 +203,7 @@ def test_bad_steps_are_skipped_counted_and_stop_the_run(tmp_path: Path) -> None:
     assert all("loss" not in line for line in lines[3:])                     # no NaN in the JSON
 
 
-# ------------------------------------------------------------------------------------------------------- generation and evaluation
+# ------------------------------------------------------------------------------------------------------- generation
 
 SAMPLE = SampleSettings(num_iter=3, cfg=2.0, cfg_schedule="linear", temperature=1.0, seed=5, batch_size=4, precision="fp32")
 
@@ -242,26 +239,3 @@ def test_labels_are_balanced_and_class_major(count: int, classes: list[int], exp
 def test_seeds_are_mixed() -> None:
     seeds = {mixed_seed(a, b) for a in range(20) for b in range(20)}
     assert len(seeds) == 400 and all(0 <= seed < 2**63 for seed in seeds)
-
-
-class MeanColours:
-    """A stand-in extractor: three mean colours as features, and logits that a formula gives."""
-
-    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        features = images.double().mean((2, 3))
-        return {"2048": features, "logits_unbiased": torch.cat([features / 10, -features / 10], 1).float()}
-
-
-def test_evaluate_scores_every_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine_evaluate.FeatureStatistics", partial(FeatureStatistics, 3))
-    model, vae = tiny_model(), tiny_vae()
-    labels, kept = balanced_labels(20, range(10)), {}
-    images = {n: image for numbers, batch in generate(model, vae, labels, range(20), SAMPLE, CPU) for n, image in zip(numbers, batch, strict=True)}
-    statistics = FeatureStatistics(3)
-    statistics.update(MeanColours()(torch.stack([images[n] for n in range(20)]))["2048"])
-    reference = {"mu": statistics.as_dict()["mu"] + 1.0, "sigma": statistics.as_dict()["sigma"]}
-    scores = evaluate(model, vae, labels, SAMPLE, MeanColours(), reference, CPU,
-                      on_images=lambda numbers, batch: kept.update(zip(numbers, batch, strict=True)))
-    assert kept.keys() == images.keys() and all(torch.equal(kept[n], images[n]) for n in images)
-    assert scores["fid"] == pytest.approx(fid(statistics.as_dict(), reference), abs=1e-6) and scores["fid"] == pytest.approx(3.0, abs=1e-3)
-    assert 1.0 <= scores["inception_score"] <= 6.0

@@ -208,20 +208,6 @@ def test_too_few_images_for_the_scores_are_refused_at_once(trained: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_evaluation_scores_a_checkpoint_alike_on_one_and_two_processes(trained: Path, vae_path: Path, judges: tuple[Path, Path], tmp_path: Path) -> None:
-    def command(out: Path) -> list[str]:
-        return [str(x) for x in ("--evaluate", "--resume", trained, "--vae_path", vae_path, "--num_images", 12, "--num_iter", 2, "--eval_bsz", 4,
-                                 "--device", "cpu", "--inception_weights", judges[0], "--fid_stats", judges[1], "--output_dir", out,
-                                 "--data_path", tmp_path / "none")]
-    main(command(tmp_path / "one"))
-    result = run_processes([REPO / "main_tokenbridge.py", *command(tmp_path / "two")], nproc=2)
-    assert result.returncode == 0, result.stderr[-2000:]
-    one, two = (json.loads((tmp_path / name / "eval.jsonl").read_text()) for name in ("one", "two"))
-    assert one["num_images"] == 12 and one["weights"] == "ema" and math.isfinite(one["fid"]) and one["fid"] > 0
-    assert two["fid"] == pytest.approx(one["fid"], rel=1e-4) and two["inception_score"] == pytest.approx(one["inception_score"], rel=1e-4)
-
-
-@pytest.mark.slow
 def test_online_evaluation_leaves_training_as_it_is(trained: Path, flags, judges: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: ANN001
     main(flags(tmp_path / "run", online_eval=True, eval_freq=1, num_images=10, num_iter=2, inception_weights=judges[0], fid_stats=judges[1]))
     lines = [json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").read_text().splitlines()]

@@ -1,6 +1,8 @@
-"""util/metrics.py and util/vae_stats.py: PSNR, SSIM, FID, Inception Score against scikit-image, SciPy, NumPy and torch-fidelity."""
+"""util/metrics.py and util/vae_stats.py: PSNR, SSIM, FID, sFID, Inception Score, precision, recall, KID against scikit-image, SciPy, NumPy and
+torch-fidelity. test_fid_stats.py has the reference files."""
 
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -12,15 +14,21 @@ from scipy.linalg import sqrtm
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_isc import isc_features_to_metric
 
 from util.metrics import (
     FEATURE_DIM,
+    SPATIAL_DIM,
     FeatureStatistics,
     InceptionFeatures,
+    InceptionScoreSums,
+    fetch_inception_weights,
     fid,
+    fid_infinity,
     find_inception_weights,
     inception_score,
-    load_reference_stats,
+    kid,
+    precision_recall,
     psnr,
     ssim,
 )
@@ -128,17 +136,28 @@ def test_statistics_of_one_image_are_refused() -> None:
 
 
 def test_statistics_merge_sums_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes' statistics, here with the other one's tensors handed in; test_reconstruction.py does it with two real processes."""
-    x = random_features(30, 6, seed=4)
+    """Two processes' statistics, here with the other one's sums handed in; test_evaluation.py does it with two real processes."""
+    x = random_features(30, 6, seed=4, shift=100.0)
     mine, other = FeatureStatistics(6), FeatureStatistics(6)
     mine.update(torch.from_numpy(x[:20]))
     other.update(torch.from_numpy(x[20:]))
-    by_shape = {tensor.shape: tensor for tensor in vars(other).values()}
-    monkeypatch.setattr("util.metrics.all_reduce_sum", lambda tensor: tensor.add_(by_shape.pop(tensor.shape)))
+    mean = torch.from_numpy(x).double().mean(0)
+    shift = other.mean - mean
+    sums = iter([other.count, other.mean * other.count, other.scatter + other.count * torch.outer(shift, shift)])
+    monkeypatch.setattr("util.metrics.all_reduce_sum", lambda tensor: tensor + next(sums))
     merged = mine.merge()
-    assert not by_shape
+    assert next(sums, None) is None and merged.count == 30
     np.testing.assert_allclose(merged.mu, x.mean(0, dtype=np.float64), rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(merged.sigma, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-10)
+
+
+def test_a_process_without_images_merges_as_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, statistics = random_features(9, 4, seed=5), FeatureStatistics(4)
+    statistics.update(torch.from_numpy(x))
+    statistics.update(torch.zeros(0, 4))
+    np.testing.assert_allclose(statistics.merge().sigma, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-10)
+    with pytest.raises(ValueError, match="at least two images"):
+        _ = FeatureStatistics(4).merge().sigma
 
 
 def stats_of(x: np.ndarray) -> dict[str, np.ndarray]:
@@ -162,6 +181,71 @@ def test_fid_of_equal_and_shifted_statistics() -> None:
     assert fid(stats_of(x), moved) == pytest.approx(16 * 4.0, rel=1e-6)          # equal covariances: the squared distance of the means
 
 
+def test_fid_of_two_gaussians_in_closed_form() -> None:
+    """Diagonal covariances: the squared distance of the means, and the squared distance of the standard deviations."""
+    rng = np.random.default_rng(3)
+    (m1, m2), (s1, s2) = rng.standard_normal((2, 12)), rng.uniform(0.2, 3, (2, 12))
+    expected = ((m1 - m2) ** 2).sum() + ((s1 - s2) ** 2).sum()
+    assert fid({"mu": m1, "sigma": np.diag(s1**2)}, {"mu": m2, "sigma": np.diag(s2**2)}) == pytest.approx(expected, rel=1e-9)
+
+
+def test_fid_infinity_removes_the_bias_of_few_images() -> None:
+    """Samples of the reference's own Gaussian, whose FID is 0: of n images it is about 1/n times a number, which the extrapolation removes."""
+    reference, plain, extrapolated = {"mu": np.zeros(8), "sigma": np.eye(8)}, [], []
+    for seed in range(20):
+        features = torch.from_numpy(np.random.default_rng(seed).standard_normal((500, 8)).astype(np.float32))
+        plain.append(fid(stats_of(features.numpy()), reference))
+        extrapolated.append(fid_infinity(features, reference))
+    assert np.mean(plain) > 0.03 and abs(np.mean(extrapolated)) < 0.3 * np.mean(plain)
+    with pytest.raises(ValueError, match="at least 20 images"):
+        fid_infinity(features[:19], reference)
+
+
+def test_precision_and_recall_of_separated_equal_and_nested_clouds() -> None:
+    rng = np.random.default_rng(1)
+    cloud, far = (torch.from_numpy(rng.standard_normal((60, 8)).astype(np.float32)) for _ in range(2))
+    assert precision_recall(cloud, cloud) == (1.0, 1.0)
+    assert precision_recall(cloud, far + 100) == (0.0, 0.0)
+    mixed = torch.cat([cloud, cloud + 100])                                      # all generated images lie among the real ones, which have a mode more
+    assert precision_recall(cloud, mixed) == (1.0, 0.5) and precision_recall(mixed, cloud) == (0.5, 1.0)
+    with pytest.raises(ValueError, match="more than 3 images"):
+        precision_recall(cloud[:3], far)
+
+
+def test_precision_and_recall_are_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks of rows as in one matrix: the share of points within a ball to the third neighbour of a point of the other cloud."""
+    monkeypatch.setattr("util.metrics.PRC_CHUNK", 7)
+    a, b = (torch.from_numpy(random_features(n, 6, seed=n, shift=0.3)).double() for n in (40, 55))
+
+    def share_within(x: Tensor, y: Tensor) -> float:
+        radius = torch.cdist(y, y).sort(1).values[:, 3]
+        return (torch.cdist(x, y) <= radius).any(1).double().mean().item()
+    assert precision_recall(a.float(), b.float()) == pytest.approx((share_within(a, b), share_within(b, a)))
+
+
+def test_kid_of_equal_and_moved_clouds() -> None:
+    """Equal clouds: about 0 (unbiased, so it may be below); moved ones: the mean of the polynomial kernel's MMD by the formula."""
+    rng = np.random.default_rng(2)
+    a, b = (torch.from_numpy(rng.standard_normal((200, 5)).astype(np.float32)) for _ in range(2))
+    assert abs(kid(a, b)[0]) < 0.05 and kid(a, b + 1)[0] > 0.5
+    x, y = a[:50].double().numpy(), b[:50].double().numpy() + 1
+
+    def kernel(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+        return (p @ q.T / 5 + 1) ** 3
+    within = [(k.sum() - np.trace(k)) / (50 * 49) for k in (kernel(x, x), kernel(y, y))]
+    assert kid(a[:50], b[:50] + 1)[0] == pytest.approx(sum(within) - 2 * kernel(x, y).mean(), rel=1e-4)
+
+
+def test_inception_score_of_numbered_batches_is_torch_fidelitys() -> None:
+    """From sums per split, batches in any order: equal to torch-fidelity's own function on all logits; merging with nothing changes nothing."""
+    logits = 3 * torch.randn(53, 1008, generator=torch.Generator().manual_seed(0))
+    expected = isc_features_to_metric(logits, splits=10, shuffle=True, rng_seed=2020)
+    sums = InceptionScoreSums(53)
+    for numbers in (range(40, 53), range(0, 17), range(17, 40)):
+        sums.update(numbers, logits[numbers.start : numbers.stop])
+    assert sums.merge().score() == pytest.approx((expected["inception_score_mean"], expected["inception_score_std"]), rel=1e-12)
+
+
 def test_inception_score_of_known_logits() -> None:
     uniform = torch.zeros(50, 1008)
     assert inception_score(uniform)[0] == pytest.approx(1.0, abs=1e-9)           # no image says anything about its class
@@ -172,45 +256,35 @@ def test_inception_score_of_known_logits() -> None:
         inception_score(uniform[:9])
 
 
-def write_stats(path: Path, **arrays: np.ndarray) -> Path:
-    np.savez(path, **arrays)
-    return path
-
-
-def test_reference_statistics_load(tmp_path: Path) -> None:
-    mu, sigma = np.arange(8, dtype=np.float32), np.eye(8, dtype=np.float32)
-    stats = load_reference_stats(write_stats(tmp_path / "s.npz", mu=mu, sigma=sigma), dim=8)
-    assert stats["mu"].dtype == stats["sigma"].dtype == np.float64               # float32 files and float64 statistics meet in `fid`
-    np.testing.assert_array_equal(stats["mu"], mu)
-    np.testing.assert_array_equal(stats["sigma"], sigma)
-
-
-def test_reference_statistics_errors(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.npz \(--fid_stats\)"):
-        load_reference_stats(tmp_path / "none.npz")
-    with pytest.raises(ValueError, match="no array sigma, only mu"):
-        load_reference_stats(write_stats(tmp_path / "half.npz", mu=np.zeros(FEATURE_DIM)))
-    with pytest.raises(ValueError, match=r"mu \(4,\), sigma \(4, 4\); expected \(2048,\)"):
-        load_reference_stats(write_stats(tmp_path / "small.npz", mu=np.zeros(4), sigma=np.eye(4)))
-    cut = write_stats(tmp_path / "cut.npz", mu=np.zeros(64), sigma=np.eye(64))
-    cut.write_bytes(cut.read_bytes()[:900])
-    with pytest.raises(ValueError, match=r"cut\.npz \(--other\) is not a file of FID statistics"):
-        load_reference_stats(cut, flag="--other")
-    with pytest.raises(ValueError, match="not a file of FID statistics"):
-        load_reference_stats(write_stats(tmp_path / "code.npz", mu=np.array([Explosive(tmp_path / "ran")], dtype=object), sigma=np.eye(1)), dim=1)
-    assert not (tmp_path / "ran").exists()
-
-
 # ------------------------------------------------------------------------------------------------------------- Inception
+
+def offline(*args: object, **kwargs: object) -> None:
+    raise URLError("no route")
+
+
+def test_inception_weights_are_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To torch-fidelity's own place, with the hash in its name checked; a file that is there is taken without a network."""
+    asked = []
+
+    def download(url: str, target: str, hash_prefix: str, progress: bool) -> None:
+        asked.append((url.rsplit("/", 1)[1], hash_prefix))
+        Path(target).write_bytes(b"weights")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    first, second = fetch_inception_weights(None), fetch_inception_weights(None)
+    assert first == second == tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    assert asked == [(first.name, "6726825d")]
+
 
 def test_inception_weights_absent_or_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match="none.pth.*--inception_weights"):
         find_inception_weights(str(tmp_path / "none.pth"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    with pytest.raises(FileNotFoundError, match="download https://.*--inception_weights"):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(FileNotFoundError, match="download https://.*--inception_weights.*the download failed: .*no route"):
         InceptionFeatures(None, CPU)
     cached = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
-    cached.parent.mkdir(parents=True)
+    cached.parent.mkdir(parents=True, exist_ok=True)
     cached.touch()
     assert find_inception_weights(None) == cached
 
@@ -242,11 +316,19 @@ def test_inception_features_are_torch_fidelitys(inception_weights: Path) -> None
     torch.testing.assert_close(torch.cat([p["2048"] for p in parts]), pool, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.cat([p["logits_unbiased"] for p in parts]), logits, rtol=1e-4, atol=1e-4)
     assert pool.shape == (5, FEATURE_DIM) and logits.shape == (5, 1008)
+    maps = {}
+    network.Mixed_6d.register_forward_hook(lambda module, inputs, output: maps.update(mixed_6=output))
+    network(images)
+    spatial = torch.cat([p["spatial"] for p in parts])
+    assert maps["mixed_6"].shape == (5, 768, 17, 17) and spatial.shape == (5, SPATIAL_DIM)
+    expected = maps["mixed_6"].permute(0, 2, 3, 1)[..., :7].flatten(1)               # TensorFlow's layout, as ADM's evaluator flattens it
+    torch.testing.assert_close(spatial, expected, rtol=1e-4, atol=1e-4)
+    assert expected.std(0).mean() > 1e-3
 
 
 @pytest.mark.slow
 def test_scores_are_torch_fidelitys(tmp_path: Path, inception_weights: Path) -> None:
-    """FID and Inception Score of a small real set equal torch_fidelity.calculate_metrics on the same PNG files."""
+    """All scores of a small real set equal torch_fidelity.calculate_metrics on the same PNG files."""
     original = crops(12, 40, seed=8)
     changed = damaged(original, 30.0)
     for name, images in (("original", original), ("changed", changed)):
@@ -254,19 +336,16 @@ def test_scores_are_torch_fidelitys(tmp_path: Path, inception_weights: Path) -> 
         for i, image in enumerate(images):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i:02d}.png")
     expected = torch_fidelity.calculate_metrics(
-        input1=str(tmp_path / "changed"), input2=str(tmp_path / "original"), cuda=False, batch_size=12, isc=True, fid=True, verbose=False,
-        feature_extractor_weights_path=str(inception_weights), save_cpu_ram=True, cache=False)
+        input1=str(tmp_path / "changed"), input2=str(tmp_path / "original"), cuda=False, batch_size=12, isc=True, fid=True, kid=True, prc=True,
+        kid_subset_size=12, verbose=False, feature_extractor_weights_path=str(inception_weights), save_cpu_ram=True, cache=False)
     extractor = InceptionFeatures(str(inception_weights), CPU)
-    statistics, logits = [], None
-    for images in (original, changed):
-        found, one = extractor(images), FeatureStatistics()
-        one.update(found["2048"])
-        statistics.append(one.as_dict())
-        logits = found["logits_unbiased"]
-    mean, std = inception_score(logits)
+    real, made = extractor(original), extractor(changed)
+    mean, std = inception_score(made["logits_unbiased"])
     assert mean == pytest.approx(expected["inception_score_mean"], rel=1e-5)
     assert std == pytest.approx(expected["inception_score_std"], rel=1e-4, abs=1e-6)
-    assert fid(statistics[1], statistics[0]) == pytest.approx(expected["frechet_inception_distance"], rel=1e-3)
+    assert fid(stats_of(made["2048"].numpy()), stats_of(real["2048"].numpy())) == pytest.approx(expected["frechet_inception_distance"], rel=1e-3)
+    assert kid(made["2048"], real["2048"])[0] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-3)
+    assert precision_recall(made["2048"], real["2048"]) == (expected["precision"], expected["recall"])
 
 
 # ------------------------------------------------------------------------------------------------------------- latents

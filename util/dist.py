@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -90,6 +91,15 @@ def gather_objects(value: object) -> list:
     return gathered
 
 
+def gather_to_main(value: object) -> list | None:
+    """Every process's `value` (picklable), in rank order, on rank 0; None on the others, which spares their memory."""
+    if not dist.is_initialized():
+        return [value]
+    gathered = [None] * world_size() if is_main() else None
+    dist.gather_object(value, gathered, dst=0)
+    return gathered
+
+
 def agree(error: Exception | None) -> None:
     """Raise together: if any process brings an error, every process raises one, so that none waits for a dead peer."""
     messages = [m for m in gather_objects(None if error is None else str(error)) if m is not None]
@@ -127,6 +137,20 @@ def pick_precision(flag: str | None, device: torch.device) -> str:
     if device.type != "cuda":
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+@contextlib.contextmanager
+def float32_precision(device: torch.device) -> Iterator[None]:
+    """Full float32 within the block: no autocast, no TF32 in matmuls and convolutions; so scores do not depend on how images were made."""
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

@@ -1,6 +1,15 @@
-"""Image metrics: PSNR, SSIM, and FID / Inception Score on torch-fidelity's features (SPEC 9)."""
+"""Image metrics: PSNR, SSIM, LPIPS; FID, sFID, Inception Score, precision and recall, KID on torch-fidelity's features (SPEC 9).
+
+Features are taken from uint8 batches in memory and summed in float64 as they come, so that 50,000 images need no more memory than one batch;
+sums of several processes merge exactly. Only precision, recall, KID and FID-infinity need the features themselves.
+
+Letters: B images of a batch, N of a set, F feature dimensions.
+"""
 
 import hashlib
+import os
+import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +17,19 @@ import torch
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-from util.dist import all_reduce_sum
+from util.dist import agree, all_reduce_sum, float32_precision
 
 FEATURE_DIM = 2048
-IS_SPLITS = 10             # parts over which the Inception Score is averaged
+SPATIAL_CHANNELS, SPATIAL_GRID = 7, 17
+SPATIAL_DIM = SPATIAL_GRID**2 * SPATIAL_CHANNELS          # ADM's sFID features: 2023
+LOGITS_DIM = 1008
+IS_SPLITS, IS_SEED = 10, 2020                             # parts over which the Inception Score is averaged, torch-fidelity's shuffle
+INCEPTION_CHUNK = 32                                      # images at a time, so that activations stay below 1 GiB
+PRC_NEIGHBOURS, PRC_CHUNK = 3, 1000                       # precision and recall: k, and rows of the distance matrix at a time
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
@@ -58,6 +74,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat(values).float()
 
 
+# ------------------------------------------------------------------------------------------------------------- Inception
+
 def find_inception_weights(path: str | None) -> Path:
     """The weights file: `path` (--inception_weights), else torch-fidelity's download cache. FileNotFoundError says what to put where."""
     cached = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
@@ -68,83 +86,166 @@ def find_inception_weights(path: str | None) -> Path:
     return found
 
 
-class InceptionFeatures:
-    """torch-fidelity's `inception-v3-compat` extractor on a device: uint8 (B, 3, H, W) -> {"2048": (B, 2048), "logits_unbiased": (B, 1008)}.
+def fetch_inception_weights(path: str | None) -> Path:
+    """As `find_inception_weights`, but torch-fidelity's file is downloaded if it is not there yet; every process must call it.
 
-    Raises FileNotFoundError without weights, ValueError for a file that does not hold them (code in it is never run).
+    One process per machine downloads, the others wait. FileNotFoundError with what to do by hand if that fails, as without a network.
+    """
+    error = None
+    try:
+        find_inception_weights(path)
+    except FileNotFoundError as absent:
+        error = absent
+        if not path and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            error = _download(absent)
+    agree(None if error is not None and not path and int(os.environ.get("LOCAL_RANK", "0")) else error)
+    return find_inception_weights(path)
+
+
+def _download(absent: FileNotFoundError) -> FileNotFoundError | None:
+    """torch-fidelity's weights into its cache; None if that worked, otherwise `absent` with the reason."""
+    target, timeout = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1], socket.getdefaulttimeout()
+    try:
+        socket.setdefaulttimeout(20)                                    # a firewall that swallows packets would hold the job for ever
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(target), hash_prefix=target.stem.rsplit("-", 1)[1], progress=False)
+        return None
+    except Exception as error:                                          # URLError, timeouts, a wrong hash, a full disk
+        return FileNotFoundError(f"{absent} (the download failed: {(str(error).splitlines() or [type(error).__name__])[0]})")
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+class InceptionFeatures:
+    """torch-fidelity's `inception-v3-compat` extractor on a device.
+
+    uint8 images (B, 3, H, W) -> {"2048": pool features (B, 2048), "spatial": (B, 2023), "logits_unbiased": (B, 1008)}, float32 on the device.
+    The spatial features are those of ADM's sFID: the first 7 channels of the 17 x 17 map of block Mixed_6d (TensorFlow's mixed_6), row by row
+    with the channel fastest. Every process must make one at the same time. FileNotFoundError without weights, ValueError for a file that does
+    not hold them (code in it is never run).
     """
 
     def __init__(self, weights: str | None, device: torch.device):
-        path = find_inception_weights(weights)
+        path = fetch_inception_weights(weights)
         try:
             torch.load(path, map_location="cpu", weights_only=True)        # torch-fidelity itself would run code in the file
             self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path)).to(device)
         except Exception as error:
             raise ValueError(f"{path} (--inception_weights) does not hold torch-fidelity's Inception weights: "
                              f"{(str(error).splitlines() or [type(error).__name__])[0]}") from error
-        self.device = device
-        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)      # its channels come first in the block's 768
+        self.device, self.sha256 = device, file_sha256(path)
+
+    def _keep_spatial(self, module: torch.nn.Module, inputs: object, output: Tensor) -> None:
+        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        pool, logits = self.network(images.to(self.device))
-        return {"2048": pool, "logits_unbiased": logits}
+        parts = []
+        with float32_precision(self.device):
+            for chunk in images.split(INCEPTION_CHUNK):
+                pool, logits = self.network(chunk.to(self.device))
+                parts.append((pool, self._spatial, logits))
+        return dict(zip(("2048", "spatial", "logits_unbiased"), map(torch.cat, zip(*parts, strict=True)), strict=True))
 
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, as sha256sum prints it."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------- running sums
 
 class FeatureStatistics:
-    """Mean and covariance of features that arrive in batches, exact in float64, mergeable over processes."""
+    """Mean and covariance of features that arrive in batches: float64, centred, mergeable over processes without loss (Chan et al. 1979)."""
 
     def __init__(self, dim: int = FEATURE_DIM):
         self.count = torch.zeros((), dtype=torch.float64)
-        self.total = torch.zeros(dim, dtype=torch.float64)
-        self.outer = torch.zeros(dim, dim, dtype=torch.float64)
+        self.mean = torch.zeros(dim, dtype=torch.float64)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64)          # sum of (x - mean)(x - mean)^T
 
     def update(self, features: Tensor) -> None:
-        """Add features (B, dim)."""
+        """Add features (B, F)."""
         x = features.detach().cpu().double()
-        self.count += len(x)
-        self.total += x.sum(0)
-        self.outer += x.T @ x
+        if not len(x):
+            return
+        mean, count = x.mean(0), self.count + len(x)
+        x, shift = x - mean, mean - self.mean
+        self.scatter.addmm_(x.T, x).addr_(shift, shift, alpha=float(self.count * len(x) / count))
+        self.mean += shift * (len(x) / count)
+        self.count = count
 
     def merge(self) -> "FeatureStatistics":
-        """Sum over all processes, in place."""
-        for tensor in (self.count, self.total, self.outer):
-            all_reduce_sum(tensor)
+        """All processes' features, in place on every process."""
+        count = all_reduce_sum(self.count.clone())
+        mean = all_reduce_sum(self.mean * self.count) / count.clamp_min(1)
+        shift = self.mean - mean
+        self.scatter = all_reduce_sum(self.scatter.addr(shift, shift, alpha=float(self.count)))
+        self.count, self.mean = count, mean
         return self
 
     @property
     def mu(self) -> np.ndarray:
-        return (self.total / self.count).numpy()
+        return self.mean.numpy()
 
     @property
     def sigma(self) -> np.ndarray:
         """Unbiased covariance, as numpy.cov."""
         if self.count < 2:
             raise ValueError("a covariance needs at least two images")
-        mean = self.total / self.count
-        return ((self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)).numpy()
+        return (self.scatter / (self.count - 1)).numpy()
 
     def as_dict(self) -> dict[str, np.ndarray]:
         return {"mu": self.mu, "sigma": self.sigma}
 
 
-def load_reference_stats(path: str | Path, flag: str = "--fid_stats", dim: int = FEATURE_DIM) -> dict[str, np.ndarray]:
-    """`mu` (dim,) and `sigma` (dim, dim) in float64 from an .npz such as adm_in256_stats.npz; clear errors naming the file."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no FID reference statistics at {path} ({flag}); adm_in256_stats.npz comes with the MAR repository's fid_stats folder")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            missing = [key for key in ("mu", "sigma") if key not in arrays]
-            if missing:
-                raise ValueError(f"it has no array {' or '.join(missing)}, only {', '.join(arrays.files[:6])}")
-            stats = {key: np.asarray(arrays[key], dtype=np.float64) for key in ("mu", "sigma")}
-    except Exception as error:
-        raise ValueError(f"{path} ({flag}) is not a file of FID statistics: {error}") from error
-    if stats["mu"].shape != (dim,) or stats["sigma"].shape != (dim, dim):
-        raise ValueError(f"{path} ({flag}): mu {stats['mu'].shape}, sigma {stats['sigma'].shape}; expected ({dim},) and ({dim}, {dim})")
-    return stats
+class InceptionScoreSums:
+    """The Inception Score of N numbered images from sums alone: per split, the sum of p and of p log p, in float64.
 
+    An image's split follows from its number: torch-fidelity's shuffle (seed 2020) of the images in their order, cut into 10 parts. So batches
+    may come in any order and from several processes. ValueError for fewer images than splits.
+    """
+
+    def __init__(self, num_images: int, splits: int = IS_SPLITS):
+        if num_images < splits:
+            raise ValueError(f"the Inception Score needs at least {splits} images, one per split; got {num_images}")
+        order = np.random.RandomState(IS_SEED).permutation(num_images)
+        place = np.empty(num_images, dtype=np.int64)
+        place[order] = np.arange(num_images)
+        self.split_of = torch.from_numpy(np.searchsorted([(i + 1) * num_images // splits for i in range(splits)], place, side="right"))
+        self.count = torch.zeros(splits, dtype=torch.float64)
+        self.p = torch.zeros(splits, LOGITS_DIM, dtype=torch.float64)
+        self.p_log_p = torch.zeros(splits, dtype=torch.float64)
+
+    def update(self, numbers: Sequence[int], logits: Tensor) -> None:
+        """Add the logits (B, 1008) of the images with these numbers."""
+        logits, split = logits.detach().cpu().double(), self.split_of[torch.as_tensor(list(numbers), dtype=torch.long)]
+        p = logits.softmax(1)
+        if p.shape[1] != self.p.shape[1] and not self.count.any():
+            self.p = torch.zeros(len(self.p), p.shape[1], dtype=torch.float64)
+        self.count.index_add_(0, split, torch.ones(len(p), dtype=torch.float64))
+        self.p.index_add_(0, split, p)
+        self.p_log_p.index_add_(0, split, (p * logits.log_softmax(1)).sum(1))
+
+    def merge(self) -> "InceptionScoreSums":
+        """Sum over all processes, in place."""
+        for tensor in (self.count, self.p, self.p_log_p):
+            all_reduce_sum(tensor)
+        return self
+
+    def score(self) -> tuple[float, float]:
+        """Mean and standard deviation over the splits that hold images."""
+        filled = self.count > 0
+        q = self.p[filled] / self.count[filled].unsqueeze(1)
+        scores = (self.p_log_p[filled] / self.count[filled] - torch.xlogy(q, q).sum(1)).exp()
+        return scores.mean().item(), scores.std(correction=0).item()
+
+
+# ------------------------------------------------------------------------------------------------------------- scores
 
 def fid(stats_1: dict[str, np.ndarray], stats_2: dict[str, np.ndarray]) -> float:
     """Frechet distance of two {"mu", "sigma"}, by torch-fidelity's formula."""
@@ -153,7 +254,46 @@ def fid(stats_1: dict[str, np.ndarray], stats_2: dict[str, np.ndarray]) -> float
 
 def inception_score(logits: Tensor, splits: int = IS_SPLITS) -> tuple[float, float]:
     """Mean and standard deviation over the splits, from logits (N, 1008) in image order, shuffled as torch-fidelity does by default."""
-    if len(logits) < splits:
-        raise ValueError(f"the Inception Score needs at least {splits} images, one per split; got {len(logits)}")
-    scores = isc_features_to_metric(logits.cpu(), splits=splits, shuffle=True, rng_seed=2020)
-    return scores[KEY_METRIC_ISC_MEAN], scores[KEY_METRIC_ISC_STD]
+    sums = InceptionScoreSums(len(logits), splits)
+    sums.update(range(len(logits)), logits)
+    return sums.score()
+
+
+def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019, k = 3) of features (N, F) each, by torch-fidelity in chunks of rows.
+
+    Precision: the share of generated images within the manifold of the real ones; recall the reverse. ValueError for fewer than 4 images.
+    """
+    if min(len(generated), len(real)) <= PRC_NEIGHBOURS:
+        raise ValueError(f"precision and recall need more than {PRC_NEIGHBOURS} images of each kind, got {len(generated)} and {len(real)}")
+    found = prc_features_to_metric(generated, real, prc_neighborhood=PRC_NEIGHBOURS, prc_batch_size=PRC_CHUNK, save_cpu_ram=True, verbose=False)
+    return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
+
+
+def kid(generated: Tensor, real: Tensor) -> tuple[float, float]:
+    """Kernel Inception Distance: mean and standard deviation over 100 subsets of 1000 images (of all, if there are fewer), by torch-fidelity."""
+    size = min(KID_SUBSET_SIZE, len(generated), len(real))
+    found = kid_features_to_metric(generated, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=IS_SEED, verbose=False)
+    return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
+
+
+def fid_infinity(features: Tensor, reference: dict[str, np.ndarray], points: int = 10) -> float:
+    """FID extrapolated to infinitely many images (Chong and Forsyth 2020): the intercept of FID over 1/n, n from a tenth of the images to all.
+
+    features (N, F) of generated images in their order; the subsets are nested parts of one fixed shuffle. ValueError below 20 images.
+    """
+    if len(features) < 2 * points:
+        raise ValueError(f"the extrapolation of FID needs at least {2 * points} images, got {len(features)}")
+    values, vectors = np.linalg.eigh(reference["sigma"])
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T                                   # symmetric root of the reference's covariance
+    shuffled = torch.from_numpy(np.random.RandomState(IS_SEED).permutation(len(features)))
+    sizes = np.linspace(len(features) / points, len(features), points).round().astype(int)
+    statistics, distances, done = FeatureStatistics(features.shape[1]), [], 0
+    for size in sizes:
+        for part in shuffled[done:size].split(PRC_CHUNK):
+            statistics.update(features[part])
+        done = size
+        difference, sigma = statistics.mu - reference["mu"], statistics.sigma
+        cross = np.sqrt(np.linalg.eigvalsh(root @ sigma @ root).clip(0)).sum()
+        distances.append(difference @ difference + np.trace(sigma) + np.trace(reference["sigma"]) - 2 * cross)
+    return float(np.polyfit(1 / sizes, distances, 1)[1])
