@@ -3,6 +3,7 @@
   python -m util.bench quantizer                                           nearest level: binary search against a (..., K) distance tensor
   python -m util.bench sample --model tokenbridge_base --num_iter 8        sampling: one guided batch and a KV cache against neither
   python -m util.bench train  --model tokenbridge_base --dry               training step: FLOPs, bytes, time
+  python -m util.bench cache                                               an epoch over cached latents: shards against a tree of .npz files
 
 Each is a file util/bench_<name>.py with `register`; the plain ways live there. `--dry` counts on fake tensors only, in seconds; without it the
 same code is then run and timed. The benches may import models, inside their functions.
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from util.cli import make_parser
 from util.log import run_cli
 
-BENCHES = ("quantizer", "sample", "train")
+BENCHES = ("quantizer", "sample", "train", "cache")
 
 
 def build_parser() -> argparse.ArgumentParser:
