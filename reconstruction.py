@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from engine_tokenbridge import mixed_seed
-from models.quantizer import MAX_BITS, GaussianQuantizer
+from models.quantizer import MAX_BITS, QUANTIZERS, TableQuantizer, build_quantizer
 from models.vae import AutoencoderKL, load_vae
 from util import dist
 from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
@@ -36,6 +36,7 @@ logger = get_logger()
 
 # Published rFID by (bits, range); None is the VAE alone. ImageNet, KL-16, 256 px, 50 training images of each class (SPEC 3, 9).
 PUBLISHED_RFID = {None: 1.11, (3, 5.0): 3.69, (4, 5.0): 1.33, (5, 5.0): 1.12, (6, 5.0): 1.11, (6, 4.0): 1.13, (6, 3.0): 1.22, (6, 2.0): 2.26}
+FITTED_IMAGES = 256         # --quantizer lloyd is fitted to the latents of so many images
 FEW_IMAGES = 10_000         # with fewer, FID's bias is larger than the differences between the rows
 
 
@@ -56,6 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", default="quantization_results", help="where results.json and grid.png go")
     parser.add_argument("--bits", type=int, nargs="+", default=6, help=f"bits per latent dimension, 1 to {MAX_BITS}; several make a sweep")
     parser.add_argument("--range", type=float, nargs="+", default=5.0, help="the quantizer covers [-range, range]; several make a sweep")
+    parser.add_argument("--quantizer", nargs="+", default="gaussian", choices=QUANTIZERS,
+                        help="where the levels come from, several to compare: the paper's, equal widths, or fitted to the images' own latents")
     parser.add_argument("--save_images", action="store_true", help="also write every image quantized with the first pair to OUT/images/<class>/")
     parser.add_argument("--mode", action="store_true", help="decode the posterior's mean; default: a sample, as published")
     parser.add_argument("--batch_size", type=int, default=16, help="images per process decoded together")
@@ -128,9 +131,9 @@ def posterior_noise(seed: int, numbers: Sequence[int], shape: Sequence[int]) -> 
 
 @dataclass
 class Row:
-    """What is known of one variant: the VAE alone (no quantizer), or one (bits, range) pair."""
+    """What is known of one variant: the VAE alone (no quantizer), or one kind of quantizer with one (bits, range) pair."""
 
-    quantizer: GaussianQuantizer | None
+    quantizer: TableQuantizer | None
     used: Tensor | None = None                                      # (K,) int64: how often each index occurred
     outside: Tensor | None = None                                   # scalar int64: latents that the quantizer clamps
     scores: dict[int, tuple[float, float]] = field(default_factory=dict)      # image number -> PSNR, SSIM
@@ -142,8 +145,14 @@ class Row:
         return None if self.quantizer is None else (self.quantizer.bits, self.quantizer.max_value)
 
     @property
+    def kind(self) -> str | None:
+        return None if self.quantizer is None else self.quantizer.kind
+
+    @property
     def name(self) -> str:
-        return "VAE alone" if self.quantizer is None else f"{self.quantizer.bits} bits, ±{self.quantizer.max_value:g}"
+        if self.quantizer is None:
+            return "VAE alone"
+        return f"{self.quantizer.bits} bits, ±{self.quantizer.max_value:g}" + ("" if self.kind == "gaussian" else f", {self.kind}")
 
     def quantized(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> what is left of them after the trip through their indices; counts those indices."""
@@ -155,16 +164,38 @@ class Row:
         return self.quantizer.dequantize(indices)
 
 
-def build_rows(bits: Sequence[int], ranges: Sequence[float], device: torch.device, with_features: bool) -> list[Row]:
-    """VAE alone first, then every pair of bits and range."""
+def build_rows(kinds: Sequence[str], bits: Sequence[int], ranges: Sequence[float], device: torch.device, with_features: bool,
+               latents: Tensor | None = None) -> list[Row]:
+    """VAE alone first, then every kind of quantizer with every pair of bits and range; latents: what lloyd is fitted to."""
     rows = [Row(None)]
-    for b in bits:
-        for half_width in ranges:
-            quantizer = GaussianQuantizer(b, -half_width, half_width).to(device)
-            rows.append(Row(quantizer, torch.zeros(2**b, dtype=torch.int64, device=device), torch.zeros((), dtype=torch.int64, device=device)))
+    for kind in kinds:
+        for b in bits:
+            for half_width in ranges:
+                quantizer = build_quantizer(kind, b, -half_width, half_width, latents=None if latents is None else latents.numpy()).to(device)
+                rows.append(Row(quantizer, torch.zeros(2**b, dtype=torch.int64, device=device), torch.zeros((), dtype=torch.int64, device=device)))
     for row in rows:
         row.statistics = FeatureStatistics() if with_features else None
     return rows
+
+
+@torch.no_grad()
+def latents_to_fit(vae: AutoencoderKL, folder: ImageFolderDataset, chosen: Sequence[int], args: argparse.Namespace, device: torch.device) -> Tensor:
+    """Scaled latents (N, C, h, w) of at most FITTED_IMAGES of the chosen images, on the CPU; computed by rank 0 for all. ValueError if unreadable."""
+    found, problem = [], None
+    try:
+        for number in spread_evenly(chosen, FITTED_IMAGES) if dist.is_main() else ():
+            image, _, readable = NumberedImages(folder)[number]
+            if readable:
+                posterior = vae.encode(image[None].to(device))
+                noise = posterior_noise(args.seed, [number], posterior.mean.shape[1:]).to(device)
+                found.append(finite(vae.scale(posterior.sample(noise=noise)), [number], "latents", "fp32").cpu())
+    except (ValueError, OSError) as error:
+        problem = error
+    dist.agree(problem)
+    latents = dist.gather_objects(torch.cat(found) if found else None)[0]
+    if latents is None:
+        raise ValueError(f"{args.image_dir} (--image_dir): no image to fit --quantizer lloyd to can be read")
+    return latents
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -244,7 +275,8 @@ def summarise(row: Row, out: Outcome, reference: dict | None) -> dict:
     psnr_values, ssim_values = zip(*gathered(row.scores).values(), strict=True)
     figures = {"name": row.name, "bits": row.pair and row.pair[0], "range": row.pair and row.pair[1], "psnr": math.fsum(psnr_values) / len(psnr_values),
                "ssim": math.fsum(ssim_values) / len(ssim_values), "rfid": None, "inception_score": None, "inception_score_std": None,
-               "clamped_share": None, "indices_used": None, "published_rfid": PUBLISHED_RFID.get(row.pair)}
+               "clamped_share": None, "indices_used": None, "quantizer": row.kind,
+               "published_rfid": PUBLISHED_RFID.get(row.pair) if row.kind in (None, "gaussian") else None}
     if row.quantizer is not None:
         used, counts = dist.all_reduce_sum(row.used), dist.all_reduce_sum(torch.stack([row.outside, row.outside.new_tensor(out.num_latents)]))
         figures |= {"indices_used": int((used > 0).sum()), "clamped_share": float(counts[0]) / float(counts[1])}
@@ -262,10 +294,10 @@ def table(rows: Sequence[dict]) -> str:
     """The rows as text, with the published rFID beside ours."""
     def cell(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
-    lines = [f"{'':<14}{'PSNR dB':>9}{'SSIM':>9}{'rFID':>9}{'published*':>12}{'IS':>9}{'clamped':>11}{'indices used':>14}"]
+    lines = [f"{'':<22}{'PSNR dB':>9}{'SSIM':>9}{'rFID':>9}{'published*':>12}{'IS':>9}{'clamped':>11}{'indices used':>14}"]
     for row in rows:
         used = "-" if row["bits"] is None else f"{row['indices_used']}/{2 ** row['bits']}"
-        lines.append(f"{row['name']:<14}{row['psnr']:>9.2f}{row['ssim']:>9.4f}{cell(row['rfid'], '.3f'):>9}{cell(row['published_rfid'], '.2f'):>12}"
+        lines.append(f"{row['name']:<22}{row['psnr']:>9.2f}{row['ssim']:>9.4f}{cell(row['rfid'], '.3f'):>9}{cell(row['published_rfid'], '.2f'):>12}"
                      f"{cell(row['inception_score'], '.2f'):>9}{cell(row['clamped_share'], '.4%'):>11}{used:>14}")
     return "\n".join([*lines, "* rFID published, ImageNet, KL-16: 256 px, 50 training images of each class"])
 
@@ -292,7 +324,9 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     chosen = first_of_each_class(folder.labels, args.images_per_class, args.num_images)
     features, no_rfid = load_features(args, device)
     output = check_writable(args.output_dir, "--output_dir")
-    rows = build_rows(as_list(args.bits), as_list(args.range), device, features is not None)
+    vae, kinds = vae.to(device), as_list(args.quantizer)
+    fitted_to = latents_to_fit(vae, folder, chosen, args, device) if "lloyd" in kinds else None
+    rows = build_rows(kinds, as_list(args.bits), as_list(args.range), device, features is not None, fitted_to)
     logger.info("%d images of %d classes from %s, %d px; VAE %s, scale %s; %s; %s on %s", len(chosen), len(folder.classes), args.image_dir,
                 args.img_size, args.vae_path, vae.scale_factor, "posterior mean" if args.mode else "posterior samples", args.precision, device)
     if no_rfid and dist.is_main():
@@ -300,7 +334,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
 
     shown, out, error = set(spread_evenly(chosen, args.grid_images)), Outcome(), None
     try:
-        out = reconstruct(vae.to(device), rows, folder, chosen[dist.rank() :: dist.world_size()], shown, args, device, features)
+        out = reconstruct(vae, rows, folder, chosen[dist.rank() :: dist.world_size()], shown, args, device, features)
     except (ValueError, OSError) as caught:
         error = caught
     dist.agree(error)

@@ -244,6 +244,7 @@ def plot(found: dict, path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     channels = np.arange(len(found["mean"]))
     axes[0, 0].errorbar(channels, found["mean"], yerr=found["std"], fmt="o", capsize=3)
+    axes[0, 0].set_xticks(channels, [str(c) for c in channels], fontsize=7)
     axes[0, 0].set(title="raw latents: mean and standard deviation", xlabel="channel")
     order = found["channel_order"]
     axes[0, 1].bar(channels, [found["low_frequency_share"][c] for c in order])
