@@ -27,7 +27,7 @@ from models.vae import AutoencoderKL
 from util import dist
 from util.cli import check_writable
 from util.eval_store import SUSPICIOUS_SHARE, EvalStore, batches_of, image_flaws
-from util.fid_stats import Reference, load_reference
+from util.fid_stats import Reference, load_reference, load_reference_stats
 from util.files import replacing, write_json
 from util.images import to_uint8
 from util.log import get_logger
@@ -218,6 +218,8 @@ class Evaluator:
     @classmethod
     def prepare(cls, args: argparse.Namespace, device: torch.device, img_size: int | None = None) -> "Evaluator":
         """Read the Inception weights and the reference; every process calls it. ValueError or OSError for what does not fit."""
+        if not Path(args.fid_stats).exists():
+            load_reference_stats(args.fid_stats)                           # says what to do, before Inception's weights are asked for
         settings, features = sample_settings(args, device), InceptionFeatures(args.inception_weights, device)
         reference = load_reference(args.fid_stats, features, img_size or args.img_size, batch_size=args.eval_bsz, num_workers=args.num_workers)
         output = check_writable(args.output_dir, "--output_dir")

@@ -205,7 +205,7 @@ def fetch_url(url: str, target: Path, sha256: str | None = None) -> None:
 
 def check_stats(path: Path) -> None:
     """ValueError (and the file is deleted) unless it holds mu and sigma of 2048 features."""
-    from util.metrics import load_reference_stats
+    from util.fid_stats import load_reference_stats
     try:
         load_reference_stats(path, "stats")
     except ValueError:
@@ -268,7 +268,7 @@ def download_stats(args: argparse.Namespace) -> None:
 
 
 def check_stats_there(target: Path, sha256: str | None) -> None:
-    from util.metrics import load_reference_stats
+    from util.fid_stats import load_reference_stats
     load_reference_stats(target, "stats; delete it to fetch it again")
     if sha256 and file_hash(target, sha256) != sha256:
         raise ValueError(f"{target} has another hash than --sha256 {sha256[:12]}...; delete it to fetch it again")

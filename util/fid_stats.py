@@ -187,7 +187,7 @@ def load_reference_stats(path: str | Path, flag: str = "--fid_stats", dim: int =
     """The statistics in an .npz with mu and sigma; clear errors naming the file. Code in it is never run."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no FID reference statistics at {path} ({flag}); adm_in256_stats.npz comes with the MAR repository's fid_stats folder, "
+        raise FileNotFoundError(f"no FID reference statistics at {path} ({flag}); python -m util.download stats fetches adm_in256_stats.npz, "
                                 "python -m util.fid_stats makes them from images")
     try:
         with np.load(path, allow_pickle=False) as arrays:
