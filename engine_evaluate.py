@@ -254,7 +254,7 @@ class Evaluator:
         hashes = [None]
         if dist.is_main():
             hashes = [{"checkpoint_sha256": file_sha256(source), "vae_sha256": file_sha256(self.args.vae_path)}]
-        about = {"checkpoint": str(source), "weights": self.args.weights, **dist.gather_objects(hashes[0])[0]}
+        about = {"checkpoint": str(source), "weights": self.args.weights, "vae_config": vae.config, **dist.gather_objects(hashes[0])[0]}
         records = []
         for cfg, temperature in pairs:
             settings = replace(self.settings, cfg=cfg, temperature=temperature)

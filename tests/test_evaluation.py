@@ -401,10 +401,10 @@ def test_the_whole_way_with_inception(files: dict[str, Path], tmp_path: Path) ->
     run on the two folders of PNGs (1e-3 relative), sFID and precision there too."""
     import torch_fidelity
     from test_fid_stats import crops, write_folder
-    from test_metrics import write_inception_weights
 
     from util import fid_stats
-    weights, real = write_inception_weights(tmp_path / "inception.pth"), write_folder(tmp_path / "real", crops(12, size=32))
+    from util.bench_eval import write_random_inception
+    weights, real = write_random_inception(tmp_path / "inception.pth"), write_folder(tmp_path / "real", crops(12, size=32))
     fid_stats.main(["--data_path", str(real), "--out", str(tmp_path / "stats.npz"), "--img_size", "32", "--crop", "none", "--device", "cpu",
                     "--num_workers", "0", "--inception_weights", str(weights)])
     main(command(files, tmp_path / "out", "--num_images", 12, "--fid_stats", tmp_path / "stats.npz", "--inception_weights", weights,

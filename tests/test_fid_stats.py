@@ -200,7 +200,7 @@ dist.shutdown()
 def test_two_processes_make_the_same_statistics(tmp_path: Path) -> None:
     folder, script = write_folder(tmp_path / "p", crops(13)), tmp_path / "two.py"
     script.write_text(TWO)
-    result = run_processes([script, folder, tmp_path / "two.npz"], nproc=2)
+    result = run_processes([script, folder, tmp_path / "two.npz"], nproc=2, timeout=400)
     assert result.returncode == 0, result.stderr[-2000:]
     one, two = make_reference(folder, Colours(), img_size=SIZE, keep_features=7, batch_size=3), load_reference_stats(tmp_path / "two.npz")
     np.testing.assert_allclose(two.sigma, one.sigma, rtol=1e-12, atol=1e-14)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, run_processes, tiny_vae
-from test_metrics import write_inception_weights
 
 import engine_train
 import main_cache
 from main_tokenbridge import main
 from models.vae import load_vae
 from util import checkpoint
+from util.bench_eval import write_random_inception
 from util.images import read_image
 
 SIZE = 32        # pixels, with a VAE of stride 8: 4x4 tokens
@@ -198,7 +198,7 @@ def judges(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("inception")
     rng = np.random.default_rng(0)
     np.savez(folder / "stats.npz", mu=rng.random(2048), sigma=np.diag(rng.random(2048)))
-    return write_inception_weights(folder / "inception.pth"), folder / "stats.npz"
+    return write_random_inception(folder / "inception.pth"), folder / "stats.npz"
 
 
 def test_too_few_images_for_the_scores_are_refused_at_once(trained: Path, tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from conftest import Explosive, photographs
 from PIL import Image
 from scipy.linalg import sqrtm
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from torch import Tensor, nn
+from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_isc import isc_features_to_metric
 
+from util.bench_eval import write_random_inception
 from util.metrics import (
     FEATURE_DIM,
     SPATIAL_DIM,
@@ -53,26 +54,9 @@ def damaged(images: Tensor, strength: float, seed: int = 0) -> Tensor:
     return (images.float() + strength * noise).round().clamp(0, 255).to(torch.uint8)
 
 
-def write_inception_weights(path: Path) -> Path:
-    """Random weights in torch-fidelity's format: the state dict of its own network, drawn so that activations keep their size."""
-    class Unfilled(FeatureExtractorInceptionV3):
-        def load_state_dict(self, *args: object, **kwargs: object) -> None:
-            """The constructor insists on a file; this one is about to make it."""
-    torch.save({}, path)
-    network = Unfilled("inception-v3-compat", ["2048"], str(path))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
-        nn.init.normal_(network.fc.weight, std=0.05)
-    torch.save(network.state_dict(), path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_inception_weights(tmp_path_factory.mktemp("inception") / "weights.pth")
+    return write_random_inception(tmp_path_factory.mktemp("inception") / "weights.pth")
 
 
 # ------------------------------------------------------------------------------------------------------------- PSNR, SSIM
@@ -337,6 +321,7 @@ def test_scores_are_torch_fidelitys(tmp_path: Path, inception_weights: Path) -> 
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i:02d}.png")
     expected = torch_fidelity.calculate_metrics(
         input1=str(tmp_path / "changed"), input2=str(tmp_path / "original"), cuda=False, batch_size=12, isc=True, fid=True, kid=True, prc=True,
+        feature_extractor="inception-v3-compat",
         kid_subset_size=12, verbose=False, feature_extractor_weights_path=str(inception_weights), save_cpu_ram=True, cache=False)
     extractor = InceptionFeatures(str(inception_weights), CPU)
     real, made = extractor(original), extractor(changed)

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, photographs, run_processes
 from PIL import Image
-from test_metrics import stats_of, write_inception_weights
+from test_metrics import stats_of
 from torch import Tensor
 
 import reconstruction
 from models.quantizer import GaussianQuantizer
 from models.vae import AutoencoderKL, load_vae
 from reconstruction import as_list, build_parser, first_of_each_class, main, posterior_noise, spread_evenly
+from util.bench_eval import write_random_inception
 from util.crop import center_crop_adm
 from util.images import read_image, to_tensor, to_uint8
 from util.log import run_cli
@@ -275,7 +276,7 @@ def test_no_weights_are_no_error_and_are_said(vae_path: Path, image_root: Path, 
 @pytest.mark.slow
 def test_rfid_with_inception_on_two_processes(vae_path: Path, image_root: Path, tmp_path: Path) -> None:
     """The real extractor, random weights: one process and two give the same rFID and Inception Score."""
-    weights = write_inception_weights(tmp_path / "weights.pth")
+    weights = write_random_inception(tmp_path / "weights.pth")
     found = []
     for nproc in (1, 2):
         result = run_processes(["reconstruction.py", "--bits", "2", "--vae_path", vae_path, "--image_dir", image_root / "train", "--img_size", 32,

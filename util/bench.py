@@ -1,5 +1,6 @@
 """Counts and times of the parts that were made fast, beside the plain way of doing the same, both in one run.
 
+  python -m util.bench eval                                                scores: images in memory against a folder of PNGs; memory for 50,000
   python -m util.bench quantizer                                           nearest level: binary search against a (..., K) distance tensor
   python -m util.bench sample --model tokenbridge_base --num_iter 8        sampling: one guided batch and a KV cache against neither
   python -m util.bench train  --model tokenbridge_base --dry               training step: FLOPs, bytes, time
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from util.cli import make_parser
 from util.log import run_cli
 
-BENCHES = ("quantizer", "sample", "train", "cache")
+BENCHES = ("quantizer", "sample", "train", "cache", "eval")
 
 
 def build_parser() -> argparse.ArgumentParser:

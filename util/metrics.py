@@ -150,11 +150,14 @@ class InceptionFeatures:
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file, as sha256sum prints it."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
+    """SHA-256 of a file, as sha256sum prints it; of a folder, over its files' names and contents."""
+    path, digest = Path(path), hashlib.sha256()
+    for one in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        if one != path:
+            digest.update(str(one.relative_to(path)).encode())
+        with one.open("rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
     return digest.hexdigest()
 
 
