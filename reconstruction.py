@@ -1,12 +1,15 @@
-"""How much the quantizer costs: reconstruct images through VAE and quantizer; PSNR, SSIM and, with Inception weights, rFID and Inception Score.
+"""How much the quantizer costs: reconstruct images through VAE and quantizer; PSNR, SSIM, rate and, where weights are there, rFID, IS and LPIPS.
 
   one setting   python reconstruction.py --bits 6 --range 5.0 --image_dir DIR
   a sweep       python reconstruction.py --bits 3 4 5 6 --range 2 3 4 5 --image_dir DIR          (all pairs)
   many GPUs     torchrun --nproc_per_node=8 reconstruction.py --bits 6 --range 5.0 --image_dir DIR
 
-DIR holds <class>/<image>; the first --images_per_class images of each class are used, ADM-cropped. Each image is encoded once; every pair and
-"VAE alone" decode the same latents. Writes OUT/results.json and OUT/grid.png, whose columns are original | VAE alone | quantized with the
-first pair (the first of --bits with the first of --range), and prints a table.
+DIR holds <class>/<image>, training or validation images alike; the first --images_per_class images of each class are used, or all, ADM-cropped.
+Each image is encoded once; every pair and "VAE alone" decode the same latents. Prints a table and writes to OUT: results.json, results.csv,
+rate_distortion.png, grid.png and worst_median.png (the images that the first pair, the first of --bits with the first of --range, harms most, and
+those in the middle). The columns of both grids are original | VAE alone | quantized with the first pair.
+
+The rate is given twice: "bits/image" as stored (bits x dimensions x tokens), and the entropy of the indices, each dimension coded by itself.
 """
 
 import argparse
@@ -26,16 +29,28 @@ from models.quantizer import MAX_BITS, QUANTIZERS, TableQuantizer, build_quantiz
 from models.vae import AutoencoderKL, load_vae
 from util import dist
 from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
+from util.fid_stats import Reference, load_reference
 from util.files import write_json
 from util.images import save_grid, save_png, to_uint8
 from util.loader import BAD_IMAGE_CHOICES, ImageFolderDataset, build_loader
 from util.log import get_logger, run_cli
-from util.metrics import IS_SPLITS, SMALLEST_FOR_SSIM, FeatureStatistics, InceptionFeatures, fid, find_inception_weights, inception_score, psnr, ssim
+from util.metrics import (
+    IS_SPLITS,
+    SMALLEST_FOR_LPIPS,
+    SMALLEST_FOR_SSIM,
+    FeatureStatistics,
+    InceptionFeatures,
+    InceptionScoreSums,
+    Lpips,
+    fetch_inception_weights,
+    fid,
+    psnr,
+    ssim,
+)
+from util.reconstruction_report import PUBLISHED_RFID, draw_rate_distortion, table, worst_and_median, write_csv
 
 logger = get_logger()
 
-# Published rFID by (bits, range); None is the VAE alone. ImageNet, KL-16, 256 px, 50 training images of each class (SPEC 3, 9).
-PUBLISHED_RFID = {None: 1.11, (3, 5.0): 3.69, (4, 5.0): 1.33, (5, 5.0): 1.12, (6, 5.0): 1.11, (6, 4.0): 1.13, (6, 3.0): 1.22, (6, 2.0): 2.26}
 FITTED_IMAGES = 256         # --quantizer lloyd is fitted to the latents of so many images
 FEW_IMAGES = 10_000         # with fewer, FID's bias is larger than the differences between the rows
 
@@ -45,13 +60,18 @@ def as_list(value: object) -> list:
     return list(dict.fromkeys(value)) if isinstance(value, list) else [value]
 
 
+def images_per_class(text: str) -> int:
+    """--images_per_class: a number, or "all"."""
+    return sys.maxsize if text == "all" else int(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The published flags with their meaning and defaults (SPEC 10), and ours."""
     parser = make_parser(__doc__)
     parser.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help="VAE checkpoint (weights under \"model\")")
     parser.add_argument("--vae_embed_dim", type=int, default=None, help="latent channels, to be checked against the VAE's")
     parser.add_argument("--image_dir", default="./data/imagenet/train", help="folder with <class>/<image>")
-    parser.add_argument("--images_per_class", type=int, default=50, help="the first so many images of each class")
+    parser.add_argument("--images_per_class", type=images_per_class, default=50, help="the first so many images of each class, or all")
     parser.add_argument("--num_images", type=int, default=None, help="at most so many images in all, spread evenly over the classes")
     parser.add_argument("--img_size", type=int, default=256, help="side of the images, pixels")
     parser.add_argument("--output_dir", default="quantization_results", help="where results.json and grid.png go")
@@ -64,6 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=16, help="images per process decoded together")
     parser.add_argument("--precision", default="fp32", choices=dist.PRECISIONS, help="of the VAE; the quantizer is float32 always")
     parser.add_argument("--inception_weights", default=None, help="torch-fidelity's Inception weights; default: its download folder")
+    parser.add_argument("--fid_stats", default=None, help="also the FID to these images' statistics (see python -m util.fid_stats), not the originals'")
+    parser.add_argument("--lpips_weights", default=None, help="torchvision's AlexNet weights, for LPIPS; default: where torch keeps downloads")
     parser.add_argument("--no_rfid", action="store_true", help="no rFID and Inception Score even if the weights are there")
     parser.add_argument("--grid_images", type=int, default=8, help="rows of grid.png, spread evenly over the classes; 0 for no grid")
     parser.add_argument("--on_bad_image", default="error", choices=BAD_IMAGE_CHOICES)
@@ -80,6 +102,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     for half_width in as_list(args.range):
         if not (half_width > 0 and math.isfinite(half_width)):
             raise ValueError(f"--range must be finite and greater than 0, got {half_width}")
+    if args.no_rfid and args.fid_stats:
+        raise ValueError("--no_rfid and --fid_stats contradict each other; leave one out")
+    if args.lpips_weights and args.img_size < SMALLEST_FOR_LPIPS:
+        raise ValueError(f"--lpips_weights: LPIPS needs images of at least {SMALLEST_FOR_LPIPS} pixels, --img_size is {args.img_size}")
+    if (Path(args.image_dir) / "train").is_dir() and (Path(args.image_dir) / "val").is_dir():
+        raise ValueError(f"{args.image_dir} (--image_dir) holds train and val, which are no classes: give {args.image_dir}/train or {args.image_dir}/val")
     if args.no_rfid and args.inception_weights:
         raise ValueError("--no_rfid and --inception_weights contradict each other; leave one out")
 
@@ -134,11 +162,11 @@ class Row:
     """What is known of one variant: the VAE alone (no quantizer), or one kind of quantizer with one (bits, range) pair."""
 
     quantizer: TableQuantizer | None
-    used: Tensor | None = None                                      # (K,) int64: how often each index occurred
+    used: Tensor | None = None                                      # (C, K) int64: how often each index occurred in each dimension
     outside: Tensor | None = None                                   # scalar int64: latents that the quantizer clamps
-    scores: dict[int, tuple[float, float]] = field(default_factory=dict)      # image number -> PSNR, SSIM
+    scores: dict[int, tuple[float, ...]] = field(default_factory=dict)        # image number -> PSNR, SSIM and, with weights, LPIPS
     statistics: FeatureStatistics | None = None
-    logits: dict[int, Tensor] = field(default_factory=dict)         # image number -> (1008,)
+    classes: InceptionScoreSums | None = None
 
     @property
     def pair(self) -> tuple[int, float] | None:
@@ -159,22 +187,27 @@ class Row:
         if self.quantizer is None:
             return latents
         indices = self.quantizer.quantize(latents)
-        self.used += torch.bincount(indices.flatten(), minlength=len(self.used))
+        self.used += torch.stack([torch.bincount(one.flatten(), minlength=self.used.shape[1]) for one in indices.unbind(1)])
         self.outside += (latents.abs() > self.quantizer.max_value).sum()
         return self.quantizer.dequantize(indices)
 
 
-def build_rows(kinds: Sequence[str], bits: Sequence[int], ranges: Sequence[float], device: torch.device, with_features: bool,
-               latents: Tensor | None = None) -> list[Row]:
-    """VAE alone first, then every kind of quantizer with every pair of bits and range; latents: what lloyd is fitted to."""
+def build_rows(kinds: Sequence[str], bits: Sequence[int], ranges: Sequence[float], device: torch.device, num_channels: int,
+               latents: Tensor | None = None, num_images: int | None = None) -> list[Row]:
+    """VAE alone first, then every kind of quantizer with every pair of bits and range; latents: what lloyd is fitted to.
+
+    num_images: how many images will come, if features of them are wanted.
+    """
     rows = [Row(None)]
     for kind in kinds:
         for b in bits:
             for half_width in ranges:
                 quantizer = build_quantizer(kind, b, -half_width, half_width, latents=None if latents is None else latents.numpy()).to(device)
-                rows.append(Row(quantizer, torch.zeros(2**b, dtype=torch.int64, device=device), torch.zeros((), dtype=torch.int64, device=device)))
-    for row in rows:
-        row.statistics = FeatureStatistics() if with_features else None
+                used = torch.zeros(num_channels, 2**b, dtype=torch.int64, device=device)
+                rows.append(Row(quantizer, used, torch.zeros((), dtype=torch.int64, device=device)))
+    for row in rows if num_images is not None else ():
+        row.statistics = FeatureStatistics()
+        row.classes = InceptionScoreSums(num_images) if num_images >= IS_SPLITS else None
     return rows
 
 
@@ -222,8 +255,12 @@ def finite(x: Tensor, numbers: Sequence[int], what: str, precision: str) -> Tens
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, rows: Sequence[Row], folder: ImageFolderDataset, mine: Sequence[int], shown: Sequence[int],
-                args: argparse.Namespace, device: torch.device, features: InceptionFeatures | None) -> Outcome:
-    """Fill `rows` from the images numbered `mine`: encode once, then decode each row's version of the same latents."""
+                args: argparse.Namespace, device: torch.device, features: InceptionFeatures | None, places: dict[int, int],
+                lpips: Lpips | None = None) -> Outcome:
+    """Fill `rows` from the images numbered `mine`: encode once, then decode each row's version of the same latents.
+
+    places: image number -> its place among all chosen ones, which decides its split of the Inception Score.
+    """
     out = Outcome(originals=None if features is None else FeatureStatistics())
     batches = [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
     loader = build_loader(NumberedImages(folder), batches, args.num_workers, args.pin_mem)
@@ -248,11 +285,13 @@ def reconstruct(vae: AutoencoderKL, rows: Sequence[Row], folder: ImageFolderData
             with dist.autocast(device, args.precision):
                 decoded = vae.decode(vae.unscale(row.quantized(latents)))
             version = to_uint8(finite(decoded, numbers, "pixels", args.precision))
-            row.scores.update(zip(numbers, zip(psnr(version, originals).tolist(), ssim(version, originals).tolist(), strict=True), strict=True))
+            measured = [psnr(version, originals), ssim(version, originals)] + ([lpips(version, originals)] if lpips is not None else [])
+            row.scores.update(zip(numbers, zip(*(values.tolist() for values in measured), strict=True), strict=True))
             if features is not None:
                 found = features(version)
                 row.statistics.update(found["2048"])
-                row.logits.update(zip(numbers, found["logits_unbiased"].cpu(), strict=True))
+                if row.classes is not None:
+                    row.classes.update([places[number] for number in numbers], found["logits_unbiased"])
             if len(versions) < 3:                                                            # original, VAE alone, first pair
                 versions.append(version)
         for i, number in enumerate(numbers):
@@ -270,36 +309,43 @@ def gathered(mine: dict[int, object]) -> dict[int, object]:
     return {number: everything[number] for number in sorted(everything)}
 
 
-def summarise(row: Row, out: Outcome, reference: dict | None) -> dict:
-    """A row's figures over all processes' images; every process must call it, rFID and Inception Score are on rank 0 only."""
-    psnr_values, ssim_values = zip(*gathered(row.scores).values(), strict=True)
-    figures = {"name": row.name, "bits": row.pair and row.pair[0], "range": row.pair and row.pair[1], "psnr": math.fsum(psnr_values) / len(psnr_values),
-               "ssim": math.fsum(ssim_values) / len(ssim_values), "rfid": None, "inception_score": None, "inception_score_std": None,
-               "clamped_share": None, "indices_used": None, "quantizer": row.kind,
+def summarise(row: Row, out: Outcome, reference: dict | None, num_images: int, other: Reference | None = None) -> dict:
+    """A row's figures over all processes' images; every process must call it, rFID, FID and Inception Score are on rank 0 only."""
+    scores = list(zip(*gathered(row.scores).values(), strict=True))
+    means = [math.fsum(values) / len(values) for values in scores] + [None] * (3 - len(scores))
+    figures = {"name": row.name, "bits": row.pair and row.pair[0], "range": row.pair and row.pair[1], "quantizer": row.kind,
+               **dict(zip(("psnr", "ssim", "lpips"), means, strict=True)), "rfid": None, "fid": None, "inception_score": None, "inception_score_std": None,
+               "clamped_share": None, "indices_used": None, "bits_per_image": None, "entropy_bits_per_image": None, "entropy_per_dimension": None,
                "published_rfid": PUBLISHED_RFID.get(row.pair) if row.kind in (None, "gaussian") else None}
     if row.quantizer is not None:
         used, counts = dist.all_reduce_sum(row.used), dist.all_reduce_sum(torch.stack([row.outside, row.outside.new_tensor(out.num_latents)]))
-        figures |= {"indices_used": int((used > 0).sum()), "clamped_share": float(counts[0]) / float(counts[1])}
+        p = used.double() / used.sum(1, keepdim=True)                                        # (C, K)
+        entropy = -torch.xlogy(p, p).sum(1) / math.log(2)                                    # (C,) bits
+        per_dimension = float(counts[1]) / num_images / len(used)                            # tokens of an image
+        figures |= {"indices_used": int((used.sum(0) > 0).sum()), "clamped_share": float(counts[0]) / float(counts[1]),
+                    "bits_per_image": row.quantizer.bits * len(used) * per_dimension, "entropy_bits_per_image": float(entropy.sum()) * per_dimension,
+                    "entropy_per_dimension": entropy.tolist()}
     if reference is not None:
         statistics = row.statistics.merge().as_dict()
-        logits = torch.stack(list(gathered(row.logits).values()))                            # (N, 1008) in image order
+        if row.classes is not None:
+            row.classes.merge()
         if dist.is_main():                                                                   # an eigenvalue problem: seconds on all cores
             figures["rfid"] = fid(statistics, reference)
-        if dist.is_main() and len(logits) >= IS_SPLITS:
-            figures["inception_score"], figures["inception_score_std"] = inception_score(logits, IS_SPLITS)
+            figures["fid"] = None if other is None else fid(statistics, other.pool)
+            if row.classes is not None:
+                figures["inception_score"], figures["inception_score_std"] = row.classes.score()
     return figures
 
 
-def table(rows: Sequence[dict]) -> str:
-    """The rows as text, with the published rFID beside ours."""
-    def cell(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-    lines = [f"{'':<22}{'PSNR dB':>9}{'SSIM':>9}{'rFID':>9}{'published*':>12}{'IS':>9}{'clamped':>11}{'indices used':>14}"]
-    for row in rows:
-        used = "-" if row["bits"] is None else f"{row['indices_used']}/{2 ** row['bits']}"
-        lines.append(f"{row['name']:<22}{row['psnr']:>9.2f}{row['ssim']:>9.4f}{cell(row['rfid'], '.3f'):>9}{cell(row['published_rfid'], '.2f'):>12}"
-                     f"{cell(row['inception_score'], '.2f'):>9}{cell(row['clamped_share'], '.4%'):>11}{used:>14}")
-    return "\n".join([*lines, "* rFID published, ImageNet, KL-16: 256 px, 50 training images of each class"])
+def worst_median_grid(vae: AutoencoderKL, rows: Sequence[Row], folder: ImageFolderDataset, psnr_of: dict[int, float], args: argparse.Namespace,
+                      device: torch.device) -> Tensor:
+    """uint8 (M, 3, S, S): for the images that the first pair harms most and for those in the middle, original | VAE alone | first pair."""
+    wanted = [number for part in worst_and_median(psnr_of, args.grid_images // 2) for number in part]
+    alone, first = rows[:2]
+    first_pair = [Row(alone.quantizer), Row(first.quantizer, torch.zeros_like(first.used), torch.zeros_like(first.outside))]
+    once = argparse.Namespace(**{**vars(args), "save_images": False, "num_workers": 0})
+    pictures = reconstruct(vae, first_pair, folder, list(dict.fromkeys(wanted)), set(wanted), once, device, None, {}).pictures
+    return torch.stack([picture for number in wanted for picture in pictures[number]])
 
 
 def load_features(args: argparse.Namespace, device: torch.device) -> tuple[InceptionFeatures | None, str | None]:
@@ -307,12 +353,24 @@ def load_features(args: argparse.Namespace, device: torch.device) -> tuple[Incep
     if args.no_rfid:
         return None, "--no_rfid was given"
     try:
-        find_inception_weights(args.inception_weights)
-    except FileNotFoundError as error:
-        if args.inception_weights:
+        fetch_inception_weights(args.inception_weights)
+    except (FileNotFoundError, ValueError) as error:                   # ValueError: another process could not
+        if args.inception_weights or args.fid_stats:
             raise
         return None, str(error)
     return InceptionFeatures(args.inception_weights, device), None
+
+
+def load_lpips(args: argparse.Namespace, device: torch.device) -> tuple[Lpips | None, str | None]:
+    """(LPIPS, None), or (None, why there is none). Weights that were asked for and are absent or broken are an error."""
+    if args.img_size < SMALLEST_FOR_LPIPS:
+        return None, f"it needs {SMALLEST_FOR_LPIPS} pixels"
+    try:
+        return Lpips(args.lpips_weights, device), None
+    except (FileNotFoundError, ImportError) as error:
+        if args.lpips_weights:
+            raise ValueError(str(error)) from error
+        return None, str(error)
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
@@ -323,18 +381,24 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     folder = ImageFolderDataset(args.image_dir, args.img_size, flip=False, on_bad_image=args.on_bad_image, flag="--image_dir")
     chosen = first_of_each_class(folder.labels, args.images_per_class, args.num_images)
     features, no_rfid = load_features(args, device)
+    lpips, no_lpips = load_lpips(args, device)
+    other = None if args.fid_stats is None else load_reference(args.fid_stats, features, args.img_size, batch_size=args.batch_size)
     output = check_writable(args.output_dir, "--output_dir")
     vae, kinds = vae.to(device), as_list(args.quantizer)
     fitted_to = latents_to_fit(vae, folder, chosen, args, device) if "lloyd" in kinds else None
-    rows = build_rows(kinds, as_list(args.bits), as_list(args.range), device, features is not None, fitted_to)
+    rows = build_rows(kinds, as_list(args.bits), as_list(args.range), device, vae.embed_dim, fitted_to,
+                      None if features is None else len(chosen))
     logger.info("%d images of %d classes from %s, %d px; VAE %s, scale %s; %s; %s on %s", len(chosen), len(folder.classes), args.image_dir,
                 args.img_size, args.vae_path, vae.scale_factor, "posterior mean" if args.mode else "posterior samples", args.precision, device)
     if no_rfid and dist.is_main():
         logger.warning("rFID and Inception Score are not computed: %s", no_rfid)
+    if no_lpips and dist.is_main():
+        logger.info("LPIPS is not computed: %s", no_lpips)
 
     shown, out, error = set(spread_evenly(chosen, args.grid_images)), Outcome(), None
     try:
-        out = reconstruct(vae, rows, folder, chosen[dist.rank() :: dist.world_size()], shown, args, device, features)
+        out = reconstruct(vae, rows, folder, chosen[dist.rank() :: dist.world_size()], shown, args, device, features,
+                          {number: place for place, number in enumerate(chosen)}, lpips)
     except (ValueError, OSError) as caught:
         error = caught
     dist.agree(error)
@@ -344,8 +408,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     if features is not None and len(done) < 2:
         no_rfid = f"it needs at least two images, there is {len(done)}"
     reference = out.originals.merge().as_dict() if features is not None and no_rfid is None else None
-    figures = [summarise(row, out, reference) for row in rows]
-    pictures = gathered(out.pictures)
+    figures = [summarise(row, out, reference, len(done), other) for row in rows]
+    pictures, first_pair = gathered(out.pictures), gathered(rows[1].scores)
     if not dist.is_main():
         return
     write_json(output / "results.json", {
@@ -354,7 +418,12 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         "vae": {"path": str(args.vae_path), "scale_factor": vae.scale_factor, "shift": vae.shift, "stride": vae.stride,
                 "fingerprint": vae.latent_fingerprint()},
         "inception_sha256": None if features is None else features.sha256, "rfid_not_computed": no_rfid,
+        "lpips_not_computed": no_lpips, "fid_stats": args.fid_stats,
         "published_rfid_is": "published, ImageNet, KL-16, 256 px", "rows": figures})
+    write_csv(output / "results.csv", figures)
+    draw_rate_distortion(output / "rate_distortion.png", figures)
+    if args.grid_images >= 2:
+        save_grid(output / "worst_median.png", worst_median_grid(vae, rows, folder, {n: scores[0] for n, scores in first_pair.items()}, args, device), 3)
     if pictures:
         save_grid(output / "grid.png", torch.stack([image for row in pictures.values() for image in row]), columns=3)
     if bad:

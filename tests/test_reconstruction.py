@@ -1,6 +1,8 @@
 """reconstruction.py on a small trained VAE and real photographs: its figures, what they must not depend on, and bad input."""
 
+import csv
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, photographs, run_processes
 from PIL import Image
-from test_metrics import stats_of
+from test_metrics import offline, stats_of
 from torch import Tensor
 
 import reconstruction
@@ -19,9 +21,11 @@ from models.vae import AutoencoderKL, load_vae
 from reconstruction import as_list, build_parser, first_of_each_class, main, posterior_noise, spread_evenly
 from util.bench_eval import write_random_inception
 from util.crop import center_crop_adm
+from util.fid_stats import Reference
 from util.images import read_image, to_tensor, to_uint8
 from util.log import run_cli
-from util.metrics import FeatureStatistics, fid, psnr, ssim
+from util.metrics import FeatureStatistics, Lpips, fid, psnr, ssim
+from util.reconstruction_report import worst_and_median
 from util.vae_stats import latent_scale
 
 
@@ -179,10 +183,10 @@ def test_fewer_images_are_those_of_the_full_run(run, monkeypatch: pytest.MonkeyP
         passes.append(rows[1].scores)
         return result
     monkeypatch.setattr(reconstruction, "reconstruct", remember)
-    assert run()["num_images"] == 12
+    assert run("--grid_images", 0)["num_images"] == 12
     few = run("--images_per_class", 2, "--grid_images", 0, out="few")
     assert few["num_images"] == 4 and not (tmp_path / "few" / "grid.png").exists()
-    assert run("--num_images", 3, out="three")["num_images"] == 3
+    assert run("--num_images", 3, "--grid_images", 0, out="three")["num_images"] == 3
     everything, first_two, three = passes
     assert list(first_two) == [0, 1, 6, 7] and list(three) == [0, 4, 8]
     for part in (first_two, three):
@@ -213,6 +217,76 @@ def test_processes_change_nothing(run, vae_path: Path, image_root: Path, tmp_pat
     assert result.stdout.count("VAE alone") == 1                                 # one process prints
 
 
+# ------------------------------------------------------------------------------------------------------------- rate, reports
+
+def test_rate_and_entropy_per_dimension(run, vae_path: Path, image_root: Path, tmp_path: Path) -> None:  # noqa: ANN001
+    """bits/image is bits x dimensions x tokens; the entropy is that of each dimension's own histogram, found here from the latents."""
+    results = run("--bits", "3", "6", "--range", "4", "--mode")
+    vae = load_vae(vae_path)
+    images = torch.stack([to_tensor(center_crop_adm(read_image(f), 32)) for f in sorted((image_root / "train").glob("*/*.png"))])
+    with torch.no_grad():
+        latents = vae.scale(vae.encode(images).mode())                                       # (12, 8, 16, 16)
+    for bits in (3, 6):
+        row, indices = by_name(results)[f"{bits} bits, ±4"], GaussianQuantizer(bits, -4, 4).quantize(latents)
+        expected = []
+        for c in range(8):
+            p = np.bincount(indices[:, c].flatten().numpy(), minlength=2**bits) / (12 * 256)
+            expected.append(-sum(x * math.log2(x) for x in p if x > 0))
+        assert row["entropy_per_dimension"] == pytest.approx(expected, abs=1e-3)
+        assert row["bits_per_image"] == bits * 8 * 256 and row["entropy_bits_per_image"] == pytest.approx(256 * sum(expected), rel=1e-3)
+        assert row["entropy_bits_per_image"] < row["bits_per_image"]
+    assert results["rows"][0]["bits_per_image"] is None
+    lines = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    assert [line["name"] for line in lines] == ["VAE alone", "3 bits, ±4", "6 bits, ±4"] and float(lines[1]["entropy_mean"]) < 3
+    assert float(lines[2]["psnr"]) == results["rows"][2]["psnr"] and lines[0]["bits_per_image"] == ""
+    assert read_image(tmp_path / "out" / "rate_distortion.png").width > 400
+
+
+def test_worst_and_median_images(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+    """The images that the first pair harms most stand first, then those in the middle; the reconstructions are those of the pass itself."""
+    assert worst_and_median({5: 30.0, 7: 10.0, 1: 20.0, 2: 25.0, 9: 12.0}, 1) == ([7], [1])
+    assert worst_and_median({5: 3.0, 7: 1.0}, 4) == ([7, 5], [7, 5])
+    passes, original, grids = [], reconstruction.reconstruct, {}
+    monkeypatch.setattr(reconstruction, "reconstruct", lambda *args: passes.append((args[1], list(args[3]))) or original(*args))
+    monkeypatch.setattr(reconstruction, "save_grid", lambda path, images, columns: grids.update({path.name: images}))
+    run("--bits", "2", "--grid_images", 4)
+    (rows, everything), (_, few) = passes
+    order = sorted(everything, key=lambda number: rows[1].scores[number])
+    assert few == order[:2] + order[5:7] and grids["worst_median.png"].shape == (12, 3, 32, 32)
+    for i, number in enumerate(few):
+        found = psnr(grids["worst_median.png"][3 * i + 2][None], grids["worst_median.png"][3 * i][None]).item()
+        assert found == pytest.approx(rows[1].scores[number][0], abs=0.01)
+
+
+def test_all_images_of_each_class(run) -> None:  # noqa: ANN001
+    assert run("--images_per_class", "all", "--grid_images", 0)["num_images"] == 12
+
+
+def test_lpips_is_the_packages(run, vae_path: Path, image_root: Path, tmp_path: Path) -> None:  # noqa: ANN001
+    """torchvision's AlexNet file, here with random weights, inside the package's metric; 0 for equal images; in the results where it was computed."""
+    import lpips
+    from torchvision.models import alexnet
+    torch.manual_seed(0)
+    network = alexnet()
+    state = {key: value for key, value in network.state_dict().items() if key.startswith("features")}
+    torch.save(state, tmp_path / "alexnet.pth")
+    ours = Lpips(str(tmp_path / "alexnet.pth"), torch.device("cpu"))
+    images = torch.from_numpy(np.stack([photo[:64, :64] for photo in photographs()])).permute(0, 3, 1, 2)
+    noise = torch.randint(-40, 41, images.shape, generator=torch.Generator().manual_seed(0))
+    noisy = (images.int() + noise).clamp(0, 255).to(torch.uint8)
+    theirs = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
+    for i, layer in enumerate(theirs.net.state_dict()):
+        theirs.net.state_dict()[layer].copy_(list(state.values())[i])
+    with torch.no_grad():
+        expected = theirs(noisy.float() / 127.5 - 1, images.float() / 127.5 - 1).flatten()
+    torch.testing.assert_close(ours(noisy, images), expected, rtol=1e-5, atol=1e-7)
+    assert ours(images, images).abs().max() == 0 and expected.min() > 0
+    main(["--vae_path", str(vae_path), "--image_dir", str(image_root / "train"), "--img_size", "64", "--num_workers", "0", "--device", "cpu", "--no_rfid",
+          "--bits", "1", "--num_images", "2", "--lpips_weights", str(tmp_path / "alexnet.pth"), "--output_dir", str(tmp_path / "out")])
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert 0 < rows[0]["lpips"] < rows[1]["lpips"] and run("--grid_images", 0)["lpips_not_computed"] == "it needs 64 pixels"
+
+
 # ------------------------------------------------------------------------------------------------------------- rFID
 
 class SmallFeatures:
@@ -232,7 +306,7 @@ class SmallFeatures:
 
 def run_with_features(vae_path: Path, image_dir: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> tuple[dict, SmallFeatures]:
     extractor = SmallFeatures(None, torch.device("cpu"))
-    monkeypatch.setattr(reconstruction, "find_inception_weights", lambda path: Path("weights.pth"))
+    monkeypatch.setattr(reconstruction, "fetch_inception_weights", lambda path: Path("weights.pth"))
     monkeypatch.setattr(reconstruction, "InceptionFeatures", lambda path, device: extractor)
     monkeypatch.setattr(reconstruction, "FeatureStatistics", partial(FeatureStatistics, 6))
     main(["--vae_path", str(vae_path), "--image_dir", str(image_dir), "--img_size", "32", "--num_workers", "0", "--device", "cpu", "--mode",
@@ -257,6 +331,19 @@ def test_rfid_is_against_the_originals_own_features(vae_path: Path, image_root: 
     assert "fewer than 10000, so too high" in capsys.readouterr().out
 
 
+def test_fid_to_other_statistics_stands_beside_rfid(vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                    capsys: pytest.CaptureFixture) -> None:
+    other = Reference(np.full(6, 100.0), 500 * np.eye(6))
+    monkeypatch.setattr(reconstruction, "load_reference", lambda path, *rest, **more: other)
+    results, extractor = run_with_features(vae_path, image_root / "train", tmp_path, monkeypatch, "--bits", "12", "--fid_stats", "x.npz")
+    images = torch.stack([to_tensor(center_crop_adm(read_image(f), 32)) for f in sorted((image_root / "train").glob("*/*.png"))])
+    vae = load_vae(vae_path)
+    with torch.no_grad():
+        made = stats_of(extractor(to_uint8(vae.decode(vae.encode(images).mode())))["2048"].numpy())
+    assert results["rows"][0]["fid"] == pytest.approx(fid(made, other.pool), rel=1e-3)
+    assert results["rows"][0]["fid"] != results["rows"][0]["rfid"] and "FID" in capsys.readouterr().out.split("\n")[0].split()
+
+
 def test_too_few_images_for_a_score(vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nine, _ = run_with_features(vae_path, image_root / "train", tmp_path / "9", monkeypatch, "--num_images", "9")
     assert all(row["rfid"] is not None and row["inception_score"] is None for row in nine["rows"])
@@ -267,6 +354,7 @@ def test_too_few_images_for_a_score(vae_path: Path, image_root: Path, tmp_path: 
 def test_no_weights_are_no_error_and_are_said(vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                               capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     main(["--vae_path", str(vae_path), "--image_dir", str(image_root / "train"), "--img_size", "32", "--num_workers", "0", "--device", "cpu",
           "--output_dir", str(tmp_path / "out")])
     said = "no Inception weights at "
@@ -313,6 +401,11 @@ def test_rfid_with_inception_on_two_processes(vae_path: Path, image_root: Path, 
     (["--output_dir", "{tmp}/text.pth/out"], "cannot write to {tmp}/text.pth/out (--output_dir)"),
     (["--inception_weights", "{tmp}/none.pth"], "no Inception weights at {tmp}/none.pth"),
     (["--inception_weights", "{tmp}/text.pth"], "{tmp}/text.pth (--inception_weights) does not hold"),
+    (["--fid_stats", "x", "--no_rfid"], "--no_rfid and --fid_stats contradict each other"),
+    (["--lpips_weights", "{tmp}/text.pth"], "--lpips_weights: LPIPS needs images of at least 64 pixels, --img_size is 32"),
+    (["--lpips_weights", "{tmp}/none.pth", "--img_size", "64"], "no AlexNet weights at {tmp}/none.pth"),
+    (["--lpips_weights", "{tmp}/text.pth", "--img_size", "64"], "{tmp}/text.pth (--lpips_weights) does not hold torchvision's AlexNet"),
+    (["--image_dir", "{tmp}/root"], "{tmp}/root (--image_dir) holds train and val, which are no classes: give {tmp}/root/train or {tmp}/root/val"),
     (["--inception_weights", "x", "--no_rfid"], "--no_rfid and --inception_weights contradict each other"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_bad_input(flags: list[str], message: str, vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -322,6 +415,8 @@ def test_bad_input(flags: list[str], message: str, vae_path: Path, image_root: P
         pytest.skip("this machine has the device that the test needs absent")
     (tmp_path / "empty").mkdir()
     (tmp_path / "classes" / "a").mkdir(parents=True)
+    (tmp_path / "root" / "train").mkdir(parents=True)
+    (tmp_path / "root" / "val").mkdir()
     (tmp_path / "text.pth").write_text("no weights")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.json").write_text("earlier")

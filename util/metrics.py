@@ -300,3 +300,38 @@ def fid_infinity(features: Tensor, reference: dict[str, np.ndarray], points: int
         cross = np.sqrt(np.linalg.eigvalsh(root @ sigma @ root).clip(0)).sum()
         distances.append(difference @ difference + np.trace(sigma) + np.trace(reference["sigma"]) - 2 * cross)
     return float(np.polyfit(1 / sizes, distances, 1)[1])
+
+
+# ------------------------------------------------------------------------------------------------------------- LPIPS
+
+ALEXNET = "alexnet-owt-7be5be79.pth"                       # torchvision's name for the weights that LPIPS was calibrated on
+SMALLEST_FOR_LPIPS = 64
+
+
+class Lpips:
+    """LPIPS (Zhang et al. 2018) with AlexNet, by the package `lpips`, whose calibration comes with it: uint8 images (N, 3, H, W) twice -> (N,).
+
+    AlexNet's own weights are torchvision's file: `path` (--lpips_weights), or where torch keeps downloads. FileNotFoundError where there is none;
+    ValueError for a file that holds something else (code in it is never run).
+    """
+
+    def __init__(self, path: str | None, device: torch.device):
+        found = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
+        if not found.is_file():
+            raise FileNotFoundError(f"no AlexNet weights at {found}: download https://download.pytorch.org/models/{ALEXNET} and give its path "
+                                    "with --lpips_weights")
+        import lpips  # optional: slow to import, and needed for this alone
+        self.network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval().requires_grad_(False)
+        own = {key: f"features.{key.split('.', 1)[1]}" for key in self.network.net.state_dict()}        # slice2.3.weight is features.3.weight
+        try:
+            state = torch.load(found, map_location="cpu", weights_only=True)
+            self.network.net.load_state_dict({key: state[theirs] for key, theirs in own.items()}, strict=True)
+        except Exception as error:
+            raise ValueError(f"{found} (--lpips_weights) does not hold torchvision's AlexNet: {(str(error).splitlines() or [''])[0]}") from error
+        self.network.to(device)
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        with float32_precision(self.device):
+            return self.network(*(x.to(self.device).float() / 127.5 - 1 for x in (a, b))).flatten()
