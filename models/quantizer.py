@@ -143,7 +143,7 @@ def uniform_tables(bits: int) -> tuple[np.ndarray, np.ndarray]:
     return boundaries, (boundaries[:-1] + boundaries[1:]) / 2
 
 
-def lloyd_tables(x: np.ndarray, bits: int, min_value: float, max_value: float, bins: int = 2**16, rounds: int = 2000) -> tuple[np.ndarray, np.ndarray]:
+def lloyd_tables(x: np.ndarray, bits: int, min_value: float, max_value: float, bins: int = 2**16, rounds: int = 1000) -> tuple[np.ndarray, np.ndarray]:
     """Boundaries (K+1,) and values (K,) on [-3, 3] with the least mean square error for the latents x (any shape), clipped to the range.
 
     Lloyd (1982), Max (1960): each value is the mean of its cell, each boundary lies between two values; iterated on a histogram of `bins` bins

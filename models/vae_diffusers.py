@@ -93,7 +93,7 @@ def load_diffusers_vae(folder: str | Path) -> DiffusersVAE:
         raise ValueError(f"{folder} (--vae_path) is a VAE of diffusers, which is not installed: pip install -r requirements-extra.txt") from error
     try:
         net, about = getattr(diffusers, kind).from_pretrained(folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32,
-                                                              output_loading_info=True)
+                                                              low_cpu_mem_usage=False, output_loading_info=True)
     except Exception as error:                                             # safetensors, torch, accelerate and diffusers each have their own
         raise ValueError(f"{folder} (--vae_path) cannot be loaded by diffusers: {str(error).splitlines()[0]}") from error
     lacking = about.get("missing_keys") or []

@@ -1,5 +1,7 @@
 """util/bench.py by its counts, never by time: the bounds that the fast parts must keep, and that the plain references compute the same."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -224,3 +226,19 @@ def test_unknown_model_lists_what_exists(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         build_parser().parse_args(["sample", "--model", "tokenbridge_small"])
     assert "tokenbridge_base" in capsys.readouterr().err
+
+
+def test_cache_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Bytes per image are what the records need and a head; every format is read. Times decide nothing here."""
+    main(["cache", "--records", "60", "--shape", "8", "4", "4", "--batch_size", "10", "--num_workers", "0", "--repeats", "1", "--folder", str(tmp_path)])
+    rows = {line[:34].strip(): line[34:].split() for line in capsys.readouterr().out.splitlines()}
+    sizes = {name: int(cells[-1]) for name, cells in rows.items() if name.startswith(("npz", "shards"))}
+    record = 2 * 8 * 4 * 4
+    assert sizes["npz tree, float32 (published)"] > 4 * record + 200
+    for name, needed in (("shards, float32", 4 * record), ("shards, float16 (default)", 2 * record), ("shards, mean, float16", record),
+                         ("shards, indices, 6 bits", record * 6 // 16)):
+        assert needed < sizes[name] < needed + 60, name
+    assert all(float(cells[0]) > 0 for name, cells in rows.items() if name.startswith(("npz", "shards", "the float16")))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
+    assert len(before) == 60 and run_cli(lambda: main(["cache", "--records", "0"])) == 2
+    assert "--records must be at least 1" in capsys.readouterr().err

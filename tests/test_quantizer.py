@@ -1,5 +1,6 @@
 """models/quantizer.py (SPEC 3): golden tables, independent quantiles and integrals, nearest value by brute force."""
 
+import json
 import math
 from statistics import NormalDist
 
@@ -11,7 +12,7 @@ from scipy.integrate import quad
 from scipy.stats import truncnorm
 
 from models import quantizer
-from models.quantizer import GaussianQuantizer, gaussian_tables
+from models.quantizer import GaussianQuantizer, build_quantizer, check_tables, gaussian_tables, lloyd_tables, read_quantizer, uniform_tables
 from models.tokenbridge import TokenBridge
 
 GOLDEN = golden_arrays("quantizer")
@@ -207,3 +208,55 @@ def test_ranges_that_are_none_are_refused(low, high):
         GaussianQuantizer(6, low, high)
     with pytest.raises(ValueError, match="quant_min < quant_max"), torch.device("meta"):
         TokenBridge(quant_min=low, quant_max=high)
+
+
+# ------------------------------------------------------------------------------------------------------- other tables
+
+@pytest.mark.parametrize("bits", [1, 3, 6, 9, 12])
+def test_uniform_tables(bits):
+    boundaries, values = uniform_tables(bits)
+    np.testing.assert_allclose(np.diff(boundaries), 6 / 2**bits, rtol=1e-9)
+    np.testing.assert_allclose(values, (boundaries[:-1] + boundaries[1:]) / 2, atol=1e-12)
+    check_tables(boundaries, values)
+
+
+def test_lloyd_of_a_few_values_finds_them():
+    """Four values, two bits: each is its own level and the error is 0; the range maps them to [-3, 3]."""
+    x = np.repeat([-2.0, -0.5, 0.25, 1.5], [10, 20, 5, 7])
+    boundaries, values = lloyd_tables(x, 2, -5.0, 5.0)
+    np.testing.assert_allclose(values, x[[0, 10, 30, 35]] * 0.6, atol=1e-3)
+    q = build_quantizer("lloyd", 2, -5, 5, latents=x)
+    torch.testing.assert_close(q(torch.from_numpy(x)).double(), torch.from_numpy(x), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("spike", 2), ("spike", 6), ("heavy", 6), ("outside", 6), ("heavy", 12)])
+def test_lloyd_tables_of_odd_latents_are_tables(kind, bits):
+    """Fewer values than levels, heavy tails, all beyond the range: still strictly increasing, and no worse than the Gaussian levels."""
+    rng = np.random.default_rng(0)
+    x = {"spike": np.zeros(50), "heavy": rng.standard_cauchy(2000), "outside": rng.normal(9, 0.1, 500)}[kind]
+    boundaries, values = lloyd_tables(x, bits, -5.0, 5.0)
+    check_tables(boundaries, values)
+    errors = {k: float((build_quantizer(k, bits, -5, 5, latents=x)(torch.from_numpy(x)) - torch.from_numpy(x)).square().mean())
+              for k in ("lloyd", "gaussian")}
+    assert errors["lloyd"] <= errors["gaussian"] + 1e-6
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ("{", "does not describe a quantizer"), ("[]", "does not describe a quantizer"), ('{"kind": "lloyd"}', "does not describe a quantizer"),
+    ('{"kind": "x", "boundaries": [-3, 0, 3], "reconstruction_values": [1, -1], "min": -5, "max": 5}', "no quantizer's tables"),
+    ('{"kind": "x", "boundaries": [-3, 0, 3], "reconstruction_values": [-1, 1], "min": 5, "max": -5}', "quant_min < quant_max"),
+    ('{"kind": "x", "boundaries": [-3, 0, 3], "reconstruction_values": [-1, NaN], "min": -5, "max": 5}', "no quantizer's tables"),
+])
+def test_files_that_hold_no_tables(tmp_path, content, words):
+    (tmp_path / "q.json").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        read_quantizer(tmp_path / "q.json")
+    with pytest.raises(FileNotFoundError, match="no quantizer tables at .*absent"):
+        read_quantizer(tmp_path / "absent")
+
+
+def test_a_description_is_read_back(tmp_path):
+    q = build_quantizer("uniform", 5, -4, 3)
+    (tmp_path / "q.json").write_text(json.dumps(q.description()))
+    again = read_quantizer(tmp_path / "q.json")
+    assert again.description() == q.description() and (again.kind, again.bits, again.min_value, again.max_value) == ("uniform", 5, -4.0, 3.0)

@@ -180,11 +180,8 @@ class ShardedLatents(Dataset):
         if get_worker_info() is not None:                       # into shared memory at once, which spares a copy
             data = data.new(torch.UntypedStorage._new_shared(data.numel(), device="cpu")).resize_(data.shape)
         rows, numbers = data.numpy(), [split_index(index) for index in indices]
-        places = [(self.shards[self._shard[number]], int(self._slot[number]), self.view_of(seed)) for number, seed in numbers]
-        for shard, slot, view in places:
-            shard.will_read(slot, view)
-        for row, (shard, slot, view) in zip(rows, places, strict=True):
-            shard.read(slot, view, row)
+        for row, (number, seed) in zip(rows, numbers, strict=True):
+            self.shards[self._shard[number]].read(int(self._slot[number]), self.view_of(seed), row)
         return self.spec.from_bytes(data), torch.from_numpy(self._labels[[number for number, _ in numbers]])
 
     def __getitem__(self, index: Index) -> tuple[Tensor, int]:

@@ -160,7 +160,6 @@ class Shard:
     def __init__(self, path: str | Path, flag: str = "--cached_path"):
         self.path, self.flag = Path(path), flag
         self._map: np.ndarray | None = None
-        self._mapped: mmap.mmap | None = None
         try:
             with self.path.open("rb") as file:
                 self._read_head(file)
@@ -223,20 +222,12 @@ class Shard:
                     raise self._broken("it was cut short while in use")
                 keep = {"trackfd": False} if sys.version_info >= (3, 13) else {}       # or each map would keep a file descriptor
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, **keep)
-            self._mapped = mapped
             flat = np.frombuffer(mapped, np.uint8, offset=self.head_bytes)
             self._map = flat.reshape(self.images, self.spec.views, self.spec.nbytes)
         return self._map
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_map": None, "_mapped": None}                                          # workers that are spawned map anew
-
-    def will_read(self, image: int, view: int) -> None:
-        """Ask the system to fetch a record from the disk by now, all of it in one go, and nothing around it."""
-        begin = self.head_bytes + (image * self.spec.views + view) * self.spec.nbytes
-        first = begin // mmap.PAGESIZE * mmap.PAGESIZE
-        if self.records is not None and hasattr(mmap, "MADV_WILLNEED"):
-            self._mapped.madvise(mmap.MADV_WILLNEED, first, begin + self.spec.nbytes - first)
+        return self.__dict__ | {"_map": None}                                          # workers that are spawned map anew
 
     def read(self, image: int, view: int, out: np.ndarray) -> None:
         """One record into `out` (nbytes,). ValueError naming file and image if its checksum is wrong."""
