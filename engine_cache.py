@@ -157,6 +157,7 @@ class Counts:
     encoded: int = 0
     kept: int = 0
     corrupt: set[int] = field(default_factory=set)
+    waited: float = 0.0                 # share of the loop's time in which the encoder had nothing to do
 
     def as_array(self) -> np.ndarray:
         return np.array([self.encoded, self.kept, len(self.corrupt)])
@@ -358,6 +359,7 @@ def encode_all(files: NpzFiles | ShardFiles, source: ImageSource, encoder: Encod
             dist.agree(error)
             total = np.sum(dist.gather_objects(counts.as_array()), axis=0)
             progress.log(total, k == rounds - 1)
+    counts.waited = progress.waited / max(time.perf_counter() - progress.started, 1e-9)
     return total
 
 

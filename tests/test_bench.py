@@ -230,7 +230,8 @@ def test_unknown_model_lists_what_exists(capsys: pytest.CaptureFixture) -> None:
 
 def test_cache_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Bytes per image are what the records need and a head; every format is read. Times decide nothing here."""
-    main(["cache", "--records", "60", "--shape", "8", "4", "4", "--batch_size", "10", "--num_workers", "0", "--repeats", "1", "--folder", str(tmp_path)])
+    main(["cache", "--records", "60", "--shape", "8", "4", "4", "--batch_size", "10", "--num_workers", "0", "--repeats", "1", "--images", "0",
+          "--folder", str(tmp_path)])
     rows = {line[:34].strip(): line[34:].split() for line in capsys.readouterr().out.splitlines()}
     sizes = {name: int(cells[-1]) for name, cells in rows.items() if name.startswith(("npz", "shards"))}
     record = 2 * 8 * 4 * 4

@@ -13,6 +13,7 @@ import torch
 from conftest import RecordOps, fill_golden, tiny_batch, tiny_config, tiny_vae
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from engine_tokenbridge import batch_latents
 from models import MODELS
 from models.quantizer import GaussianQuantizer
 from models.tokenbridge import TokenBridge
@@ -193,6 +194,20 @@ def test_quantizer_stays_on_the_gpu():
         with RecordOps() as ops:
             assert quantizer(torch.zeros(2, 5, device="cuda")).device.type == "cuda"
         assert ops.names and not strays(ops)
+
+
+@pytest.mark.parametrize("kind", ["images", "moments", "mean", "indices"])
+def test_cached_latents_become_latents_on_the_gpu(kind):
+    """Whatever the cache holds: half-precision moments or means, or int16 indices."""
+    with fake_gpu():
+        model, vae = on_fake_gpu(TokenBridge, **tiny_config()), on_fake_gpu(AutoencoderKL, **SMALL_VAE, scale_factor=[0.5] * 16)
+        shape, dtype = {"images": ((2, 3, 64, 64), torch.float32), "moments": ((2, 32, 4, 4), torch.float16), "mean": ((2, 16, 4, 4), torch.bfloat16),
+                        "indices": ((2, 16, 4, 4), torch.int16)}[kind]
+        batch, noise = torch.zeros(shape, dtype=dtype, device="cuda"), torch.zeros(2, 16, 4, 4, device="cuda")
+        with RecordOps() as ops:
+            latents = batch_latents(batch, vae, noise, model)
+        assert latents.shape == (2, 16, 4, 4) and latents.dtype == torch.float32 and latents.device.type == "cuda"
+        assert ops.names and strays(ops) <= {"lift_fresh"}                          # the description's 16 scale factors come from the host
 
 
 def test_mixed_devices_would_be_noticed():

@@ -162,6 +162,14 @@ def test_figures_by_hand(run, vae_path: Path, image_root: Path) -> None:  # noqa
     assert row["indices_used"] == len(indices.unique())
 
 
+def test_quantizers_side_by_side(run) -> None:  # noqa: ANN001
+    """Lloyd's levels are fitted to these very latents: a smaller error than the paper's and than equal widths; published numbers are the paper's."""
+    rows = run("--bits", "2", "--range", "5", "--quantizer", "gaussian", "uniform", "lloyd", "--seed", "11")["rows"]
+    assert [row["quantizer"] for row in rows] == [None, "gaussian", "uniform", "lloyd"] and rows[3]["name"] == "2 bits, ±5, lloyd"
+    assert rows[3]["psnr"] > rows[1]["psnr"] and rows[3]["psnr"] > rows[2]["psnr"] and rows[0]["psnr"] > rows[3]["psnr"]
+    assert all(row["published_rfid"] is None for row in rows[1:]) and rows[0]["published_rfid"] == 1.11
+
+
 def test_batch_size_changes_nothing(run) -> None:  # noqa: ANN001
     assert_same_figures(run("--bits", "3", "6", "--batch_size", 12), run("--bits", "3", "6", "--batch_size", 5, out="other"))
 

@@ -150,9 +150,45 @@ def bench_cache(args: argparse.Namespace) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def bench_encoding(args: argparse.Namespace) -> None:
+    """The encode loop on JPEG files with a small random VAE: images/s, and the share of the time in which the VAE waits for files."""
+    from PIL import Image
+
+    from engine_cache import Counts, Encoder, ImageSource, ShardFiles, encode_all
+    from models.vae import AutoencoderKL
+    from util.loader import ImageFolderDataset
+    from util.shards import RecordSpec
+    with tempfile.TemporaryDirectory(prefix="encode_bench_") as folder:
+        rng, root = np.random.default_rng(0), Path(folder)
+        (root / "data" / "class").mkdir(parents=True)
+        for i in range(args.images):
+            coarse = Image.fromarray(rng.integers(0, 256, (16, 20, 3), dtype=np.uint8))
+            coarse.resize((500, 400), Image.Resampling.BICUBIC).save(root / "data" / "class" / f"{i:05d}.jpg", quality=90)
+        torch.manual_seed(0)
+        vae = AutoencoderKL(embed_dim=16, ch_mult=(1, 1, 2, 2, 4), ch=args.width, norm_groups=8, channel_order=list(range(16))).eval()
+        source, spec = ImageSource(ImageFolderDataset(root / "data", 256), 1, 0), RecordSpec("moments", "float16", (32, 16, 16), 2)
+        files, counts = ShardFiles(root, source, spec, 8, 1024, "bench"), Counts()
+        started = time.perf_counter()
+        encode_all(files, source, Encoder(vae, spec, True, torch.device("cpu"), scale=vae.scale), files.plan(counts), counts,
+                   num_workers=args.num_workers, pin_memory=False)
+        seconds = time.perf_counter() - started
+        files.close()
+    print_table(f"Encoding {args.images} JPEG files of 500 x 400 at 256 px, a random VAE of KL-16's shape, {args.width} wide, on the CPU; "
+                f"{args.num_workers} workers", ["images/s", "VAE waits"], [("", [f"{args.images / seconds:.2f}", f"{counts.waited:.2%}"])])
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Reading, then encoding."""
+    bench_cache(args)
+    if args.images:
+        bench_encoding(args)
+
+
 def check(args: argparse.Namespace) -> None:
     """ValueError naming the flag for what can be refused before any work."""
-    at_least(args, repeats=1, records=1, batch_size=1, num_workers=0)
+    at_least(args, repeats=1, records=1, batch_size=1, num_workers=0, images=0, width=8)
+    if args.width % 8:
+        raise ValueError(f"--width must be a multiple of 8, got {args.width}")
     if len(args.shape) != 3 or min(args.shape) < 1 or args.shape[0] % 2:
         raise ValueError(f"--shape takes 2C h w, such as 32 16 16; got {args.shape}")
     if args.records < args.batch_size:
@@ -169,10 +205,12 @@ def register(commands: argparse._SubParsersAction) -> None:
     """Add the sub-command."""
     about = "an epoch over cached latents: shards against a tree of .npz files"
     sub = commands.add_parser("cache", help=about, description=about, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    sub.set_defaults(function=bench_cache, check=check)
+    sub.set_defaults(function=bench, check=check)
     sub.add_argument("--repeats", type=int, default=3, help="epochs of each; the median counts")
     sub.add_argument("--records", type=int, default=20_000)
     sub.add_argument("--shape", type=int, nargs=3, default=[32, 16, 16], metavar=("2C", "H", "W"), help="of one view's moments")
     sub.add_argument("--batch_size", type=int, default=64)
     sub.add_argument("--num_workers", type=int, default=2)
+    sub.add_argument("--images", type=int, default=128, help="image files for the encode loop; 0 leaves it out")
+    sub.add_argument("--width", type=int, default=16, help="of its VAE, a multiple of 8; KL-16 has 128")
     sub.add_argument("--folder", default="", help="where the caches are made, and kept; default: a temporary folder")
