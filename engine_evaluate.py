@@ -65,8 +65,9 @@ def spread_of_labels(labels: Sequence[int], class_num: int) -> str:
 class Scores:
     """Sums over the images of all processes, and what they come to; the features themselves are kept only if a score needs them."""
 
-    def __init__(self, num_images: int, reference: Reference, with_infinity: bool = False):
+    def __init__(self, num_images: int, reference: Reference, with_infinity: bool = False, device: torch.device | None = None):
         self.reference, self.with_infinity, self.num_images = reference, with_infinity, num_images
+        self.device = device or torch.device("cpu")                        # where the distances of all pairs of images are computed
         self.pool = FeatureStatistics(len(reference.mu))
         self.spatial = FeatureStatistics(SPATIAL_DIM) if reference.spatial is not None else None
         self.classes = InceptionScoreSums(num_images)
@@ -104,7 +105,7 @@ class Scores:
             del parts
             self.kept = None
             if self.reference.features is not None:
-                scores["precision"], scores["recall"] = precision_recall(features, self.reference.features)
+                scores["precision"], scores["recall"] = precision_recall(features.to(self.device), self.reference.features.to(self.device))
                 scores["kid"], scores["kid_std"] = kid(features, self.reference.features)
             if self.with_infinity:
                 scores["fid_infinity"] = fid_infinity(features, self.reference.pool)
@@ -127,7 +128,7 @@ def evaluate(model: TokenBridge, vae: AutoencoderKL, labels: Sequence[int], sett
     store: what is there already is not made again, what is made is written there. ValueError if an image's logits or pixels are not finite.
     """
     mine = batches_of(len(labels), settings.batch_size)[dist.rank() :: dist.world_size()]
-    scores, pending, roundtrip = Scores(len(labels), reference, with_infinity), [], None
+    scores, pending, roundtrip = Scores(len(labels), reference, with_infinity, device), [], None
     for batch in mine:
         found = store.read(batch) if store is not None else None
         if found is None:

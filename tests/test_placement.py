@@ -18,6 +18,7 @@ from models import MODELS
 from models.quantizer import GaussianQuantizer
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
+from util.eval_store import image_flaws
 
 SMALL_VAE = dict(embed_dim=16, ch_mult=(1, 1, 2, 2, 2), ch=8, num_res_blocks=1, norm_groups=4)
 
@@ -226,3 +227,14 @@ def test_real_tensors_of_another_dtype():
     assert torch.equal(model(latents.double(), labels.to(torch.int32), mask), model(latents, labels, mask))
     vae = tiny_vae()
     assert vae.decode(vae.unscale(latents)).shape == (4, 3, 64, 64)
+
+
+def test_the_parallel_head_and_the_image_checks_stay_on_the_gpu() -> None:
+    with fake_gpu(), torch.device("cuda"):
+        model = TokenBridge(**tiny_config(head="parallel")).eval()
+        with torch.no_grad(), RecordOps() as record:
+            logits = model.channel_logits(torch.zeros(5, model.mask_token.shape[-1]), None)
+            indices, witness = model.channel_sample(torch.zeros(5, model.mask_token.shape[-1]), torch.zeros(5, 16), 1.0)
+            flaws = image_flaws(torch.zeros(3, 3, 8, 8, dtype=torch.uint8))
+        assert {logits.device.type, indices.device.type, witness.device.type, flaws["saturated"].device.type} == {"cuda"}
+        assert {device for _, device in record.devices} == {"cuda"}
