@@ -100,9 +100,11 @@ class Scores:
                   "precision": None, "recall": None, "kid": None, "kid_std": None, "fid_infinity": None,
                   "near_constant_share": near_constant / images, "saturated_share": saturated / images}
         if parts is not None:
-            batches = {first: part for one in parts for first, part in one.items()}
-            features = torch.cat([batches.pop(first) for first in sorted(batches)])
-            del parts
+            features = torch.empty(self.num_images, len(self.reference.mu))
+            for one in parts:                                              # one process holds its own batches only: freed as they are copied
+                while one:
+                    first, part = one.popitem()
+                    features[first : first + len(part)] = part
             self.kept = None
             if self.reference.features is not None:
                 scores["precision"], scores["recall"] = precision_recall(features.to(self.device), self.reference.features.to(self.device))

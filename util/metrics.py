@@ -28,7 +28,7 @@ SPATIAL_DIM = SPATIAL_GRID**2 * SPATIAL_CHANNELS          # ADM's sFID features:
 LOGITS_DIM = 1008
 IS_SPLITS, IS_SEED = 10, 2020                             # parts over which the Inception Score is averaged, torch-fidelity's shuffle
 INCEPTION_CHUNK = 32                                      # images at a time, so that activations stay below 1 GiB
-PRC_NEIGHBOURS, PRC_CHUNK = 3, 1000                       # precision and recall: k, and rows of the distance matrix at a time
+PRC_NEIGHBOURS, PRC_CHUNK = 3, 250                       # precision and recall: k, and rows of the distance matrix at a time
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 
 
