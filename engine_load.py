@@ -29,16 +29,19 @@ def read_checkpoint(args: argparse.Namespace) -> tuple[Path | None, dict | None]
     training, path, last = not (args.evaluate or args.sample), checkpoint.resolve(args.resume), Path(args.output_dir) / checkpoint.LAST
     if not training and not args.resume:
         raise ValueError("--evaluate and --sample need trained weights: give --resume, a checkpoint or a folder with checkpoint-last.pth")
-    if training and last.exists() and not (args.resume and path.is_file() and path.samefile(last)):
+    continued = bool(args.resume) and (path.is_file() and last.exists() and path.samefile(last) or
+                                       Path(args.resume).is_dir() and Path(args.output_dir).is_dir() and Path(args.resume).samefile(args.output_dir))
+    if training and last.exists() and not continued:
         raise ValueError(f"{args.output_dir} (--output_dir) already holds a {checkpoint.LAST}: continue it with --resume {args.output_dir}, "
                          "or choose another folder")
     if not args.resume:
         logger.info("no --resume: training starts from random weights")
         return None, None
-    if not path.is_file() and training and Path(args.resume).suffix not in (".pth", ".pt", ".ckpt"):
+    if not path.is_file() and training and Path(args.resume).suffix not in (".pth", ".pt", ".ckpt") and not checkpoint.numbered(Path(args.resume)):
         logger.info("no %s in %s (--resume): training starts from random weights", checkpoint.LAST, args.resume)
         return None, None
-    content = one_layout(checkpoint.load_file(path, mmap=not training), f"{path} (--resume)")
+    path, content = checkpoint.load_latest(args.resume) if training else (path, checkpoint.load_file(path, mmap=True))
+    content = one_layout(content, f"{path} (--resume)")
     if training and "weights" in content:
         raise ValueError(f"{path} (--resume) holds one set of weights only: it makes images, but a training cannot be continued from it")
     config = content.get("config")

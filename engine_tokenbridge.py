@@ -3,29 +3,25 @@
 Letters: B images per process and micro-batch, A micro-batches per step (--accum_iter), G = B*A*processes, L tokens.
 """
 
-import contextlib
-import inspect
 import math
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from engine_progress import Progress
+from engine_state import TrainState
 from models.tokenbridge import TokenBridge, draw_mask_ratio, mask_from_orders, num_masked_tokens, random_orders
 from models.vae import AutoencoderKL, posterior_from_moments
 from util import dist
-from util.ema import ModelEma
-from util.log import JsonlLog, get_logger
+from util.flops import step_flops
+from util.log import JsonlLog
 from util.lr_sched import learning_rate
+from util.sharding import full
 
-logger = get_logger()
-
-
-# ------------------------------------------------------------------------------------------------------------- training
 
 @dataclass
 class TrainSettings:
@@ -45,72 +41,13 @@ class TrainSettings:
     max_steps: int | None = None
     max_bad_steps: int = 10
     log_freq: int = 20
+    save_every_steps: int | None = None
+    peak_tflops: float | None = None
 
     @property
     def total_steps(self) -> int:
         total = self.epochs * self.steps_per_epoch
         return total if self.max_steps is None else min(total, self.max_steps)
-
-
-def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Biases and 1-D parameters without decay first, then all others with it (SPEC 7; the published optimizer's order)."""
-    plain, decayed = [], []
-    for name, parameter in model.named_parameters():
-        (plain if parameter.ndim == 1 or name.endswith(".bias") else decayed).append(parameter)
-    return [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
-
-
-class TrainState:
-    """Model, optimizer, EMA, scaler and the number of optimizer steps done: all that a checkpoint keeps."""
-
-    def __init__(self, model: TokenBridge, *, weight_decay: float, ema_rate: float, precision: str):
-        self.model = model
-        device = next(model.parameters()).device
-        self.wrapped: nn.Module = model
-        if dist.world_size() > 1:
-            sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters else \
-                "broadcast_buffers"                                         # its name before torch 2.15; ours are constants
-            self.wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True,
-                                                   **{sync_buffers: False})
-        self.optimizer = torch.optim.AdamW(weight_decay_groups(model, weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
-        self.ema = ModelEma(model, ema_rate)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.step = 0                   # optimizer steps done
-        self.bad_in_row = 0             # steps skipped one after another, up to now
-
-    def state_dict(self, steps_per_epoch: int) -> dict:
-        """The published checkpoint layout (SPEC 7) plus `step`. `epoch` is the last one finished, -1 before that."""
-        return {"model": self.model.state_dict(), "model_ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "epoch": self.step // steps_per_epoch - 1, "step": self.step,
-                "steps_per_epoch": steps_per_epoch}
-
-    def load_state_dict(self, content: dict, steps_per_epoch: int, source: str) -> None:
-        """Continue from a checkpoint whose weights are in the model already; works without our extra keys, and says what is absent.
-
-        ValueError naming the source for a part that is there but does not fit.
-        """
-        if isinstance(content.get("model_ema"), dict):
-            self.ema.load_state_dict(content["model_ema"], source)
-        else:
-            logger.warning("%s has no model_ema: the average starts anew from its weights", source)
-        if "optimizer" not in content:
-            logger.warning("%s has no optimizer state: it starts anew", source)
-        try:
-            if "optimizer" in content:
-                self.optimizer.load_state_dict(content["optimizer"])
-            if content.get("scaler"):
-                self.scaler.load_state_dict(content["scaler"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"the optimizer state in {source} does not fit this model: {error}") from error
-        if not all(isinstance(content.get(key, -1), int) for key in ("step", "epoch")):
-            raise ValueError(f"step and epoch in {source} must be whole numbers, they are {content.get('step')!r} and {content.get('epoch')!r}")
-        if "step" in content and content.get("steps_per_epoch") == steps_per_epoch:
-            self.step = content["step"]
-        else:
-            self.step = (content.get("epoch", -1) + 1) * steps_per_epoch
-            if "step" in content:
-                logger.warning("%s was written with %s steps per epoch, now there are %d (batch size or data changed): continuing after its last "
-                               "full epoch", source, content.get("steps_per_epoch"), steps_per_epoch)
 
 
 @dataclass
@@ -158,7 +95,7 @@ def batch_latents(batch: Tensor, vae: AutoencoderKL, noise: Tensor, model: Token
         return model.dequantize(batch.long())
     channels, grid = noise.shape[1], noise.shape[2:]
     if batch.shape[2:] != grid:
-        posterior = vae.encode(batch)
+        posterior = vae.encode(batch.contiguous(memory_format=torch.channels_last))
     elif batch.shape[1] == 2 * channels:
         posterior = posterior_from_moments(batch.float())
     else:
@@ -166,64 +103,90 @@ def batch_latents(batch: Tensor, vae: AutoencoderKL, noise: Tensor, model: Token
     return vae.scale(posterior.sample(noise=noise))
 
 
-@dataclass
-class Window:
-    """Steps whose numbers are still on the device."""
-
-    losses: list[Tensor] = field(default_factory=list)
-    norms: list[Tensor] = field(default_factory=list)
-    lrs: list[float] = field(default_factory=list)
-    data_wait: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
-
-
-def train_one_epoch(state: TrainState, vae: AutoencoderKL, loader: Iterable, settings: TrainSettings, device: torch.device,
-                    log: JsonlLog | None) -> None:
+def train_one_epoch(state: TrainState, vae: AutoencoderKL, loader: Iterable, settings: TrainSettings, device: torch.device, log: JsonlLog | None, *,
+                    save: Callable[[], None] | None = None, should_stop: Callable[[], bool] = lambda: False) -> bool:
     """Train from `state.step` to the end of its epoch (or of the run); the loader starts at that step's first micro-batch.
 
     A step whose loss or gradient is not finite is skipped on every process alike; max_bad_steps in a row are a ValueError that names
-    step, lr and gradient norm.
+    step, lr and gradient norm. save() is called every save_every_steps. should_stop() is asked after each step, by every process, all of
+    which get the same answer; returns True if it was to stop.
     """
     model, s = state.model.train(), settings
     last = min((state.step // s.steps_per_epoch + 1) * s.steps_per_epoch, s.total_steps)
-    batches, window = iter(loader), Window()
+    images = s.batch_size * s.accum_iter * dist.world_size()
+    progress = Progress(steps_per_epoch=s.steps_per_epoch, total_steps=s.total_steps, images_per_step=images, max_bad_steps=s.max_bad_steps,
+                        device=device, log=log, peak_tflops=s.peak_tflops)
+    batches = dist.prefetch(iter(loader), device)
     parameters = list(model.parameters())
-    while state.step < last:
+    stop = False
+    while state.step < last and not stop:
         draws = draw_step(model, s, state.step, device)
-        torch.manual_seed(mixed_seed(s.seed, state.step, dist.rank(), 1))                    # dropout
         lr = learning_rate((state.step + 1) / s.steps_per_epoch, peak=s.lr, min_lr=s.min_lr, schedule=s.lr_schedule,
                            warmup_epochs=s.warmup_epochs, epochs=s.total_steps / s.steps_per_epoch)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        losses = []
-        for micro in range(s.accum_iter):
-            waiting = time.perf_counter()
-            batch, labels = (x.to(device, non_blocking=True) for x in next(batches))
-            window.data_wait += time.perf_counter() - waiting
-            latents = batch_latents(batch, vae, draws.noise[micro], model)
-            hold = micro < s.accum_iter - 1 and isinstance(state.wrapped, DistributedDataParallel)
-            with state.wrapped.no_sync() if hold else contextlib.nullcontext():
-                with dist.autocast(device, s.precision):
-                    loss = state.wrapped(latents, labels, draws.masks[micro], num_masked=draws.num_masked, label_drop=draws.label_drop[micro])
-                state.scaler.scale(loss / s.accum_iter).backward()
-            losses.append(loss.detach())
-        window.norms.append(optimizer_step(state, parameters, s.grad_clip))
-        state.ema.update()
+        logged = (state.step + 1) % s.log_freq == 0
+        loss, details = accumulate(state, vae, batches, draws, s, device, progress, detailed=logged)
+        norm = optimizer_step(state, parameters, s.grad_clip)
+        state.ema.update(state.step)
         state.optimizer.zero_grad(set_to_none=True)
-        window.losses.append(torch.stack(losses).mean())
-        window.lrs.append(lr)
         state.step += 1
-        if state.step % s.log_freq == 0 or state.step == last or device.type == "cpu" and not math.isfinite(window.norms[-1]):
-            window = flush(state, s, window, log, device)
+
+        window = progress.window
+        window.losses.append(loss)
+        window.norms.append(norm)
+        window.lrs.append(lr)
+        window.details = details
+        window.flops += images * step_flops(model.config, draws.num_masked)
+        stop = should_stop()
+        save_now = save is not None and s.save_every_steps is not None and state.step % s.save_every_steps == 0
+        if logged or stop or save_now or state.step == last or device.type == "cpu" and not math.isfinite(norm):
+            state.bad_in_row = progress.flush(state.step, state.bad_in_row)
+        if save_now:
+            save()
+    return stop
+
+
+def accumulate(state: TrainState, vae: AutoencoderKL, batches: Iterator[tuple[Tensor, Tensor]], draws: StepDraws, s: TrainSettings,
+               device: torch.device, progress: Progress, detailed: bool) -> tuple[Tensor, Tensor | None]:
+    """Gradients of one step's micro-batches, averaged over the processes at the last of them.
+
+    Returns this process's mean loss and, if `detailed`, loss and accuracy of each dimension (2, C); all on the device.
+    """
+    losses, details = [], []
+    for micro in range(s.accum_iter):
+        waiting = time.perf_counter()
+        batch, labels = next(batches)
+        progress.window.data_wait += time.perf_counter() - waiting
+        latents = batch_latents(batch, vae, draws.noise[micro], state.model)
+        state.hold_gradients(micro < s.accum_iter - 1)
+        torch.manual_seed(mixed_seed(s.seed, state.step, dist.rank(), 1 + micro))            # dropout; after the loader, which may draw too
+        with dist.autocast(device, s.precision):
+            loss = state.wrapped(latents, labels, draws.masks[micro], num_masked=draws.num_masked, label_drop=draws.label_drop[micro],
+                                 return_metrics=detailed)
+        if detailed:
+            loss, *parts = loss
+            details.append(torch.stack(parts))
+        state.scaler.scale(spoilt_if_not_finite(loss) / s.accum_iter).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).mean(), torch.stack(details).mean(0) if detailed else None
+
+
+def spoilt_if_not_finite(loss: Tensor) -> Tensor:
+    """The loss itself; one that is not finite gets a gradient of NaN everywhere, whatever path it came by.
+
+    The processes then agree on the bad step by the message that they exchange anyway, the average of their gradients.
+    """
+    return loss * (1 + 0 * loss.detach())
 
 
 def optimizer_step(state: TrainState, parameters: Sequence[nn.Parameter], grad_clip: float) -> Tensor:
     """Clip, step; returns the gradient norm before clipping, on the device. Weights stay as they are if it is not finite.
 
-    DDP has averaged the gradients, so the norm, and with it the decision, is the same on every process without another message.
+    The gradients are averaged over the processes, so the norm, and with it the decision, is the same everywhere without another message.
     """
     state.scaler.unscale_(state.optimizer)
-    norm = nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf)
+    norm = full(nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf))
     if state.scaler.is_enabled():
         state.scaler.step(state.optimizer)              # skips by itself, and lowers its scale
         state.scaler.update()
@@ -231,30 +194,3 @@ def optimizer_step(state: TrainState, parameters: Sequence[nn.Parameter], grad_c
         state.optimizer.found_inf = (~torch.isfinite(norm)).float()       # the fused kernel's own switch: no host sync
         state.optimizer.step()
     return norm
-
-
-def flush(state: TrainState, s: TrainSettings, window: Window, log: JsonlLog | None, device: torch.device) -> Window:
-    """The one place where the host waits: fetch the window's losses and norms, log them, stop after too many bad steps."""
-    steps = len(window.losses)
-    if not steps:
-        return window
-    losses, norms = dist.all_reduce_mean(torch.stack(window.losses)).tolist(), torch.stack(window.norms).tolist()
-    seconds = time.perf_counter() - window.started
-    rate = steps * s.batch_size * s.accum_iter * dist.world_size() / seconds
-    for i, (loss, norm, lr) in enumerate(zip(losses, norms, window.lrs, strict=True)):
-        step = state.step - steps + i + 1
-        finite = math.isfinite(norm) and math.isfinite(loss)
-        state.bad_in_row = 0 if finite else state.bad_in_row + 1
-        if log is not None:
-            number = {"loss": loss, "grad_norm": norm} if finite else {"skipped": True}
-            log.write({"step": step, "epoch": (step - 1) // s.steps_per_epoch, "lr": lr, **number, "images_per_s": rate})
-        if state.bad_in_row >= s.max_bad_steps:
-            raise ValueError(f"{state.bad_in_row} steps in a row had a loss or gradient that is not finite; stopped at step {step} with lr {lr:.3g}, "
-                             f"loss {loss}, grad norm {norm} (--max_bad_steps). Those steps changed no weight and the last checkpoint is as it was. "
-                             "Check the data, lower --lr/--blr or --grad_clip, or use --precision bf16/fp32")
-    eta = (s.total_steps - state.step) * seconds / steps
-    logger.info("epoch %d step %d/%d  loss %.4f  lr %.2e  grad norm %.2f  %.1f images/s  data wait %.0f%%  memory %.1f GiB  ETA %d:%02d:%02d%s",
-                (state.step - 1) // s.steps_per_epoch, state.step, s.total_steps, float(np.mean(losses)), window.lrs[-1], norms[-1], rate,
-                100 * window.data_wait / seconds, dist.peak_memory_gib(device), eta // 3600, eta % 3600 // 60, eta % 60,
-                f"  ({state.bad_in_row} steps skipped in a row)" if state.bad_in_row else "")
-    return Window()

@@ -6,18 +6,59 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from engine_data import build_dataset
-from engine_tokenbridge import TrainSettings, TrainState, train_one_epoch
+from engine_sample import SampleSettings, generate, sample_settings
+from engine_state import TrainState
+from engine_tokenbridge import TrainSettings, train_one_epoch
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util import checkpoint, dist
 from util.cli import check_writable
+from util.flops import peak_tflops
+from util.images import read_image, save_grid, to_tensor
 from util.loader import GlobalBatchSampler, build_loader
 from util.log import JsonlLog, get_logger
 from util.lr_sched import base_learning_rate
+from util.preempt import StopRequest
 
 logger = get_logger()
+
+
+def train_settings(args: argparse.Namespace, steps_per_epoch: int, device: torch.device) -> TrainSettings:
+    """What the loop needs to know, from the flags."""
+    precision = dist.pick_precision(args.precision, device)
+    return TrainSettings(
+        batch_size=args.batch_size, epochs=args.epochs, steps_per_epoch=steps_per_epoch,
+        lr=base_learning_rate(args.lr, args.blr, args.batch_size * dist.world_size() * args.accum_iter), min_lr=args.min_lr,
+        lr_schedule=args.lr_schedule, warmup_epochs=args.warmup_epochs, grad_clip=args.grad_clip, seed=args.seed, precision=precision,
+        accum_iter=args.accum_iter, max_steps=args.max_steps, max_bad_steps=args.max_bad_steps, log_freq=args.log_freq,
+        save_every_steps=args.save_every_steps, peak_tflops=args.peak_tflops or peak_tflops(dist.device_name(device), precision))
+
+
+def announce(args: argparse.Namespace, model: TokenBridge, settings: TrainSettings, images: int, device: torch.device) -> None:
+    """What is trained, and where its loss should start."""
+    levels, width = model.config["quant_levels"], model.config["channel_embed_dim"]
+    start = math.log(levels) + width / (width + levels)                    # xavier-uniform logits of a normalised feature have twice that variance
+    logger.info("%s: %.2f M parameters, %d tokens x %d dimensions x %d levels; %d images, global batch %d, lr %.3g, %d epochs of %d steps, %s on %s",
+                args.model, sum(p.numel() for p in model.parameters()) / 1e6, model.num_tokens, model.token_dim, levels, images,
+                settings.batch_size * dist.world_size() * settings.accum_iter, settings.lr, args.epochs, settings.steps_per_epoch, settings.precision,
+                device)
+    logger.info("the loss starts near %.2f; below ln %d = %.3f something has been learned", start, levels, math.log(levels))
+
+
+def sample_grid(model: TokenBridge, vae: AutoencoderKL, settings: SampleSettings, path: Path, device: torch.device) -> Tensor | None:
+    """Write a grid of images of up to 16 classes, evenly spaced; the same seeds each time. Returns it (3, H, W) on rank 0."""
+    count = min(16, model.class_num)
+    labels = [i * model.class_num // count for i in range(count)]
+    mine = list(generate(model, vae, labels, range(dist.rank(), count, dist.world_size()), settings, device))
+    pieces = dist.gather_objects([(number, image.cpu()) for numbers, images in mine for number, image in zip(numbers, images, strict=True)])
+    if not dist.is_main():
+        return None
+    images = dict(piece for part in pieces for piece in part)
+    save_grid(path, torch.stack([images[i] for i in range(count)]), math.ceil(count**0.5))
+    return to_tensor(read_image(path))
 
 
 def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, content: dict | None, source: Path | None, device: torch.device,
@@ -25,57 +66,79 @@ def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, cont
     """Train to --epochs or --max_steps; writes checkpoint-last.pth, log.jsonl and tensorboard events to --output_dir.
 
     make_evaluator: called once the data is known to be good; what it returns is called every --eval_freq epochs (--online_eval).
+    SIGTERM and SIGUSR1 end the run after a step, with a checkpoint.
     """
-    world = dist.world_size()
     dataset = build_dataset(args, model, vae, ((content or {}).get("config") or {}).get("classes"))
-    sampler = GlobalBatchSampler(len(dataset), args.batch_size, dist.rank(), world, args.seed)
+    sampler = GlobalBatchSampler(len(dataset), args.batch_size, dist.rank(), dist.world_size(), args.seed)
     steps_per_epoch = len(sampler) // args.accum_iter
     if steps_per_epoch == 0:
         raise ValueError(f"the data set has {len(dataset)} samples, fewer than one optimizer step needs "
-                         f"({args.batch_size} x {world} processes x --accum_iter {args.accum_iter})")
+                         f"({args.batch_size} x {dist.world_size()} processes x --accum_iter {args.accum_iter})")
+    if args.fsdp and dist.world_size() == 1:
+        raise ValueError("--fsdp cuts the weights over several processes, and there is one: start it with torchrun --nproc_per_node, or leave it out")
     evaluator = make_evaluator() if make_evaluator is not None else None
-    global_batch = args.batch_size * world * args.accum_iter
-    settings = TrainSettings(
-        batch_size=args.batch_size, epochs=args.epochs, steps_per_epoch=steps_per_epoch, lr=base_learning_rate(args.lr, args.blr, global_batch),
-        min_lr=args.min_lr, lr_schedule=args.lr_schedule, warmup_epochs=args.warmup_epochs, grad_clip=args.grad_clip, seed=args.seed,
-        precision=dist.pick_precision(args.precision, device), accum_iter=args.accum_iter, max_steps=args.max_steps,
-        max_bad_steps=args.max_bad_steps, log_freq=args.log_freq)
+    settings, grid = train_settings(args, steps_per_epoch, device), sample_settings(args, device)
+    grid.check(model.token_dim)
     if content is not None:
         checkpoint.load_state(model, content["model"], str(source))
-    state = TrainState(model.to(device), weight_decay=args.weight_decay, ema_rate=args.ema_rate, precision=settings.precision)
+    state = TrainState(model, weight_decay=args.weight_decay, ema_rate=args.ema_rate, ema_warmup=args.ema_warmup, precision=settings.precision,
+                       compiled=args.compile, fsdp=args.fsdp, accumulates=args.accum_iter > 1, device=device)
+    vae.to(memory_format=torch.channels_last)                              # faster convolutions; for images only, a cache needs no VAE
+    data = {"samples": len(dataset), "seed": args.seed, "global_batch": args.batch_size * dist.world_size() * args.accum_iter}
     if content is not None:
         state.load_state_dict(content, steps_per_epoch, str(source))
-        logger.info("resumed from %s at step %d", source, state.step)
+        logger.info("resumed from %s at step %d: epoch %d, %d of its %d steps done", source, state.step, *divmod(state.step, steps_per_epoch),
+                    steps_per_epoch)
+        warn_of_other_data(content, data, source)
     elif args.start_epoch:
         state.step = args.start_epoch * steps_per_epoch
     output = check_writable(args.output_dir, "--output_dir")               # last, so that a refused command leaves no folder behind
     config = {"model_name": args.model, "model": model.config, "vae": vae.config, "vae_fingerprint": vae.latent_fingerprint(),
               "classes": dataset.classes, "args": vars(args)}
+    writer, saved = checkpoint.CheckpointWriter(output, args.keep_last), None
 
     def save() -> None:
-        if dist.is_main():
-            checkpoint.atomic_save(state.state_dict(steps_per_epoch) | {"config": config}, output / checkpoint.LAST)
-            logger.info("wrote %s at step %d", output / checkpoint.LAST, state.step)
+        nonlocal saved
+        if saved == state.step:                                            # --save_every_steps, and then the end of an epoch
+            return
+        saved = state.step
+        epoch, done = divmod(state.step, steps_per_epoch)
+        snapshot = state.snapshot(steps_per_epoch)
+        if snapshot is not None:
+            writer.save(snapshot | {"config": config, "data": data | {"epoch": epoch, "steps_done": done}})
 
     log = JsonlLog(output / "log.jsonl", state.step, output) if dist.is_main() else None
-    levels, width = model.config["quant_levels"], model.config["channel_embed_dim"]
-    start = math.log(levels) + width / (width + levels)                    # xavier-uniform logits of a normalised feature have twice that variance
-    logger.info("%s: %.2f M parameters, %d tokens x %d dimensions x %d levels; %d images, global batch %d, lr %.3g, %d epochs of %d steps, %s on %s",
-                args.model, sum(p.numel() for p in model.parameters()) / 1e6, model.num_tokens, model.token_dim, levels, len(dataset), global_batch,
-                settings.lr, args.epochs, steps_per_epoch, settings.precision, device)
-    logger.info("the loss starts near %.2f; below ln %d = %.3f something has been learned", start, levels, math.log(levels))
+    announce(args, model, settings, len(dataset), device)
     if state.step >= settings.total_steps:
         logger.info("nothing to do: %d of %d steps are done", state.step, settings.total_steps)
     loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem)
-    while state.step < settings.total_steps:
-        epoch, done = divmod(state.step, steps_per_epoch)
-        sampler.set_epoch(epoch, done * args.accum_iter)
-        train_one_epoch(state, vae, loader, settings, device, log)
-        finished = state.step >= settings.total_steps
-        if finished or (epoch + 1) % args.save_last_freq == 0:
-            save()
-        if evaluator is not None and (finished or (epoch + 1) % args.eval_freq == 0):
-            with state.ema.swapped():
-                evaluator(model, vae, step=state.step, weights="ema")
-    if log is not None:
-        log.close()
+    stop, stopped = StopRequest(), False
+    try:
+        with stop.listening():
+            while state.step < settings.total_steps and not stopped:
+                epoch, done = divmod(state.step, steps_per_epoch)
+                sampler.set_epoch(epoch, done * args.accum_iter)
+                stopped = train_one_epoch(state, vae, loader, settings, device, log, save=save, should_stop=stop.agreed)
+                finished, ended = state.step >= settings.total_steps, state.step % steps_per_epoch == 0
+                if stopped or finished or (epoch + 1) % args.save_last_freq == 0:
+                    save()
+                if evaluator is not None and not stopped and (finished or (epoch + 1) % args.eval_freq == 0):
+                    evaluator(state.averaged_model(), vae, step=state.step, weights="ema")
+                if args.sample_freq and not stopped and (finished or ended and (epoch + 1) % args.sample_freq == 0):
+                    picture = sample_grid(state.averaged_model(), vae, grid, output / "samples" / f"step-{state.step:08d}.png", device)
+                    if log is not None:
+                        log.write_image("samples", picture, state.step)
+    finally:
+        writer.close()
+        if log is not None:
+            log.close()
+    if stopped:
+        logger.info("stopped by a signal after step %d of %d; the same command with --resume %s continues", state.step, settings.total_steps, output)
+
+
+def warn_of_other_data(content: dict, data: dict, source: Path) -> None:
+    """The order of the data follows from these numbers; a run that continues with others is not the run never stopped."""
+    before = content.get("data")
+    changed = [f"{key} {data[key]} instead of {before.get(key)}" for key in data if isinstance(before, dict) and before.get(key) != data[key]]
+    if changed:
+        logger.warning("%s was trained with other data or another order of it: %s", source, ", ".join(changed))

@@ -7,11 +7,10 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
-
-import torch
 
 from engine_evaluate import Evaluator, sweep_values
 from engine_load import build_model, load_generator_weights, read_checkpoint
@@ -22,13 +21,14 @@ from models.channel_ar import HEADS
 from models.quantizer import MAX_BITS, QUANTIZERS, check_range
 from models.sampling import CFG_SCHEDULES, DRAWS, MASK_SCHEDULES, ORDERS, TEMPERATURE_SCHEDULES, SamplerOptions
 from models.vae import load_vae
-from util import dist
+from util import checkpoint, dist
 from util.cli import add_process_flags, at_least, make_parser, parse
 from util.eval_store import SAVE_IMAGES
 from util.loader import BAD_IMAGE_CHOICES
 from util.log import get_logger, run_cli
 from util.lr_sched import LR_SCHEDULES
 from util.metrics import IS_SPLITS
+from util.presets import PRESETS, apply_preset
 
 logger = get_logger()
 
@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("what to do (default: train)")
     group.add_argument("--evaluate", action="store_true", help="generate --num_images images and print FID and Inception Score")
     group.add_argument("--sample", action="store_true", help="write images of --classes to --output_dir")
+    group.add_argument("--preset", default=None, choices=list(PRESETS), help="a published recipe: sets all its flags, printed; any flag given wins")
     group.add_argument("--classes", default="", help="for --sample: class numbers such as 207,360, or all")
 
     group = parser.add_argument_group("model and tokenizer")
@@ -79,7 +80,12 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--ema_rate", type=float, default=0.9999)
     group.add_argument("--precision", default=None, choices=dist.PRECISIONS, help="default: bf16 on cuda that has it, else fp16; fp32 on cpu")
     group.add_argument("--max_bad_steps", type=int, default=10, help="stop after so many steps in a row without a finite loss and gradient")
+    group.add_argument("--ema_warmup", action="store_true", help="a lower EMA rate in the first steps, (1 + t) / (10 + t); published: off")
+    group.add_argument("--compile", action="store_true", help="compile the transformer blocks (torch.compile): slower start, faster steps")
+    group.add_argument("--fsdp", action="store_true", help="cut weights, gradients, optimizer and EMA over the processes (fully_shard)")
     group.add_argument("--log_freq", type=int, default=20, help="steps between progress lines")
+    group.add_argument("--peak_tflops", type=float, default=None, help="of one device, dense, for MFU; default: by the device's name")
+    group.add_argument("--sample_freq", type=int, default=0, help="epochs between grids of samples (EMA weights, same seeds); 0 for none")
 
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", default="./data/imagenet", help="folder with train/<class>/<image>")
@@ -93,6 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--resume", default="", help="a checkpoint file, or a folder with checkpoint-last.pth")
     group.add_argument("--start_epoch", type=int, default=0)
     group.add_argument("--save_last_freq", type=int, default=5, help="epochs between checkpoints")
+    group.add_argument("--save_every_steps", type=int, default=None, help="a checkpoint every so many steps too")
+    group.add_argument("--keep_last", type=int, default=1, help="keep so many; from 2 on each as checkpoint-<step>.pth, too")
     group.add_argument("--weights", default="ema", choices=("ema", "model"), help="which of a checkpoint's weights generate images")
 
     group = parser.add_argument_group("generation and evaluation")
@@ -159,11 +167,13 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.evaluate and args.sample:
         raise ValueError("--evaluate and --sample are two different things; choose one")
     at_least(args, num_iter=1, num_images=1, eval_bsz=1, batch_size=1, accum_iter=1, epochs=1, max_steps=1, log_freq=1, max_bad_steps=1,
-             save_last_freq=1, eval_freq=1, img_size=1, class_num=1)
-    at_least(args, warmup_epochs=0, weight_decay=0, grad_clip=0, lr=0, blr=0, min_lr=0, start_epoch=0, seed=0)
+             save_last_freq=1, eval_freq=1, img_size=1, class_num=1, save_every_steps=1, keep_last=1)
+    at_least(args, warmup_epochs=0, weight_decay=0, grad_clip=0, lr=0, blr=0, min_lr=0, start_epoch=0, seed=0, sample_freq=0)
     for name in ("grad_clip", "lr", "blr", "min_lr", "weight_decay"):
         if getattr(args, name) is not None and not math.isfinite(getattr(args, name)):
             raise ValueError(f"--{name} must be finite, got {getattr(args, name)}")
+    if args.peak_tflops is not None and not (args.peak_tflops > 0 and math.isfinite(args.peak_tflops)):
+        raise ValueError(f"--peak_tflops must be a positive number, got {args.peak_tflops}")
     if (args.evaluate or args.online_eval) and args.num_images < IS_SPLITS:
         raise ValueError(f"--num_images {args.num_images}: the Inception Score needs at least {IS_SPLITS} images, one per split")
     if args.save_images != "none" and not args.evaluate or args.fid_infinity and not (args.evaluate or args.online_eval):
@@ -194,17 +204,19 @@ def check_sample_arguments(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, load, then train, evaluate or sample. Raises ValueError or OSError for bad input."""
     args, given = parse(build_parser(), argv)
+    apply_preset(args, given, int(os.environ.get("WORLD_SIZE", "1")))
     pairs = sweep_values(args)
     check_arguments(args)
     try:
         device = dist.init(args.device, args.dist_url)
         source, content = read_checkpoint(args)
         vae = load_vae(args.vae_path, *(getattr(args, n) if n in given else None for n in ("vae_embed_dim", "vae_stride")))
-        torch.manual_seed(args.seed)                                       # initial weights, the same on every process
+        checkpoint.seed_generators(args.seed)                              # initial weights, the same on every process
         model = build_model(args, given, vae, content, source)
+        vae = vae.to(device)
         if args.evaluate or args.sample:
             load_generator_weights(model, content, source, args.weights)
-        model, vae = model.to(device), vae.to(device)
+            model = model.to(device)
         if args.evaluate:
             Evaluator.prepare(args, device).run(model, vae, source, pairs)
         elif args.sample:

@@ -219,13 +219,15 @@ class TokenBridge(ChannelAR):
     # ------------------------------------------------------------------------------------------------------- training
 
     def forward(self, latents: Tensor, labels: Tensor, mask: Tensor | None = None, return_details: bool = False, *,
-                num_masked: int | None = None, label_drop: Tensor | None = None,
-                generator: torch.Generator | None = None) -> Tensor | TrainingDetails:
+                num_masked: int | None = None, label_drop: Tensor | None = None, generator: torch.Generator | None = None,
+                return_metrics: bool = False) -> Tensor | TrainingDetails | tuple[Tensor, Tensor, Tensor]:
         """Mean cross-entropy over all (masked token, dimension) pairs, a float32 scalar (SPEC 4, 5).
 
         latents (B, C, H, W), scaled; labels (B,) in [0, class_num). mask (B, L), any dtype, nonzero = masked, the same count in every
         row, drawn when None. num_masked: that count; given with `mask` it is trusted, which spares a host sync. label_drop (B,)
         bool: images that lose their class, drawn in training when None. generator: on the latents' device, for those draws.
+        return_metrics: (loss, loss of each dimension (C,), share of right predictions of each (C,)) instead, in head order, the last two
+        without a gradient.
         """
         batch, device = len(latents), latents.device
         check_labels(labels, batch, self.class_num)
@@ -247,8 +249,11 @@ class TokenBridge(ChannelAR):
         z = self.decode(self.encode(take(values, visible), visible, class_embedding), visible)                    # (B, L, D)
         targets = take(indices, hidden).flatten(0, 1)[:, self.to_head_order]                 # (B*M, C)
         logits = self.channel_logits(take(z, hidden).flatten(0, 1), targets)                 # (B*M, C, K)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        loss = loss + 0 * latents.float().mean()                                             # NaN latents would quantize to a level; show them
+        by_dimension = logits.transpose(0, 1)                                                # (C, B*M, K), as the head made them
+        losses = F.cross_entropy(by_dimension.flatten(0, 1).float(), targets.T.flatten(), reduction="none").view(self.token_dim, -1).mean(1)
+        loss = losses.mean() + 0 * latents.float().mean()                                    # NaN latents would quantize to a level; show them
+        if return_metrics:
+            return loss, losses.detach(), (by_dimension.detach().argmax(-1) == targets.T).float().mean(1)
         return TrainingDetails(loss, indices, z, logits) if return_details else loss
 
     def _check_mask(self, mask: Tensor, batch: int, num_masked: int | None) -> tuple[Tensor, int]:

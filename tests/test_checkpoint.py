@@ -64,7 +64,7 @@ def test_the_new_file_is_complete_on_disk_before_the_old_one_goes(tmp_path, monk
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
     atomic_save({"step": 2}, path)
-    assert events == [("save", True, True), "fsync", ("rename", True, True)]
+    assert events == [("save", True, True), "fsync", ("rename", True, True), "fsync"]        # the last one is of the folder
     assert load_file(path) == {"step": 2}
 
 

@@ -62,21 +62,6 @@ def test_half_precision_weights_are_averaged_in_float32():
     assert {value.dtype for value in ModelEma(model, 0.9).state_dict().values()} == {torch.float32}
 
 
-def test_swapped_puts_the_averages_in_and_the_weights_back():
-    model = nn.Linear(2, 2)
-    ema = ModelEma(model, 0.5)
-    averages = {name: value.clone() for name, value in ema.state_dict().items()}
-    with torch.no_grad():
-        model.weight += 1
-    own = model.weight.detach().clone()
-    with ema.swapped():
-        assert torch.equal(model.weight, averages["weight"])
-    assert torch.equal(model.weight, own)
-    with pytest.raises(RuntimeError, match="stop"), ema.swapped():
-        raise RuntimeError("stop")
-    assert torch.equal(model.weight, own) and torch.equal(ema.state_dict()["weight"], averages["weight"])
-
-
 def test_saved_and_loaded():
     first, second = nn.Linear(2, 2), nn.Linear(2, 2)
     saved = {name: value.clone() for name, value in ModelEma(first, 0.9).state_dict().items()}
@@ -108,3 +93,28 @@ def test_states_that_do_not_fit(state, message):
 def test_rates_that_are_none(rate):
     with pytest.raises(ValueError, match="--ema_rate"):
         ModelEma(nn.Linear(1, 1), rate)
+
+
+def test_warm_up_by_hand():
+    """Rates 1/10, 2/11, 3/12 ... until the rate itself; from 1 with the weight at 5: 1 * 0.1 + 5 * 0.9 = 4.6, then 4.6 * 2/11 + 5 * 9/11."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    ema = ModelEma(model, 0.99, warmup=True)
+    nn.init.constant_(model.weight, 5)
+    ema.update(0)
+    assert ema.state_dict()["weight"].item() == pytest.approx(4.6)
+    ema.update(1)
+    assert ema.state_dict()["weight"].item() == pytest.approx((4.6 * 2 + 5 * 9) / 11)
+    assert [ema.rate_at(step) for step in (0, 1, 2)] == [0.1, 2 / 11, 0.25] and ema.rate_at(10**6) == 0.99
+    assert ModelEma(model, 0.99).rate_at(0) == 0.99
+
+
+def test_closed_form_over_a_ramp():
+    """Weight t at step t, from 0: after n steps the average is n - (1 - r^n) * r / (1 - r)."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    ema, r = ModelEma(model, 0.9), 0.9
+    for step in range(1, 51):
+        nn.init.constant_(model.weight, step)
+        ema.update(step - 1)
+    assert ema.state_dict()["weight"].item() == pytest.approx(50 - (1 - r**50) * r / (1 - r), abs=1e-4)

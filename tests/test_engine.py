@@ -10,7 +10,8 @@ import train_tiny
 from conftest import REPO, run_processes, tiny_model, tiny_vae
 
 from engine_sample import SampleSettings, balanced_labels, generate
-from engine_tokenbridge import TrainState, draw_step, mixed_seed, optimizer_step, weight_decay_groups
+from engine_state import TrainState, weight_decay_groups
+from engine_tokenbridge import draw_step, mixed_seed, optimizer_step
 from util import dist
 from util.log import JsonlLog
 from util.lr_sched import learning_rate

@@ -56,7 +56,7 @@ def test_tensorboard_gets_the_same_scalars(tmp_path):
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 1.0)]
-    assert set(events.Tags()["scalars"]) == {"loss", "grad_norm"}
+    assert set(events.Tags()["scalars"]) == {"loss", "grad_norm", "per_level/00", "per_level/01"}
 
 
 # ------------------------------------------------------------------------------------------------------- exit codes

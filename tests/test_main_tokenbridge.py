@@ -100,13 +100,13 @@ def test_a_resumed_run_is_the_run_never_stopped(trained: Path, flags, tmp_path: 
     """Stopped after step `stop`, whose last checkpoint is of step 3: weights, EMA, optimizer and log are equal bit for bit."""
     real, out = engine_train.train_one_epoch, tmp_path / "run"
 
-    def killed(state, vae, loader, settings, device, log) -> None:  # noqa: ANN001
+    def killed(state, vae, loader, settings, device, log, **more) -> bool:  # noqa: ANN001
         if state.step >= 3:
             if stop > 3:
                 settings.max_steps = stop
-                real(state, vae, loader, settings, device, log)
+                real(state, vae, loader, settings, device, log, **more)
             raise KeyboardInterrupt
-        real(state, vae, loader, settings, device, log)
+        return real(state, vae, loader, settings, device, log, **more)
     monkeypatch.setattr(engine_train, "train_one_epoch", killed)
     with pytest.raises(KeyboardInterrupt):
         main(flags(out))
@@ -164,6 +164,41 @@ def test_the_parallel_head_trains_and_samples(flags, vae_path: Path, tmp_path: P
     assert len(sampled(tmp_path / "run", vae_path, tmp_path / "samples")) == 6
     with pytest.raises(ValueError, match="--head autoregressive contradicts"):
         sampled(tmp_path / "run", vae_path, tmp_path / "other", "--head", "autoregressive")
+
+
+def test_what_a_run_shows(flags, tmp_path: Path, messages: list[str]) -> None:  # noqa: ANN001
+    """One line with everything, the details of logging steps in the log and in tensorboard, a grid of samples that repeats."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from util.flops import step_flops
+    for name in ("one", "two"):
+        main(flags(tmp_path / name, sample_freq=1, num_iter=2, peak_tflops=0.5, ema_warmup=True, epochs=1, cfg=2))
+    out = tmp_path / "one"
+    line = next(line for line in messages if line.startswith("epoch 0 step 2/3"))
+    for part in ("loss ", "lr ", "grad norm ", " images/s", " TFLOP/s", "MFU ", " bits/dim", "accuracy ", "data wait ", "memory ", "ETA 0:00:"):
+        assert part in line, part
+    lines = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
+    detailed = lines[1]
+    assert len(detailed["loss_per_dim"]) == len(detailed["accuracy_per_dim"]) == 4 and "loss_per_dim" not in lines[0]
+    assert sum(detailed["loss_per_dim"]) / 4 == pytest.approx(detailed["loss"], abs=1e-4)
+    assert detailed["bits_per_dim"] == pytest.approx(detailed["loss"] / math.log(2), abs=1e-3) and 0 <= detailed["token_accuracy"] <= 1
+    config = load(out)["config"]["model"]
+    low, high = step_flops(config, 12) / 1e12, step_flops(config, 16) / 1e12
+    assert low <= detailed["tflops"] / detailed["images_per_s"] <= high and detailed["mfu"] == pytest.approx(detailed["tflops"] / 0.5)
+    board = EventAccumulator(str(out)).Reload()
+    assert board.Scalars("loss")[1].value == pytest.approx(detailed["loss"]) and len(board.Scalars("loss_per_dim/03")) == 1
+    assert [image.step for image in board.Images("samples")] == [3]
+    grids = [np.asarray(read_image(tmp_path / name / "samples" / "step-00000003.png")) for name in ("one", "two")]
+    assert grids[0].shape[0] > 2 * SIZE and (grids[0] == grids[1]).all()
+
+
+def test_flags_of_training_that_cannot_be(flags, tmp_path: Path) -> None:  # noqa: ANN001
+    for changes, message in ((dict(fsdp=True), "--fsdp cuts the weights over several processes, and there is one"),
+                             (dict(keep_last=0), "--keep_last must be at least 1"), (dict(save_every_steps=0), "--save_every_steps must be at least 1"),
+                             (dict(peak_tflops="nan"), "--peak_tflops must be a positive number"), (dict(sample_freq=-1), "--sample_freq must be")):
+        with pytest.raises(ValueError, match=message):
+            main(flags(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------------------- sampling and evaluation

@@ -11,7 +11,8 @@ from conftest import tiny_model, tiny_vae
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from engine_tokenbridge import TrainSettings, TrainState, train_one_epoch
+from engine_state import TrainState
+from engine_tokenbridge import TrainSettings, train_one_epoch
 from util import dist
 from util.loader import GlobalBatchSampler
 from util.log import JsonlLog, run_cli
@@ -46,7 +47,7 @@ def run(batch_size: int, accum_iter: int, steps: int, log: JsonlLog | None = Non
     """(state after `steps`, samples that this process saw)."""
     torch.manual_seed(0)
     s, dataset = settings(batch_size, accum_iter, steps), Moments(spoil_from)
-    state = TrainState(tiny_model(label_drop_prob=0.2), weight_decay=0.02, ema_rate=0.9, precision="fp32")
+    state = TrainState(tiny_model(label_drop_prob=0.2), weight_decay=0.02, ema_rate=0.9, precision="fp32", accumulates=accum_iter > 1)
     sampler = GlobalBatchSampler(IMAGES, batch_size, dist.rank(), dist.world_size(), s.seed)
     loader = DataLoader(dataset, batch_sampler=sampler)
     vae = tiny_vae()

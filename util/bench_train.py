@@ -1,4 +1,4 @@
-"""`python -m util.bench train`: FLOPs, bytes and time of a training step."""
+"""`python -m util.bench train`: FLOPs, bytes and time of a training step, beside a plain loop; what the presets need, computed."""
 
 import argparse
 import statistics
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from util import dist
-from util.counting import Counts, add_command, add_model_flags, build_model, check_model_flags, count, fake_mode, print_table, timed
+from util.cli import at_least
+from util.counting import Counts, OpCounter, add_command, add_model_flags, build_model, check_model_flags, count, fake_mode, print_table, timed
 
 
 def mean_mask_ratio(mask_ratio_min: float) -> float:
@@ -59,43 +60,204 @@ def bench_train(args: argparse.Namespace) -> None:
     print_table(f"{numbers / 1e6:.2f} M parameters; GiB per process", ["weights", "gradients", "EMA", "AdamW state", "sum"],
                 [("", [f"{x * size:.2f}" for x in (1, 1, 1, 2, 5)])])
     if args.dry:
+        print_presets()
         print("counted on fake tensors; nothing was computed (--dry)")
         return
     first = next(iter(ratios))
-    seconds = timed_step(args, device, precision, ratios[first])
-    print_table(f"Whole step (forward, backward, clip, AdamW, EMA) at mask ratio {first}", ["seconds", "images/s", "TFLOP/s", "peak GiB"],
-                [("", [f"{seconds:.3f}", f"{args.batch_size / seconds:.2f}", f"{per_image[0] * args.batch_size / seconds / 1e12:.2f}",
-                       f"{dist.peak_memory_gib(device):.2f}"])])
+    ours, plain = timed_loops(args, device, precision)
+    rows = [(name, [f"{s:.3f}", f"{args.batch_size / s:.2f}", f"{per_image[0] * args.batch_size / s / 1e12:.3g}", f"{plain / s:.2f} x", str(syncs)])
+            for name, s, syncs in (("plain loop", plain, PLAIN_SYNCS), ("here", ours, count_step_syncs(args)))]
+    print_table(f"Whole step (draws, forward, backward, clip, AdamW, EMA); TFLOP/s as of mask ratio {first}; host syncs outside logging steps",
+                ["seconds", "images/s", "TFLOP/s", "faster", "host syncs"], rows)
+    print(f"peak memory {dist.peak_memory_gib(device):.2f} GiB, both loops in one process; {torch.get_num_threads()} CPU threads, "
+          f"torch {torch.__version__}")
 
 
-def timed_step(args: argparse.Namespace, device: torch.device, precision: str, mask_ratio: float) -> float:
-    """Median seconds of a whole training step on random latents."""
-    from models.tokenbridge import num_masked_tokens
-    from util.ema import ModelEma
+# ------------------------------------------------------------------------------------------------------------- the two loops
+
+PLAIN_SYNCS = 3                     # of the plain loop below: the mask's counts, the loss, the gradient norm
+
+
+def timed_loops(args: argparse.Namespace, device: torch.device, precision: str) -> list[float]:
+    """Median seconds per step: [the loop of engine_tokenbridge.py, the plain loop], run in turn on the same moments."""
+    batch = random_batch(args, device)
+    return timed([our_loop(args, device, precision, batch), plain_loop(args, device, precision, batch)], args.repeats, device)
+
+
+def random_batch(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Moments (B, 2C, h, w) and labels (B,)."""
+    grid = args.img_size // args.vae_stride
+    generator = torch.Generator().manual_seed(args.seed)
+    return (torch.randn(args.batch_size, 2 * args.vae_embed_dim, grid, grid, generator=generator).to(device),
+            torch.arange(args.batch_size, device=device) % 1000)
+
+
+def small_vae(args: argparse.Namespace) -> torch.nn.Module:
+    """Only its scale is used: the batches are moments."""
+    from models.vae import AutoencoderKL
+    return AutoencoderKL(embed_dim=args.vae_embed_dim, ch_mult=(1,), ch=8, num_res_blocks=1, norm_groups=4)
+
+
+def our_loop(args: argparse.Namespace, device: torch.device, precision: str, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+    """One step of the real loop per call, no logging step among them."""
+    from engine_state import TrainState
+    from engine_tokenbridge import TrainSettings, train_one_epoch
     torch.manual_seed(args.seed)
-    model = build_model(args).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.02, fused=True)
-    ema, scaler = ModelEma(model, 0.9999), torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    latents = torch.randn(args.batch_size, model.token_dim, model.grid_size, model.grid_size, device=device)
-    labels = torch.arange(args.batch_size, device=device) % model.class_num
-    masked = num_masked_tokens(mask_ratio, model.num_tokens)
+    state = TrainState(build_model(args).to(device), weight_decay=0.02, ema_rate=0.9999, precision=precision, compiled=args.compile)
+    settings = TrainSettings(batch_size=args.batch_size, epochs=10**6, steps_per_epoch=10**6, lr=1e-4, min_lr=0.0, lr_schedule="constant",
+                             warmup_epochs=0, grad_clip=3.0, seed=args.seed, precision=precision, log_freq=10**9)
+    vae, calls = small_vae(args).to(device), iter(range(10**9))
 
     def step() -> None:
+        next(calls)
+        train_one_epoch(state, vae, [batch] * 2, settings, device, None, should_stop=lambda: True)
+    return step
+
+
+def plain_loop(args: argparse.Namespace, device: torch.device, precision: str, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+    """The same model and arithmetic as a first version would have them: masks and ratio drawn on the host image by image, attention not fused,
+    AdamW and EMA parameter by parameter, loss and norm fetched at every step."""
+    import numpy as np
+
+    from models.tokenbridge import draw_mask_ratio, num_masked_tokens
+    from models.vae import posterior_from_moments
+    torch.manual_seed(args.seed)
+    model, vae = build_model(args).to(device).train(), small_vae(args).to(device)
+    for block in (*model.encoder_blocks, *model.decoder_blocks):
+        block.attn.fused_attn = False
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+                                   {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.02}], lr=1e-4, betas=(0.9, 0.95), foreach=False)
+    ema, scaler = [p.detach().clone() for p in parameters], torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    rng = np.random.default_rng(args.seed)
+
+    def step() -> None:
+        moments, labels = batch
+        latents = vae.scale(posterior_from_moments(moments).sample())
+        masked = num_masked_tokens(draw_mask_ratio(model.mask_ratio_min, rng.random()), model.num_tokens)
+        mask = np.zeros((len(latents), model.num_tokens), dtype=bool)
+        for row in mask:
+            row[rng.permutation(model.num_tokens)[:masked]] = True
         with dist.autocast(device, precision):
-            loss = model(latents, labels, num_masked=masked)
+            loss = model(latents, labels, torch.from_numpy(mask).to(device))
+        if not np.isfinite(loss.item()):
+            raise ValueError("loss is not finite")
+        optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 3.0, foreach=False).item()
         scaler.step(optimizer)
         scaler.update()
-        ema.update()
-        optimizer.zero_grad(set_to_none=True)
-    return timed([step], args.repeats, device)[0]
+        with torch.no_grad():
+            for average, p in zip(ema, parameters, strict=True):
+                average.mul_(0.9999).add_(p, alpha=1 - 0.9999)
+    return step
+
+
+def count_step_syncs(args: argparse.Namespace) -> int:
+    """Host syncs of one step of our loop outside logging steps: draws on the CPU, everything else but the backward pass on fake GPU tensors.
+
+    (A backward pass on fake GPU tensors needs a CUDA build; the operations in it are no others than the forward pass's kind.)
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from engine_state import TrainState
+    from engine_tokenbridge import TrainSettings, batch_latents, draw_step, optimizer_step, spoilt_if_not_finite
+    counter = OpCounter()
+    settings = TrainSettings(batch_size=args.batch_size, epochs=1, steps_per_epoch=1, lr=1e-4, min_lr=0.0, lr_schedule="constant", warmup_epochs=0,
+                             grad_clip=3.0, seed=args.seed, precision="bf16")
+    with FakeTensorMode():
+        model = build_model(args)
+    with counter:
+        draw_step(model, settings, 0, torch.device("cpu"))
+    with FakeTensorMode(), torch.device("cuda"):
+        model, vae = build_model(args).train(), small_vae(args)
+        state = TrainState(model, weight_decay=0.02, ema_rate=0.9999, precision="bf16")
+        b, grid = args.batch_size, model.grid_size
+        moments, labels = torch.zeros(b, 2 * model.token_dim, grid, grid), torch.zeros(b, dtype=torch.long)
+        mask, drop = torch.ones(b, model.num_tokens, dtype=torch.bool), torch.ones(b, dtype=torch.bool)
+        noise = torch.zeros(b, model.token_dim, grid, grid)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        with counter:
+            with torch.autocast("cuda", torch.bfloat16):
+                spoilt_if_not_finite(model(batch_latents(moments, vae, noise, model), labels, mask, num_masked=model.num_tokens - 1, label_drop=drop))
+            optimizer_step(state, list(model.parameters()), 3.0)
+            state.ema.update()
+    return sum(counter.syncs.values())
+
+
+# ------------------------------------------------------------------------------------------------------------- what the presets need
+
+IMAGENET = 1_281_167                # training images
+ASSUMED_MFU = 0.4                   # of the peak; what well-tuned transformers of this size reach, not measured here
+DEVICES = {"A100": "NVIDIA A100-SXM4-80GB", "H100": "NVIDIA H100 80GB HBM3"}
+
+
+def saved_bytes(build: Callable[[], torch.nn.Module], masked: int, precision: str, batch_size: int) -> int:
+    """Bytes that the forward pass keeps for the backward pass, weights left out; on fake tensors."""
+    with fake_mode():
+        model = build().train()
+        own = {id(p.untyped_storage()) for p in model.parameters()}
+        kept: dict[int, tuple[object, int]] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            if id(storage) not in own:
+                kept[id(storage)] = storage, storage.nbytes()           # held, so that no other storage gets its id
+            return x
+        latents = torch.zeros(batch_size, model.token_dim, model.grid_size, model.grid_size)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), dist.autocast(torch.device("cpu"), precision):
+            model(latents, torch.zeros(batch_size, dtype=torch.long), num_masked=masked)
+    return sum(size for _, size in kept.values())
+
+
+def activation_bytes(builder: Callable[..., torch.nn.Module], masked: int, grad_checkpointing: bool) -> int:
+    """Of one image, in bf16: what a second image adds, so that casts of the weights do not count.
+
+    Without attention dropout: with it the CPU's kernel keeps the attention matrices, which a GPU's flash attention never does.
+    """
+    def build() -> torch.nn.Module:
+        return builder(grad_checkpointing=grad_checkpointing, attn_dropout=0.0)
+    return saved_bytes(build, masked, "bf16", 2) - saved_bytes(build, masked, "bf16", 1)
+
+
+def print_presets() -> None:
+    """Memory per GPU and GPU-hours of every training preset, from formulas and counts: computed, not measured."""
+    from models import MODELS
+    from models.tokenbridge import num_masked_tokens
+    from util.flops import peak_tflops, step_flops
+    from util.presets import GLOBAL_BATCH, PRESETS
+    columns: dict[str, list[str]] = {}
+    names = ["parameters, M", "GiB per GPU, DDP: weights, gradients, EMA, AdamW", "  the same with --fsdp on 8 GPUs", "  the same with --fsdp on 32 GPUs",
+             "GiB of activations, bf16, batch 64", "  the same with --grad_checkpointing", "TFLOP per image (forward, backward)",
+             "training, 10^21 FLOP", *[f"GPU-hours, {name}" for name in DEVICES], f"  days on 32 GPUs, {list(DEVICES)[0]}"]
+    for preset, flags in PRESETS.items():
+        if "epochs" not in flags:                                       # recipes for evaluation
+            continue
+        builder = MODELS[flags["model"]]
+        with fake_mode():
+            model = builder()
+        masked = num_masked_tokens(mean_mask_ratio(model.mask_ratio_min), model.num_tokens)
+        numbers = sum(p.numel() for p in model.parameters())
+        state = 5 * 4 * numbers / 2**30
+        largest = max(sum(p.numel() for p in unit.parameters()) for unit in (*model.encoder_blocks, *model.channel_blocks)) * 8 / 2**30   # whole, twice
+        kept = [64 * activation_bytes(builder, masked, checkpointing) / 2**30 for checkpointing in (False, True)]
+        per_image = step_flops(model.config, masked)
+        total = per_image * (IMAGENET // GLOBAL_BATCH * GLOBAL_BATCH) * flags["epochs"]
+        hours = [total / (peak_tflops(name, "bf16") * 1e12 * ASSUMED_MFU) / 3600 for name in DEVICES.values()]
+        columns[preset] = [f"{numbers / 1e6:.2f}", f"{state:.2f}", f"{state / 8 + largest:.2f}", f"{state / 32 + largest:.2f}", f"{kept[0]:.1f}",
+                           f"{kept[1]:.1f}", f"{per_image / 1e12:.3f}", f"{total / 1e21:.3g}", *[f"{h:,.0f}" for h in hours], f"{hours[0] / 32 / 24:.1f}"]
+    print(f"\nPresets, computed: ImageNet, global batch {GLOBAL_BATCH}, bf16, {ASSUMED_MFU:.0%} of the peak assumed")
+    print(" " * 52 + "".join(f"{c:>12}" for c in columns))
+    for i, name in enumerate(names):
+        print(f"{name:<52}" + "".join(f"{column[i]:>12}" for column in columns.values()))
 
 
 def check(args: argparse.Namespace) -> None:
     """ValueError naming the flag for what can be refused before any work."""
     check_model_flags(args)
+    at_least(args, layers=1)
     if args.mask_ratio is not None and not 0 < args.mask_ratio <= 1:
         raise ValueError(f"--mask_ratio must be in (0, 1], got {args.mask_ratio}")
 
@@ -103,5 +265,7 @@ def check(args: argparse.Namespace) -> None:
 def register(commands: argparse._SubParsersAction) -> None:
     """Add the sub-command."""
     sub = add_command(commands, "train", bench_train, check, "training step: FLOPs, bytes, time", 3)
-    sub.add_argument("--mask_ratio", type=float, default=None, help="one more mask ratio, which is then the one that is timed")
+    sub.add_argument("--mask_ratio", type=float, default=None, help="count at one more mask ratio")
+    sub.add_argument("--layers", type=int, default=None, help="cut encoder and decoder to so many blocks each (for a CPU)")
+    sub.add_argument("--compile", action="store_true", help="time our loop with compiled blocks")
     add_model_flags(sub)

@@ -124,8 +124,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Se
 def build_model(args: argparse.Namespace) -> torch.nn.Module:
     """The model of the flags with random weights, adaLN's too: their zeros would make every block of the head the identity."""
     from models import MODELS
+    depth = {} if getattr(args, "layers", None) is None else dict(encoder_depth=args.layers, decoder_depth=args.layers)
     model = MODELS[args.model](img_size=args.img_size, vae_stride=args.vae_stride, vae_embed_dim=args.vae_embed_dim,
-                               buffer_size=args.buffer_size, quant_levels=2**args.quant_bits)
+                               buffer_size=args.buffer_size, quant_levels=2**args.quant_bits, **depth)
     for layer in model.modulation_layers:
         torch.nn.init.xavier_uniform_(layer[1].weight)
     return model

@@ -3,7 +3,7 @@
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -118,6 +118,45 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device is idle (for timing); nothing on cpu."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def device_count() -> int:
+    """CUDA devices of this machine."""
+    return torch.cuda.device_count()
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's own name, "cpu" on cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def device_random_state(device: torch.device) -> Tensor | None:
+    """State of torch's global generator on the device; None on cpu, whose state is torch.get_rng_state()."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_device_random_state(device: torch.device, state: Tensor | None) -> None:
+    """Put back what `device_random_state` returned; nothing if it was another kind of device."""
+    if device.type == "cuda" and state is not None:
+        torch.cuda.set_rng_state(state, device)
+
+
+def prefetch(batches: Iterable[Sequence[Tensor]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """The batches on the device, each copied there (from pinned memory) while the device still works on the one before it.
+
+    The copies have a stream of their own; the host, which runs ahead of the device, never waits for them. On cpu: the tensors as they are.
+    """
+    if device.type != "cuda":
+        yield from (tuple(x.to(device) for x in batch) for batch in batches)
+        return
+    copying, working = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for batch in batches:
+        with torch.cuda.stream(copying):
+            copied = tuple(x.to(device, non_blocking=True) for x in batch)
+        working.wait_stream(copying)                            # the device's queue waits, not the host
+        for x in copied:
+            x.record_stream(working)                            # its memory is not free before the work on it is done
+        yield copied
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -1,45 +1,33 @@
 """Exponential moving average of the weights (SPEC 7)."""
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
+
+from util.sharding import like
 
 
 class ModelEma:
     """EMA of every parameter, float32, under its name in the model: what the checkpoint calls `model_ema`.
 
     After each optimizer step: ema = rate * ema + (1 - rate) * parameter. It starts as a copy of the parameters.
+    warmup: step t (from 0) takes the rate min(rate, (1 + t) / (10 + t)), so that the random weights are soon forgotten; published: none.
     """
 
-    def __init__(self, model: nn.Module, rate: float):
+    def __init__(self, model: nn.Module, rate: float, warmup: bool = False):
         if not 0 <= rate < 1:
             raise ValueError(f"the EMA rate must be in [0, 1) (--ema_rate), got {rate}")
-        self.rate = rate
+        self.rate, self.warmup = rate, warmup
         self.parameters = {name: p for name, p in model.named_parameters()}
         self.shadow = {name: p.detach().float().clone() for name, p in self.parameters.items()}
 
-    @torch.no_grad()
-    def update(self) -> None:
-        """One step, two fused operations over all parameters."""
-        shadow = list(self.shadow.values())
-        torch._foreach_lerp_(shadow, [p.detach() for p in self.parameters.values()], 1 - self.rate)
-
-    @contextlib.contextmanager
-    def swapped(self) -> Iterator[None]:
-        """Within the block the model has the averages for its parameters; afterwards its own again."""
-        own = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self._fill(self.shadow)
-        try:
-            yield
-        finally:
-            self._fill(own)
+    def rate_at(self, step: int) -> float:
+        """The rate of the update after optimizer step `step` (from 0)."""
+        return min(self.rate, (1 + step) / (10 + step)) if self.warmup else self.rate
 
     @torch.no_grad()
-    def _fill(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])
+    def update(self, step: int = 0) -> None:
+        """One step, one fused operation over all parameters. `step` matters during a warm-up only."""
+        torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in self.parameters.values()], 1 - self.rate_at(step))
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.shadow
@@ -53,4 +41,4 @@ class ModelEma:
         if not_finite:
             raise ValueError(f"model_ema in {source} holds NaN or infinite values, first: {', '.join(not_finite[:3])}")
         for name, value in self.shadow.items():
-            value.copy_(state[name])
+            value.copy_(like(state[name].to(value.dtype), value))

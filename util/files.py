@@ -25,8 +25,24 @@ def replacing(path: str | Path, sync: bool = False) -> Iterator[BinaryIO]:
             if sync:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
+        if sync:
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the folder's list of names to the disk: a rename survives a power cut only after that. Nothing where folders cannot be opened."""
+    try:
+        number = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(number)
+    except OSError:                                             # some network file systems refuse it for folders
+        pass
+    finally:
+        os.close(number)
 
 
 def write_json(path: str | Path, content: object) -> None:

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
+
 from util.files import replacing
 
 
@@ -73,6 +75,13 @@ class JsonlLog:
             for key, value in record.items():
                 if isinstance(value, (int, float)) and key != "step":
                     self.board.add_scalar(key, value, record["step"])
+                for i, number in enumerate(value if isinstance(value, list) else ()):
+                    self.board.add_scalar(f"{key}/{i:02d}", number, record["step"])
+
+    def write_image(self, name: str, image: Tensor, step: int) -> None:
+        """An image (3, H, W) in [-1, 1], for tensorboard only."""
+        if self.board is not None:
+            self.board.add_image(name, (image + 1) / 2, step)
 
     def close(self) -> None:
         self.file.close()
