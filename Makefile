@@ -1,3 +1,4 @@
+# make toy       every stage of the demo at toy size, about a minute
 # make demo      the whole pipeline on handwritten digits, CPU only
 # make test      the tests (make test-all: the slow ones too)
 # make extras    install what is optional: web demo, notebook
@@ -6,7 +7,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint extras clean
+.PHONY: toy demo test test-all lint extras clean
+
+toy: .venv/installed
+	$(BIN)/python -m demo.run --toy --output_dir demo/out/toy --pictures demo/out/toy
 
 demo: .venv/installed
 	$(BIN)/python -m demo.run
