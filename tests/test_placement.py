@@ -27,8 +27,8 @@ SMALL_VAE = dict(embed_dim=16, ch_mult=(1, 1, 2, 2, 2), ch=8, num_res_blocks=1, 
 def can_fake_a_gpu() -> str:
     """Why not, or nothing: torch below 2.7 or so initialises CUDA even for fake tensors, which fails without a driver."""
     try:
-        with FakeTensorMode():
-            torch.zeros(1, device="cuda")
+        with FakeTensorMode(), torch.device("cuda"):
+            torch.nn.Linear(2, 2)
         return ""
     except RuntimeError as error:
         return f"torch {torch.__version__} cannot make fake CUDA tensors here: {str(error).splitlines()[0]}"

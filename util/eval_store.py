@@ -88,7 +88,7 @@ class EvalStore:
         if lacking:
             raise ValueError(f"--save_images npz: {lacking[0]} and {len(lacking) - 1} more batches are not on this machine; "
                              "with several machines --output_dir must be on a shared disk")
-        size = np.load(self._batch_file(0), mmap_mode="r").shape[1]
+        size = np.load(self._batch_file(0), mmap_mode="r", allow_pickle=False).shape[1]
         with replacing(self.archive) as target, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (len(labels), size, size, 3)})

@@ -1,0 +1,185 @@
+"""Every command of the README is run as it stands there, on toy data: extracted from the markdown, read by shell rules, started in this process.
+
+What is not as on a reader's machine: DIR holds a few pictures, the models of all names are tiny, the published weights are stand-ins in the published
+layout, Inception's features are a few colours, training and sampling are cut to a step or two, torchrun starts one process (the tests of two are
+elsewhere), `make` only says what it would do, and demo.app does not wait for a visitor.
+"""
+
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, photographs, tiny_vae, write_image_folder
+from PIL import Image
+from test_evaluation import FewColours, reference
+
+import engine_load
+import models
+from models.tokenbridge import TokenBridge
+
+README = (REPO / "README.md").read_text()
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, flags=re.M | re.S)
+# What makes a command small; appended, so that the last word is this one's. None: run as it stands.
+TOY = {
+    "main_vae.py": "--width 32 --norm_groups 8 --num_res_blocks 1 --max_steps 1 --batch_size 4 --num_workers 0 --device cpu",
+    "main_cache.py": "--num_workers 0 --device cpu", "reconstruction.py": "--num_images 2 --num_workers 0 --device cpu --no_rfid",
+    "main_tokenbridge.py": "--device cpu", "util.vae_stats": "--num_images 4 --decoded_images 2 --device cpu --num_workers 0",
+    "train": "--max_steps 1 --batch_size 2 --num_workers 0 --log_freq 1", "sample": "--num_iter 2",
+    "evaluate": "--num_iter 1 --num_images 12 --eval_bsz 4",
+}
+
+
+def commands(block: str) -> list[str]:
+    """The block's commands, continuation lines joined, comments left out."""
+    lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line]
+
+
+COMMANDS = [command for block in BLOCKS for command in commands(block)]
+
+
+def tiny(width: int, **sizes: int) -> partial:
+    return partial(TokenBridge, encoder_embed_dim=width, encoder_depth=1, encoder_num_heads=2, decoder_embed_dim=width, decoder_depth=1,
+                   decoder_num_heads=2, channel_embed_dim=32, channel_depth=1, channel_heads=2, **sizes)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the README supposes it: data, published weights, a demo that has run."""
+    root = tmp_path_factory.mktemp("readme")
+    for split in ("train", "val"):
+        write_image_folder(root / "DIR", per_class=4, size=(80, 72), split=split)
+    for i in range(10):                                                    # 12 classes, as --class_num 12 says
+        shutil.copytree(root / "DIR" / "train" / "china", root / "DIR" / "train" / f"other{i}")
+    Image.fromarray(photographs()[0][:90, :90]).save(root / "photo.png")
+    mask = np.zeros((90, 90), np.uint8)
+    mask[:45] = 255
+    Image.fromarray(mask).save(root / "mask.png")
+    kl16 = tiny_vae()
+    (root / "pretrained_models" / "vae").mkdir(parents=True)
+    torch.save({"model": kl16.state_dict(), "config": kl16.config}, root / "pretrained_models" / "vae" / "kl16.ckpt")
+    for name, model in (("large", tiny(48)(class_num=1000)), ("huge", tiny(64)(class_num=1000))):
+        folder = root / "pretrained_models" / "tokenbridge" / f"tokenbridge_{name}"
+        folder.mkdir(parents=True)
+        torch.save({"model": model.state_dict(), "model_ema": dict(model.named_parameters()), "optimizer": {}, "epoch": 799, "scaler": {}},
+                   folder / "checkpoint-last.pth")
+    digits = tiny(32)(img_size=64, class_num=10, buffer_size=4)
+    (root / "demo" / "out" / "model").mkdir(parents=True)
+    (root / "demo" / "out" / "vae").mkdir()
+    torch.save({"model": kl16.state_dict(), "config": kl16.config}, root / "demo" / "out" / "vae" / "vae.pth")
+    config = {"model_name": "tokenbridge_digits", "model": digits.config, "vae": kl16.config, "vae_fingerprint": kl16.latent_fingerprint(), "args": {}}
+    torch.save({"model": digits.state_dict(), "model_ema": dict(digits.named_parameters()), "config": config},
+               root / "demo" / "out" / "model" / "checkpoint-last.pth")
+    (root / "fid_stats").mkdir()
+    np.savez(root / "fid_stats" / "adm_in256_stats.npz", mu=np.zeros(2048, np.float32), sigma=np.eye(2048, dtype=np.float32))
+    shutil.copytree(REPO / "scripts", root / "scripts") if (REPO / "scripts").is_dir() else None
+    return root
+
+
+@pytest.fixture
+def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """run(command) does what a shell would in that folder; AssertionError or the command's own error if it fails."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("RANK_OF_NODE", "0")
+    monkeypatch.setenv("ADDRESS", "127.0.0.1")
+    sizes = {"tokenbridge_base": tiny(40), "tokenbridge_large": tiny(48), "tokenbridge_huge": tiny(64), "tokenbridge_digits": tiny(32)}
+    for table in (models.MODELS, engine_load.MODELS):
+        for name, builder in sizes.items():
+            monkeypatch.setitem(table, name, builder)
+    monkeypatch.setattr("engine_evaluate.InceptionFeatures", lambda *_: FewColours())
+    monkeypatch.setattr("engine_evaluate.load_reference", lambda *_, **__: reference())
+
+    def toy(module: str, argv: list[str]) -> list[str]:
+        flags = TOY.get(f"{module}.py" if f"{module}.py" in TOY else module, "")
+        if module == "main_tokenbridge":
+            flags += " " + TOY["evaluate" if "--evaluate" in argv else "sample" if "--sample" in argv else "train"]
+        if module == "main_cache" and ("--verify" in argv or "--info" in argv):
+            flags = ""
+        return argv + shlex.split(flags)
+
+    def start(command: str) -> None:
+        words = [os.path.expandvars(word) for word in shlex.split(command)]
+        program, words = words[0], words[1:]
+        if program == "source":
+            assert words == [".venv/bin/activate"]
+        elif program == "make":
+            result = subprocess.run(["make", "-n", *words], cwd=REPO, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+        elif program in ("sbatch", "bash") or program.startswith("scripts/"):
+            script = program if program.startswith("scripts/") else words[0]
+            assert (REPO / script).is_file() and subprocess.run(["bash", "-n", script], cwd=REPO).returncode == 0
+        else:
+            assert program in ("python", "torchrun"), f"the README names a program that its test does not know: {program}"
+            while program == "torchrun" and words[0].startswith("--"):
+                assert "=" in words[0]
+                words = words[1:]
+            module, words = (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py"), words[1:])
+            assert (REPO / f"{module.replace('.', '/')}.py").is_file(), module
+            importlib.import_module(module).main(toy(module, words))
+    return start
+
+
+def test_there_are_commands_and_shells_can_read_them() -> None:
+    assert len(COMMANDS) > 25
+    for block in BLOCKS:
+        result = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+
+
+def test_published_commands_are_in_it() -> None:
+    """SPEC 10: the official commands, word by word but for the folders."""
+    joined = " ".join(" ".join(COMMANDS).split())
+    for words in ("python reconstruction.py --bits 6 --range 5.0 --image_dir", "--eval_bsz 256 --num_images 50000 --num_iter 256 --cfg 3.1 --quant_bits 6",
+                  "--cfg 3.45 --quant_bits 6 --cfg_schedule linear --temperature 0.91", "--quant_bits 6 --quant_min -5.0 --quant_max 5.0 --epochs 400"):
+        assert words in joined
+
+
+@pytest.mark.slow
+def test_every_command_runs(run: Callable[[str], None], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the README's order: what one writes another reads. Commands that need the network get files that are there; the page is not served."""
+    served = []
+    monkeypatch.setattr("demo.app.need_gradio", lambda: type("G", (), {"themes": type("T", (), {"Base": staticmethod(lambda **_: None)})}))
+    monkeypatch.setattr("demo.app.build_page", lambda studio, title: type("P", (), {
+        "queue": lambda self, **_: self, "launch": lambda self, **how: served.append(how["server_name"]), "block_thread": lambda self: None})())
+    monkeypatch.setattr("demo.app.check_port", lambda *_: None)
+    monkeypatch.setattr("util.download.download_weights", lambda names, args: served.append(names))
+    failed = []
+    for command in COMMANDS:
+        if command.startswith("make"):
+            run(command)
+            continue
+        try:
+            run(command)
+        except Exception as error:                                          # all of them are wanted, not the first
+            failed.append(f"{command[:90]}: {type(error).__name__}: {error}")
+    assert not failed, "\n".join(failed)
+    assert sorted(map(str, served)) == ["127.0.0.1", *[str(["vae", "large", "huge"])] * 2]
+    for written in ("OUT/vae/vae.pth", "OUT/cache/cache.json", "OUT/model/checkpoint-last.pth", "OUT/pictures/grid.png", "OUT/export/model.safetensors",
+                    "OUT/imagenet/grid.png", "OUT/edit/grid.png", "OUT/mix/grid.png", "OUT/large/eval.jsonl", "OUT/huge/eval.jsonl",
+                    "OUT/train/checkpoint-last.pth", "demo/out/sweep/sweep.png", "quantization_results/results.json"):
+        assert (place / written).is_file(), written
+
+
+def test_links_and_files_that_it_names_exist() -> None:
+    for text in (README, *((REPO / "docs" / name).read_text() for name in ("tour.md", "faq.md", "differences.md"))):
+        for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+            assert (REPO / target).exists() or (REPO / "docs" / target).exists(), target
+    anchors = {re.sub(r"[^a-z0-9 -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in README.splitlines() if line.startswith("#")}
+    assert {anchor for anchor in re.findall(r"\]\(#([^)]+)\)", README)} <= anchors
+
+
+def test_the_python_example(run: Callable[[str], None], place: Path) -> None:
+    """The README's python block, with two steps instead of 64."""
+    code = re.search(r"^```python\n(.*?)^```", README, flags=re.M | re.S)[1]
+    found: dict = {}
+    exec(code.replace("num_iter=64", "num_iter=2"), found)
+    assert [image.size for image in found["images"]] == [(256, 256)] * 2
