@@ -23,7 +23,7 @@ import torch
 
 from engine_cache import Counts, Encoder, ImageSource, MomentsSource, NpzFiles, ShardFiles, check_room, encode_all, read_moments
 from models.quantizer import MAX_BITS, QUANTIZERS, TableQuantizer, build_quantizer, check_range
-from models.vae import load_vae
+from models.vae import AutoencoderKL, load_vae
 from util import dist
 from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
 from util.files import replacing, write_json
@@ -143,7 +143,7 @@ def describe(args: argparse.Namespace, spec: RecordSpec, source: ImageSource, qu
     return record
 
 
-def describe_vae(args: argparse.Namespace, vae) -> dict:  # noqa: ANN001
+def describe_vae(args: argparse.Namespace, vae: AutoencoderKL) -> dict:
     """The part of cache.json that says which VAE made the latents."""
     return {"vae": vae.config, "scale_factor": vae.config["scale_factor"], "shift": vae.config["shift"], "latent_fingerprint": vae.latent_fingerprint(),
             "vae_file": Path(args.vae_path).name, "vae_sha256": vae_sha256(args.vae_path)}
@@ -262,7 +262,7 @@ def write_bad_list(cache: Path, paths: Sequence[str]) -> None:
         file.write("".join(f"{path}\n" for path in paths).encode(errors="surrogateescape"))
 
 
-def make_quantizer(args: argparse.Namespace, given: set[str], vae) -> TableQuantizer | None:  # noqa: ANN001
+def make_quantizer(args: argparse.Namespace, given: set[str], vae: AutoencoderKL) -> TableQuantizer | None:
     """The quantizer of --mode indices; range and bits are the VAE's own unless said otherwise."""
     if args.mode != "indices":
         return None

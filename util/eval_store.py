@@ -93,7 +93,7 @@ class EvalStore:
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (len(labels), size, size, 3)})
                 for batch in batches:
-                    file.write(np.load(self._batch_file(batch[0])).tobytes())
+                    file.write(np.load(self._batch_file(batch[0]), allow_pickle=False).tobytes())
             with archive.open("arr_1.npy", "w") as file:
                 np.save(file, np.asarray(labels, dtype=np.int64))
         for batch in batches:

@@ -34,6 +34,7 @@ from util.metrics import psnr
 
 if TYPE_CHECKING:
     from models.quantizer import TableQuantizer
+    from models.vae import AutoencoderKL
     from models.vae_description import VaeDescription
 
 logger = get_logger()
@@ -153,7 +154,7 @@ def batches(args: argparse.Namespace, folder: ImageFolderDataset, count: int, de
 
 
 @torch.no_grad()
-def encode(vae, args: argparse.Namespace, folder: ImageFolderDataset, device: torch.device) -> tuple[Tensor, Tensor]:  # noqa: ANN001
+def encode(vae: "AutoencoderKL", args: argparse.Namespace, folder: ImageFolderDataset, device: torch.device) -> tuple[Tensor, Tensor]:
     """One posterior sample (N, C, h, w) of each image and its moments (N, 2C, h, w), raw, on the CPU."""
     generator, samples, moments = torch.Generator(device).manual_seed(args.seed), [], []
     for images in batches(args, folder, args.num_images, device):
@@ -175,7 +176,7 @@ def suggest_scale(latents: Tensor, per_channel: bool) -> tuple[float | list[floa
 
 
 @torch.no_grad()
-def decoded_psnr(vae, images: Sequence[Tensor], latents: Tensor, change: Callable[[Tensor], Tensor]) -> float:  # noqa: ANN001
+def decoded_psnr(vae: "AutoencoderKL", images: Sequence[Tensor], latents: Tensor, change: Callable[[Tensor], Tensor]) -> float:
     """Mean PSNR (dB, uint8) of images against their raw latents (N, C, h, w) decoded after `change` of the scaled ones."""
     values, first = [], 0
     for batch in images:
@@ -185,7 +186,7 @@ def decoded_psnr(vae, images: Sequence[Tensor], latents: Tensor, change: Callabl
     return float(torch.cat(values).mean())
 
 
-def measure(vae, args: argparse.Namespace, folder: ImageFolderDataset,  # noqa: ANN001
+def measure(vae: "AutoencoderKL", args: argparse.Namespace, folder: ImageFolderDataset,
             device: torch.device) -> tuple[dict, "VaeDescription", "TableQuantizer"]:
     """All figures, the description that they suggest, and the suggested quantizer; sets the VAE's scale to the suggested one."""
     from models.quantizer import build_quantizer
@@ -220,7 +221,7 @@ def measure(vae, args: argparse.Namespace, folder: ImageFolderDataset,  # noqa: 
     return found, description, build(chosen["bits"], chosen["range"])
 
 
-def stored_moments(vae, moments: Tensor, images: Sequence[Tensor], quantizer: "TableQuantizer", shown: Sequence[int]) -> dict:  # noqa: ANN001
+def stored_moments(vae: "AutoencoderKL", moments: Tensor, images: Sequence[Tensor], quantizer: "TableQuantizer", shown: Sequence[int]) -> dict:
     """What half-precision caches cost: for each dtype the moments' largest error, the share of the means' indices that change, decoded PSNR."""
     device = images[0].device
     mean, figures = moments[shown].chunk(2, 1)[0], {}
