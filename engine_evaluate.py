@@ -26,6 +26,7 @@ from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util import dist
 from util.cli import check_writable
+from util.eval_presets import EXPECTED, comparison
 from util.eval_store import SUSPICIOUS_SHARE, EvalStore, batches_of, image_flaws
 from util.fid_stats import Reference, load_reference, load_reference_stats
 from util.files import replacing, write_json
@@ -275,6 +276,8 @@ class Evaluator:
             print(sweep_table(records))
             write_sweep(records, self.output)
             logger.info("wrote %s and %s", self.output / "eval_sweep.csv", self.output / "eval_sweep.png")
+        for record in records if self.args.preset in EXPECTED else []:
+            print(comparison(self.args.preset, record))
         return records
 
 

@@ -23,6 +23,7 @@ from models.sampling import CFG_SCHEDULES, DRAWS, MASK_SCHEDULES, ORDERS, TEMPER
 from models.vae import load_vae
 from util import checkpoint, dist
 from util.cli import add_process_flags, at_least, make_parser, parse
+from util.eval_presets import EVAL_PRESETS, apply_eval_preset
 from util.eval_store import SAVE_IMAGES
 from util.loader import BAD_IMAGE_CHOICES
 from util.log import get_logger, run_cli
@@ -39,7 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("what to do (default: train)")
     group.add_argument("--evaluate", action="store_true", help="generate --num_images images and print FID and Inception Score")
     group.add_argument("--sample", action="store_true", help="write images of --classes to --output_dir")
-    group.add_argument("--preset", default=None, choices=list(PRESETS), help="a published recipe: sets all its flags, printed; any flag given wins")
+    group.add_argument("--preset", default=None, choices=[*PRESETS, *EVAL_PRESETS],
+                       help="a published recipe, or evaluation with the numbers to expect: sets all its flags, printed; any flag given wins")
     group.add_argument("--classes", default="", help="for --sample: class numbers such as 207,360, or all")
 
     group = parser.add_argument_group("model and tokenizer")
@@ -204,7 +206,10 @@ def check_sample_arguments(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, load, then train, evaluate or sample. Raises ValueError or OSError for bad input."""
     args, given = parse(build_parser(), argv)
-    apply_preset(args, given, int(os.environ.get("WORLD_SIZE", "1")))
+    if args.preset in EVAL_PRESETS:
+        apply_eval_preset(args, given)
+    else:
+        apply_preset(args, given, int(os.environ.get("WORLD_SIZE", "1")))
     pairs = sweep_values(args)
     check_arguments(args)
     try:
