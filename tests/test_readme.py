@@ -101,7 +101,7 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def toy(module: str, argv: list[str]) -> list[str]:
         flags = TOY.get(f"{module}.py" if f"{module}.py" in TOY else module, "")
         if module == "main_tokenbridge":
-            flags += " " + TOY["evaluate" if "--evaluate" in argv else "sample" if "--sample" in argv else "train"]
+            flags += " " + TOY["evaluate" if "--evaluate" in argv or "_eval" in " ".join(argv) else "sample" if "--sample" in argv else "train"]
         if module == "main_cache" and ("--verify" in argv or "--info" in argv):
             flags = ""
         return argv + shlex.split(flags)
