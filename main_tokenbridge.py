@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--precision", default=None, choices=dist.PRECISIONS, help="default: bf16 on cuda that has it, else fp16; fp32 on cpu")
     group.add_argument("--max_bad_steps", type=int, default=10, help="stop after so many steps in a row without a finite loss and gradient")
     group.add_argument("--ema_warmup", action="store_true", help="a lower EMA rate in the first steps, (1 + t) / (10 + t); published: off")
-    group.add_argument("--compile", action="store_true", help="compile the transformer blocks (torch.compile): slower start, faster steps")
+    group.add_argument("--compile", action="store_true", help="compile the transformer blocks, or the sampler (torch.compile): slower start, faster steps")
     group.add_argument("--fsdp", action="store_true", help="cut weights, gradients, optimizer and EMA over the processes (fully_shard)")
     group.add_argument("--log_freq", type=int, default=20, help="steps between progress lines")
     group.add_argument("--peak_tflops", type=float, default=None, help="of one device, dense, for MFU; default: by the device's name")

@@ -62,6 +62,11 @@ def draw_indices(logits: Tensor, noise: Tensor, temperature: float | Tensor, top
     return indices[:, 0].clamp_(max=logits.shape[-1] - 1), total[:, 0]
 
 
+def spread_temperatures(temperature: float | Sequence[float], num_channels: int) -> list[float]:
+    """One temperature per dimension: the given ones, or the same for all."""
+    return list(temperature) if isinstance(temperature, Sequence) else [temperature] * num_channels
+
+
 class ChannelAR(nn.Module):
     """The head's parameters and its two uses: `channel_logits` (training, all positions at once) and `channel_sample` (decoding).
 
@@ -104,7 +109,8 @@ class ChannelAR(nn.Module):
         activated = F.silu(conditioning)
         return [module.modulation(activated) for module in (*self.channel_blocks, self.channel_final)]
 
-    def head_forward(self, x: Tensor, modulations: Sequence[Modulation], caches: list[LayerCache] | None = None, start: int = 0) -> Tensor:
+    def head_forward(self, x: Tensor, modulations: Sequence[Modulation], caches: list[LayerCache] | None = None,
+                     start: int | Tensor = 0) -> Tensor:
         """The one forward pass of the head: inputs x (N, P, H) at positions start.. -> features (N, P, H) before `channel_heads`.
 
         modulations: those of the same positions, see `modulations`.
@@ -161,7 +167,7 @@ class ChannelAR(nn.Module):
         noise (N, C) or (N, C, K), temperature (one, or C in head order), top_k, top_p: see `draw_indices`. Positions per token: C, not C(C+1)/2.
         Second: a witness (N,), finite only where every draw of the token was sound.
         """
-        temperatures = list(temperature) if isinstance(temperature, Sequence) else [temperature] * self.num_channels
+        temperatures = spread_temperatures(temperature, self.num_channels)
         per_token = self.num_channels * self.condition_proj.out_features * (6 * len(self.channel_blocks) + 2) * 4
         chunk = max(1, DECODE_CHUNK_BYTES // per_token)
         parts = [self.sample_chunk(z[i : i + chunk], noise[i : i + chunk], temperatures, top_k, top_p) for i in range(0, len(z), chunk)]
@@ -170,20 +176,27 @@ class ChannelAR(nn.Module):
         indices, witness = zip(*parts, strict=True)
         return torch.cat(indices), torch.cat(witness)
 
+    def head_start_and_modulations(self, z: Tensor) -> tuple[Tensor, list[Modulation]]:
+        """For decoding: the input of position 0 (N, H), and every layer's modulation of all positions, from z (N, D)."""
+        h = self.condition_proj(z)                                                           # (N, H)
+        conditioning = h.unsqueeze(1) + self.timesteps_embeddings                            # (N, C, H)
+        start = conditioning[:, 0] if self.head_start == "official" else h                   # SPEC 5, start token
+        return start + self.channel_embed[:, 0], self.modulations(conditioning)              # all positions in one matmul per layer
+
+    def next_inputs(self) -> Tensor:
+        """For decoding: (C-1, K, H), what position c + 1 gets when dimension c has index k, its embedding of the position included."""
+        return self.embedding_table().view(self.num_channels - 1, self.num_levels, self.channel_embed.shape[-1]) + self.channel_embed[0, 1:, None]
+
     def sample_chunk(self, z: Tensor, noise: Tensor, temperatures: Sequence[float | Tensor], top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
         """`channel_sample` of all tokens at once: static shapes, no host sync, one graph for torch.compile."""
         if self.head == "parallel":
             logits = self.channel_logits(z, None)                                            # (N, C, K)
             drawn, witness = zip(*(draw_indices(logits[:, c], noise[:, c], temperatures[c], top_k, top_p) for c in range(self.num_channels)), strict=True)
             return torch.stack(drawn, dim=1), torch.stack(witness, dim=1).sum(1)
-        h = self.condition_proj(z)                                                           # (N, H)
-        conditioning = h.unsqueeze(1) + self.timesteps_embeddings                            # (N, C, H)
-        modulations = self.modulations(conditioning)                                         # all positions in one matmul per layer
-        attention = self.channel_blocks[0].attn
-        caches = LayerCache.allocate(len(self.channel_blocks), (len(z), attention.num_heads, self.num_channels, attention.head_dim), z, h.dtype)
-        tables = self.embedding_table().view(self.num_channels - 1, self.num_levels, h.shape[-1]) + self.channel_embed[0, 1:, None]     # (C-1, K, H)
-        start = conditioning[:, 0] if self.head_start == "official" else h                   # SPEC 5, start token
-        x = start + self.channel_embed[:, 0]                                                 # (N, H)
+        x, modulations = self.head_start_and_modulations(z)                                  # (N, H)
+        attention, tables = self.channel_blocks[0].attn, self.next_inputs()                  # (C-1, K, H)
+        shape, dtype = (len(z), attention.num_heads, self.num_channels, attention.head_dim), modulations[0][0].dtype
+        caches = LayerCache.allocate(len(self.channel_blocks), shape, z, dtype)
         indices, witnesses = [], []
         for c in range(self.num_channels):
             now = [tuple(term[:, c : c + 1] for term in modulation) for modulation in modulations]

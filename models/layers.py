@@ -1,6 +1,7 @@
 """The pieces of the per-dimension head: causal attention with an optional key-value cache, adaLN blocks, the final modulation.
 
-(The backbone's blocks are timm's.) Letters: N tokens, P positions handled now (1 while decoding, C while training), C latent
+(The backbone's blocks are timm's; `block_queries` and `block_rest` are such a block without its attention, for callers that bring their own
+keys and values.) Letters: N tokens, P positions handled now (1 while decoding, C while training), C latent
 dimensions, H head width.
 """
 
@@ -40,20 +41,45 @@ class CausalAttention(nn.Module):
         self.k_norm = nn.LayerNorm(self.head_dim, eps=LAYER_NORM_EPS)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, start: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None, start: int | Tensor = 0) -> Tensor:
         """x (N, P, H) at positions start .. start+P-1; earlier positions come from `cache`, which is filled in place.
 
-        Either P positions from 0 on, or one position at a time with a cache.
+        Either P positions from 0 on, or one position at a time with a cache. With `start` a tensor (1,) the shapes are the same for every
+        position: all of the cache is attended to, later positions behind a mask (so it must hold numbers).
         """
         num_tokens, positions, dim = x.shape
         q, k, v = self.qkv(x).view(num_tokens, positions, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # (N, heads, P, hd)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)      # autocast runs the norms in float32
-        if cache is not None:
+        mask = None
+        if isinstance(start, Tensor):
+            cache.keys.index_copy_(2, start, k)
+            cache.values.index_copy_(2, start, v)
+            k, v = cache.keys, cache.values
+            mask = (torch.arange(k.shape[2], device=k.device) <= start).unsqueeze(0)         # (1, C)
+        elif cache is not None:
             cache.keys[:, :, start : start + positions] = k
             cache.values[:, :, start : start + positions] = v
             k, v = cache.keys[:, :, : start + positions], cache.values[:, :, : start + positions]
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=positions > 1)                # (N, heads, P, hd)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=positions > 1)                # (N, heads, P, hd)
         return self.proj(x.transpose(1, 2).reshape(num_tokens, positions, dim))
+
+
+def block_queries(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (N, heads, P, head_dim) of a timm block from its input x (N, P, D)."""
+    attn = block.attn
+    return attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind()
+
+
+def block_rest(block: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
+    """What follows the attention of a timm block: x (N, P, D), attended (N, heads, P, head_dim) -> (N, P, D). No dropout."""
+    x = x + block.attn.proj(attended.transpose(1, 2).flatten(2))
+    return x + block.mlp(block.norm2(x))
+
+
+def masked_block(block: nn.Module, x: Tensor, seen: Tensor) -> Tensor:
+    """A timm block in which only the positions `seen` (P,) bool are attended to: x (N, P, D) -> (N, P, D). No dropout."""
+    q, k, v = block_queries(block, x)
+    return block_rest(block, x, F.scaled_dot_product_attention(q, k, v, attn_mask=seen.unsqueeze(0)))
 
 
 Modulation = tuple[Tensor, ...]
@@ -76,7 +102,7 @@ class AdaLNBlock(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation[1](activated).chunk(6, dim=-1)
         return shift_a, 1 + scale_a, gate_a, shift_m, 1 + scale_m, gate_m
 
-    def forward(self, x: Tensor, modulation: Modulation, cache: LayerCache | None = None, start: int = 0) -> Tensor:
+    def forward(self, x: Tensor, modulation: Modulation, cache: LayerCache | None = None, start: int | Tensor = 0) -> Tensor:
         """x (N, P, H) -> (N, P, H), at positions start .. start+P-1."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
         x = torch.addcmul(x, gate_a, self.attn(torch.addcmul(shift_a, self.norm1(x), scale_a), cache, start))

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import LayerCache
+from models.layers import LayerCache, block_queries, block_rest
 
 if TYPE_CHECKING:
     from models.sampling import SamplerOptions
@@ -33,17 +33,14 @@ def cached_block(block: nn.Module, x: Tensor, cache: LayerCache, slots: slice | 
 
     slots: where their keys and values go, a slice of the cache or slot numbers (R, N).
     """
-    attn = block.attn
-    rows, count, dim = x.shape
-    q, k, v = attn.qkv(block.norm1(x)).view(rows, count, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)    # (R, heads, N, hd)
+    rows, (q, k, v) = len(x), block_queries(block, x)                                                # (R, heads, N, hd)
     for store, new in ((cache.keys, k), (cache.values, v)):
         if isinstance(slots, slice):
             store[:rows, :, slots] = new
         else:
             store[:rows].scatter_(2, slots[:, None, :, None].expand_as(new), new.to(store.dtype))
     attended = F.scaled_dot_product_attention(q, cache.keys[:rows, :, :length].to(q.dtype), cache.values[:rows, :, :length].to(q.dtype))
-    x = x + attn.proj(attended.transpose(1, 2).reshape(rows, count, dim))
-    return x + block.mlp(block.norm2(x))
+    return block_rest(block, x, attended)
 
 
 class ReusedFeatures:

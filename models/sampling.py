@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.compiled import CompiledSampler
 from models.reuse import FeatureSource, ReusedFeatures
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ class SamplerOptions:
 
     channel_temperature: one factor per dimension in *head* order, or two, for the first and the last, with a line between; empty for 1.
     top_k 0 and top_p 1 keep all levels. confidence_candidates: with --order confidence, only so many times the wanted tokens are scored; 0: all.
-    reuse_features, reuse_guidance: see models/reuse.py; 1 recomputes at every step.
+    reuse_features, reuse_guidance: see models/reuse.py; 1 recomputes at every step. compile: see models/compiled.py.
     """
 
     num_iter: int = 64
@@ -207,6 +208,7 @@ class SamplerOptions:
     draw: str = "inverse"
     reuse_features: int = 1
     reuse_guidance: int = 1
+    compile: bool = False
 
     def check(self, num_channels: int) -> None:
         """ValueError naming the flag, and the choices where there are any, for a value that makes no sense."""
@@ -234,6 +236,8 @@ class SamplerOptions:
         for name in ("reuse_features", "reuse_guidance"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 (--{name}), got {getattr(self, name)}")
+            if self.compile and getattr(self, name) > 1:
+                raise ValueError(f"--compile and --{name} do not go together: what is reused changes its shape at every step")
 
     def temperatures(self, step: int, num_channels: int) -> list[float]:
         """Temperature of each dimension (C values, head order) at a step."""
@@ -361,6 +365,7 @@ def sample_steps(model: TokenBridge, class_embedding: Tensor, options: SamplerOp
     draws = noise.draws[:, :, model.channel_order].to(device).flatten(2)                     # (B, L, C) or (B, L, C*K), head order
     confidence = None if noise.confidence is None else noise.confidence.to(device)
     features = feature_source(model, class_embedding, options)
+    channel_sample = CompiledSampler.of(model).channel_sample if options.compile else model.channel_sample
     was_training = model.training
     for step, (before, after, keep) in enumerate(unmasking_plan(options.num_iter, num_masked, options.mask_schedule)):
         scale = guidance_scale(options.cfg, options.cfg_schedule, num_masked, keep, options.cfg_interval)
@@ -371,7 +376,7 @@ def sample_steps(model: TokenBridge, class_embedding: Tensor, options: SamplerOp
                 orders, z = _choose_tokens(model, features, values, orders, before, after, scale, confidence, options)
                 wanted = orders[:, after:before]                                             # (B, M)
                 picked = take(draws, wanted).flatten(0, 1).unflatten(1, (model.token_dim, -1))                    # (B*M, C, 1 or K)
-                indices, witness = model.channel_sample(z.flatten(0, 1), picked if options.draw == "gumbel" else picked[..., 0],
+                indices, witness = channel_sample(z.flatten(0, 1), picked if options.draw == "gumbel" else picked[..., 0],
                                                         options.temperatures(step, model.token_dim), options.top_k, options.top_p)
             finally:
                 if was_training:
@@ -384,6 +389,8 @@ def sample_steps(model: TokenBridge, class_embedding: Tensor, options: SamplerOp
 
 def feature_source(model: TokenBridge, class_embedding: Tensor, options: SamplerOptions) -> FeatureSource:
     """What computes z: called with values (B, L, C), orders (B, L), the number of masked tokens, wanted (B, M) and the guidance scale -> (B, M, D)."""
+    if options.compile:
+        return CompiledSampler.of(model).features(class_embedding)
     if options.reuse_features > 1 or options.reuse_guidance > 1:
         return ReusedFeatures(model, class_embedding, options)
 

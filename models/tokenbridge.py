@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models import generation, quantizer
 from models.channel_ar import ChannelAR
-from models.layers import LAYER_NORM_EPS
+from models.layers import LAYER_NORM_EPS, masked_block
 from models.sampling import CFG_SCHEDULES as CFG_SCHEDULES
 from models.sampling import SamplerOptions, SamplerState, random_orders, sample_steps, take
 from models.sampling import cosine_keep as cosine_keep
@@ -187,7 +187,7 @@ class TokenBridge(ChannelAR):
             x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
         return x
 
-    def encode(self, values: Tensor, visible: Tensor, class_embedding: Tensor) -> Tensor:
+    def encode(self, values: Tensor, visible: Tensor, class_embedding: Tensor, seen: Tensor | None = None) -> Tensor:
         """Encoder over S buffer slots and the visible tokens only (SPEC 4.2).
 
         values (B, V, C) dequantized, visible (B, V) their grid positions, class_embedding (B, D) -> (B, S+V, D).
@@ -197,7 +197,11 @@ class TokenBridge(ChannelAR):
         buffer = class_embedding.unsqueeze(1) + position[:s]                                 # (B, S, D)
         x = self.z_proj(values) + F.embedding(visible, position[s:])                         # (B, V, D)
         x = self.z_proj_ln(torch.cat([buffer, x], dim=1))                                    # (B, S+V, D)
-        return self.encoder_norm(self._run_blocks(self.encoder_blocks, x))
+        if seen is None:
+            return self.encoder_norm(self._run_blocks(self.encoder_blocks, x))
+        for block in self.encoder_blocks:
+            x = masked_block(block, x, seen)
+        return self.encoder_norm(x)
 
     def decode(self, x: Tensor, visible: Tensor, wanted: Tensor | None = None) -> Tensor:
         """Decoder over the whole grid with `mask_token` at hidden positions (SPEC 4.3).

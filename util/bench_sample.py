@@ -112,6 +112,9 @@ def count_samplers(build: Callable[[], torch.nn.Module], batch_size: int, num_it
 
 def bench_sample(args: argparse.Namespace) -> None:
     """Counts of the plain way and ours side by side; unless --dry, time and the share of equal tokens too."""
+    if args.study != "whole":
+        from util import bench_sample_study
+        return bench_sample_study.run(args)
     device = dist.pick_device(args.device)
     precision = dist.pick_precision(args.precision, device)
     counts = count_samplers(lambda: build_model(args), args.batch_size, args.num_iter, args.cfg, args.cfg_schedule, device, precision)
@@ -122,6 +125,7 @@ def bench_sample(args: argparse.Namespace) -> None:
     rows = [row("TFLOP per image", plain.flops / 1e12 / args.batch_size, ours.flops / 1e12 / args.batch_size, ".4g"),
             row("head positions per token", plain_positions, our_positions, ".0f"),
             row("dispatched ops", plain.ops, ours.ops, "d"),
+            row("dispatched ops but for views", plain.ops - plain.views, ours.ops - ours.views, "d"),
             row("host syncs in the loop", plain.num_syncs, ours.num_syncs, "d")]
     if not args.dry:
         rows += timed_samplers(args, device, precision, row)
@@ -144,6 +148,8 @@ def timed_samplers(args: argparse.Namespace, device: torch.device, precision: st
         plain, ours = (model.quantize(function())[0] for function in functions)                # also the warm-up
         seconds = timed(functions, args.repeats, device, warm_up=0)
     same = (plain == ours).double().mean().item()
+    if same < 1 and precision == "fp32" and device.type == "cpu":
+        raise RuntimeError(f"the two samplers disagree: {same:.2%} of the tokens are equal")
     return [row("seconds per image", seconds[0] / args.batch_size, seconds[1] / args.batch_size, ".3f"), ("equal tokens", ["", f"{same:.2%}", ""])]
 
 
@@ -160,4 +166,5 @@ def register(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--num_iter", type=int, default=8, help="sampling steps")
     sub.add_argument("--cfg", type=float, default=3.0, help="guidance scale; 1 means none")
     sub.add_argument("--cfg_schedule", default="linear", choices=CFG_SCHEDULES)
+    sub.add_argument("--study", default="whole", choices=("whole", "head", "deep", "growth"), help="a part by itself, see util/bench_sample_study.py")
     add_model_flags(sub)

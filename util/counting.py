@@ -27,13 +27,13 @@ INDEX_OPS = ("index", "index_put", "index_put_")          # with a boolean index
 class OpCounter(TorchDispatchMode):
     """Counts what reaches torch's dispatcher while it is entered.
 
-    ops: all of them; by_name; syncs: those for which the host must wait for the device's result, by name; largest: elements of the
-    largest tensor made, and largest_bytes. `armed` False lets everything pass uncounted.
+    ops: all of them; views: those that only look at memory in another way; by_name; syncs: those for which the host must wait for the
+    device's result, by name; largest: elements of the largest tensor made, and largest_bytes. `armed` False lets everything pass uncounted.
     """
 
     def __init__(self, armed: bool = True):
         super().__init__()
-        self.armed, self.ops, self.largest, self.largest_bytes = armed, 0, 0, 0
+        self.armed, self.ops, self.views, self.largest, self.largest_bytes = armed, 0, 0, 0, 0
         self.by_name: dict[str, int] = {}
         self.syncs: dict[str, int] = {}
 
@@ -42,6 +42,7 @@ class OpCounter(TorchDispatchMode):
         if self.armed and func.namespace == "aten":         # fake tensors are also asked for their device, which is no work
             name = func.overloadpacket.__name__
             self.ops += 1
+            self.views += func.is_view or name in ("_unsafe_view", "detach")
             self.by_name[name] = self.by_name.get(name, 0) + 1
             if is_host_sync(name, args, result):
                 self.syncs[name] = self.syncs.get(name, 0) + 1
@@ -77,6 +78,7 @@ class Counts:
     ops: int
     syncs: dict[str, int]
     by_name: dict[str, int] = field(default_factory=dict)
+    views: int = 0
 
     @property
     def num_syncs(self) -> int:
@@ -90,7 +92,7 @@ def count(function: Callable[[], object], arm_at: torch.nn.Module | None = None)
         counter.arm_at(arm_at)
     with FlopCounterMode(display=False) as flops, counter:
         function()
-    return Counts(flops.get_total_flops(), counter.ops, counter.syncs, counter.by_name)
+    return Counts(flops.get_total_flops(), counter.ops, counter.syncs, counter.by_name, counter.views)
 
 
 def fake_mode() -> FakeTensorMode:
