@@ -16,10 +16,10 @@ demo: .venv/installed
 	$(BIN)/python -m demo.run
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/python -m pip install --quiet ruff==0.17.6 && $(BIN)/python -m ruff check .

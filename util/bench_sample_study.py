@@ -14,7 +14,7 @@ import torch
 
 from util import dist
 from util.bench_sample import plain_head, samplers
-from util.counting import build_model, count, print_table, timed
+from util.counting import OpCounter, build_model, print_table, timed
 
 DEEP = dict(encoder_embed_dim=32, encoder_depth=16, encoder_num_heads=2, decoder_embed_dim=32, decoder_depth=16, decoder_num_heads=2,
             channel_embed_dim=32, channel_depth=4, channel_heads=2)
@@ -44,11 +44,17 @@ def study_deep(args: argparse.Namespace, device: torch.device) -> None:
     model = TokenBridge(**DEEP).to(device).eval()
     orders = random_orders(1, model.num_tokens, torch.Generator("cpu").manual_seed(args.seed)).to(device)
     ways = samplers(model, orders, torch.tensor([1], device=device), 256, args.cfg, args.cfg_schedule)
-    plain, ours = (count(way, arm_at=model.z_proj) for way in ways)
-    work = [counts.ops - counts.views for counts in (plain, ours)]
+    counters = []
+    for way in ways:
+        counters.append(OpCounter())
+        counters[-1].arm_at(model.z_proj)
+        with counters[-1]:
+            way()
+    plain, ours = counters
+    work = [counter.ops - counter.views for counter in counters]
     rows = [("operations but for views", [str(work[0]), str(work[1]), f"{work[0] / work[1]:.2f}x"]),
             ("all dispatched operations", [str(plain.ops), str(ours.ops), f"{plain.ops / ours.ops:.2f}x"]),
-            ("host syncs in the loop", [str(plain.num_syncs), str(ours.num_syncs), "-"]),
+            ("host syncs in the loop", [str(sum(plain.syncs.values())), str(sum(ours.syncs.values())), "-"]),
             ("graph launches a step, --compile", ["-", str(launches_per_step(model.num_channels)), "-"])]
     print_table(f"Depth 16 + 16 + 4, width 32, 256 iterations, 1 image, cfg {args.cfg:g}, temperature 0 on {device}", ["plain", "ours", "ratio"], rows)
 

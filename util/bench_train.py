@@ -75,13 +75,16 @@ def bench_train(args: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- the two loops
 
-PLAIN_SYNCS = 3                     # of the plain loop below: the mask's counts, the loss, the gradient norm
+STEPS_PER_CALL = 3                  # timed together, so that the one logging step among ours weighs little
+PLAIN_SYNCS = 3                     # of the plain loop below, by reading it: the mask's counts, the loss, the gradient norm
 
 
 def timed_loops(args: argparse.Namespace, device: torch.device, precision: str) -> list[float]:
-    """Median seconds per step: [the loop of engine_tokenbridge.py, the plain loop], run in turn on the same moments."""
+    """Median seconds per step: [the loop of engine_tokenbridge.py, the plain loop], STEPS_PER_CALL of each in turn on the same moments."""
     batch = random_batch(args, device)
-    return timed([our_loop(args, device, precision, batch), plain_loop(args, device, precision, batch)], args.repeats, device)
+    plain_step = plain_loop(args, device, precision, batch)
+    ways = [our_loop(args, device, precision, batch), lambda: [plain_step() for _ in range(STEPS_PER_CALL)]]
+    return [seconds / STEPS_PER_CALL for seconds in timed(ways, args.repeats, device)]
 
 
 def random_batch(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -99,19 +102,18 @@ def small_vae(args: argparse.Namespace) -> torch.nn.Module:
 
 
 def our_loop(args: argparse.Namespace, device: torch.device, precision: str, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
-    """One step of the real loop per call, no logging step among them."""
+    """STEPS_PER_CALL steps of the real loop per call; it logs once, at the last of them, as it does whenever it stops."""
     from engine_state import TrainState
     from engine_tokenbridge import TrainSettings, train_one_epoch
     torch.manual_seed(args.seed)
     state = TrainState(build_model(args).to(device), weight_decay=0.02, ema_rate=0.9999, precision=precision, compiled=args.compile)
     settings = TrainSettings(batch_size=args.batch_size, epochs=10**6, steps_per_epoch=10**6, lr=1e-4, min_lr=0.0, lr_schedule="constant",
                              warmup_epochs=0, grad_clip=3.0, seed=args.seed, precision=precision, log_freq=10**9)
-    vae, calls = small_vae(args).to(device), iter(range(10**9))
+    vae = small_vae(args).to(device)
 
-    def step() -> None:
-        next(calls)
-        train_one_epoch(state, vae, [batch] * 2, settings, device, None, should_stop=lambda: True)
-    return step
+    def steps() -> None:
+        train_one_epoch(state, vae, [batch] * (STEPS_PER_CALL + 1), settings, device, None, should_stop=lambda: state.step % STEPS_PER_CALL == 0)
+    return steps
 
 
 def plain_loop(args: argparse.Namespace, device: torch.device, precision: str, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
