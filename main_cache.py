@@ -24,7 +24,7 @@ import torch
 from engine_cache import Counts, Encoder, ImageSource, MomentsSource, NpzFiles, ShardFiles, check_room, encode_all, read_moments
 from models.quantizer import MAX_BITS, QUANTIZERS, TableQuantizer, build_quantizer, check_range
 from models.vae import AutoencoderKL, load_vae
-from util import dist
+from util import dist, download
 from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
 from util.files import replacing, write_json
 from util.latents import RECORD, CachedLatents, read_record
@@ -272,6 +272,7 @@ def make_quantizer(args: argparse.Namespace, given: set[str], vae: AutoencoderKL
 
 def encode(args: argparse.Namespace, given: set[str], device: torch.device) -> None:
     """Images -> cache."""
+    args.vae_path = download.local_path(args.vae_path, "--vae_path")
     vae = load_vae(args.vae_path, args.vae_embed_dim if "vae_embed_dim" in given else None)
     if args.img_size % vae.stride:
         raise ValueError(f"--img_size {args.img_size} is not a multiple of the stride {vae.stride} of {args.vae_path} (--vae_path)")
@@ -299,6 +300,7 @@ def convert(args: argparse.Namespace, given: set[str], device: torch.device) -> 
     if before is not None and before.get("format", "npz") != "npz":
         raise ValueError(f"{old} (--convert) holds {before['format']} already; it takes a tree of .npz files")
     latents = CachedLatents(old, flag="--convert")
+    args.vae_path = download.local_path(args.vae_path, "--vae_path")
     vae = load_vae(args.vae_path) if "vae_path" in given or args.mode == "indices" else None
     made_by = {key: before[key] for key in ("vae", "scale_factor", "shift", "latent_fingerprint", "vae_file", "vae_sha256") if before and key in before}
     if vae is not None:

@@ -21,7 +21,7 @@ from models.channel_ar import HEADS
 from models.quantizer import MAX_BITS, QUANTIZERS, check_range
 from models.sampling import CFG_SCHEDULES, DRAWS, MASK_SCHEDULES, ORDERS, TEMPERATURE_SCHEDULES, SamplerOptions
 from models.vae import load_vae
-from util import checkpoint, dist
+from util import checkpoint, dist, download
 from util.cli import add_process_flags, at_least, make_parser, parse
 from util.eval_presets import EVAL_PRESETS, apply_eval_preset
 from util.eval_store import SAVE_IMAGES
@@ -215,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         device = dist.init(args.device, args.dist_url)
         source, content = read_checkpoint(args)
+        args.vae_path = download.local_path(args.vae_path, "--vae_path")
         vae = load_vae(args.vae_path, *(getattr(args, n) if n in given else None for n in ("vae_embed_dim", "vae_stride")))
         checkpoint.seed_generators(args.seed)                              # initial weights, the same on every process
         model = build_model(args, given, vae, content, source)

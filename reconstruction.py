@@ -27,7 +27,7 @@ from tqdm import tqdm
 from engine_tokenbridge import mixed_seed
 from models.quantizer import MAX_BITS, QUANTIZERS, TableQuantizer, build_quantizer
 from models.vae import AutoencoderKL, load_vae
-from util import dist
+from util import dist, download
 from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
 from util.fid_stats import Reference, load_reference
 from util.files import write_json
@@ -375,6 +375,7 @@ def load_lpips(args: argparse.Namespace, device: torch.device) -> tuple[Lpips | 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """Check and load everything, reconstruct, write and print (rank 0). ValueError or OSError for bad input."""
+    args.vae_path = download.local_path(args.vae_path, "--vae_path")
     vae = load_vae(args.vae_path, args.vae_embed_dim)
     if args.img_size % vae.stride:
         raise ValueError(f"--img_size {args.img_size} is not a multiple of {vae.stride}, the stride of {args.vae_path}")

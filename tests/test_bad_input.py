@@ -117,7 +117,7 @@ def test_the_flags_that_are_changed_below_are_good(trained: Path, vae_file: Path
     (dict(num_iter=0), "--num_iter must be at least 1, got 0"),
     (dict(num_images=0), "--num_images must be at least 1, got 0"),
     (dict(temperature=-1), r"--temperature must be at least 0, got -1\.0"),
-    (dict(temperature=math.nan), "--temperature must be at least 0, got nan"),
+    (dict(temperature=math.nan), "--temperature must be finite, got nan"),
     (dict(cfg=math.nan), "--cfg must be finite, got nan"),
     (dict(cfg=math.inf), "--cfg must be finite, got inf"),
     (dict(device="tpu"), "--device 'tpu' is not one of"),

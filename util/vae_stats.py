@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from util import dist
+from util import dist, download
 from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
 from util.files import replacing, write_json
 from util.images import to_uint8
@@ -284,6 +284,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     """Measure and write. Raises ValueError or OSError for bad input."""
     from models.vae import load_vae
     from models.vae_description import description_path
+    args.vae_path = download.local_path(args.vae_path, "--vae_path")
     vae = load_vae(args.vae_path)
     if args.img_size % vae.stride:
         raise ValueError(f"--img_size {args.img_size} is not a multiple of the stride {vae.stride} of {args.vae_path} (--vae_path)")
