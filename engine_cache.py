@@ -163,12 +163,27 @@ class Counts:
         return np.array([self.encoded, self.kept, len(self.corrupt)])
 
 
-class NpzFiles:
+class BackgroundWrites:
+    """Writes that go on in `threads` threads while the next batch is encoded."""
+
+    def __init__(self, threads: int):
+        self.pool, self.pending = ThreadPoolExecutor(threads), list[Future]()
+
+    def wait(self) -> None:
+        pending, self.pending = self.pending, []
+        for future in pending:
+            future.result()              # OSError if a write failed
+
+    def close(self) -> None:
+        self.pool.shutdown()
+
+
+class NpzFiles(BackgroundWrites):
     """The published format: one .npz for each image, cache/<class>/<image file name>.npz, `moments` and `moments_flip` float32."""
 
     def __init__(self, cache: Path, source: ImageSource, spec: RecordSpec, batch_size: int):
         self.cache, self.source, self.spec, self.batch_size = cache, source, spec, batch_size
-        self.pool, self.pending = ThreadPoolExecutor(WRITERS), list[Future]()
+        super().__init__(WRITERS)
         source.is_there = self.is_there                                 # asked by the loader's processes, as it reads the file
 
     def target(self, number: int) -> Path:
@@ -193,14 +208,6 @@ class NpzFiles:
         arrays = values.float().numpy()                                                      # (b, 2, 2C, h, w)
         self.pending = [self.pool.submit(write_moments, self.target(n), *arrays[i]) for i, n in enumerate(work.numbers) if present[i]]
 
-    def wait(self) -> None:
-        pending, self.pending = self.pending, []
-        for future in pending:
-            future.result()
-
-    def close(self) -> None:
-        self.pool.shutdown()
-
 
 def write_moments(path: Path, moments: np.ndarray, moments_flip: np.ndarray) -> None:
     """One .npz, under a temporary name first."""
@@ -208,13 +215,13 @@ def write_moments(path: Path, moments: np.ndarray, moments_flip: np.ndarray) -> 
         np.savez(file, moments=moments, moments_flip=moments_flip)
 
 
-class ShardFiles:
+class ShardFiles(BackgroundWrites):
     """Shards of `shard_size` consecutive images (util/shards.py); each process writes every world-size-th of those that are not finished."""
 
     def __init__(self, cache: Path, source: ImageSource, spec: RecordSpec, batch_size: int, shard_size: int, key: str):
         self.cache, self.source, self.spec, self.batch_size, self.shard_size, self.key = cache, source, spec, batch_size, shard_size, key
         self.total = -(-len(source) // shard_size)
-        self.pool, self.pending = ThreadPoolExecutor(1), list[Future]()        # one writer: a shard's end comes after its batches
+        super().__init__(1)                                             # one thread: a shard's end comes after its batches
         self.writers: dict[int, ShardWriter] = {}
 
     def numbers(self, shard: int) -> range:
@@ -301,13 +308,8 @@ class ShardFiles:
         if len(writer.done) == writer.num_batches:
             writer.finish()
 
-    def wait(self) -> None:
-        pending, self.pending = self.pending, []
-        for future in pending:
-            future.result()
-
     def close(self) -> None:
-        self.pool.shutdown()
+        super().close()
         for writer in self.writers.values():
             writer.close()
 
