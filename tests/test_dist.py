@@ -1,6 +1,8 @@
 """util/dist.py: devices and precision by flag, and two real processes over gloo."""
 
+import datetime
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -119,3 +121,31 @@ def test_autocast(precision, dtype):
 def test_memory_and_waiting_on_the_cpu():
     dist.synchronize(torch.device("cpu"))
     assert 0.05 < dist.peak_memory_gib(torch.device("cpu")) < 1000          # GiB: a Python with torch is beyond 50 MiB
+
+
+def start(store, processes: int):  # noqa: ANN001
+    """What every rank gets when all ranks ask for the store of their start at once."""
+    with ThreadPoolExecutor(processes) as pool:
+        return list(pool.map(lambda index: dist.store_of_this_start(store, index, processes), range(processes)))
+
+
+def test_a_store_that_outlives_its_processes():
+    """One store under all starts, as torchrun keeps it; left in it are keys of ranks that died at any point of joining."""
+    shared = torch.distributed.HashStore()
+    for processes in (3, 3, 2, 4):
+        for dead in range(1, 4):
+            shared.set(f"asks/{dead}", f"dead{dead}")
+        stores = start(shared, processes)
+        stores[0].set("address", f"of {processes}")
+        assert all(store.get("address") == f"of {processes}".encode() for store in stores)
+        stores[0].delete_key("address")
+    fresh = start(shared, 3)
+    fresh[0].set("here", "1")
+    assert fresh[2].check(["here"]) and not stores[1].check(["here"])
+
+
+def test_ranks_that_never_come_are_named():
+    store = torch.distributed.HashStore()
+    store.set("asks/1", "died before its answer")
+    with pytest.raises(RuntimeError, match="3 processes were started, but ranks 1, 2 did not join"):
+        dist.store_of_this_start(store, 0, 3, datetime.timedelta(seconds=0.2))

@@ -3,6 +3,8 @@
 import contextlib
 import datetime
 import os
+import time
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 DEVICES = "auto, cpu, cuda, cuda:N"
 PRECISIONS = ("fp32", "bf16", "fp16")
+TIMEOUT = datetime.timedelta(minutes=30)        # of a process that waits for the others
 
 
 def pick_device(flag: str) -> torch.device:
@@ -39,9 +42,40 @@ def init(device_flag: str, dist_url: str = "env://") -> torch.device:
         torch.backends.cudnn.benchmark = True
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=dist_url, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
-                                timeout=datetime.timedelta(minutes=30), device_id=device if device.type == "cuda" else None)
+        store, index, processes = next(dist.rendezvous(dist_url, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout=TIMEOUT))
+        store.set_timeout(TIMEOUT)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = store_of_this_start(store, index, processes)
+        dist.init_process_group(backend, store=store, rank=index, world_size=processes, timeout=TIMEOUT,
+                                device_id=device if device.type == "cuda" else None)
     return device
+
+
+def store_of_this_start(store: dist.Store, index: int, processes: int, timeout: datetime.timedelta = TIMEOUT) -> dist.Store:
+    """The store under a prefix that only the processes started together share; each of them calls this.
+
+    torchrun keeps one store over all its restarts (torch 2.5 to 2.15), so the addresses that dead processes left there would be taken for those of
+    the new ones. Its count of restarts cannot tell them apart, because every node counts its own. So rank 0 draws the prefix and hands it to
+    whoever asks under a name of its own; it answers dead processes too, but goes on until a live one of every rank has confirmed.
+    RuntimeError that names the missing ranks after `timeout`.
+    """
+    name = uuid.uuid4().hex
+    if index > 0:
+        store.set(f"asks/{index}", name)
+        prefix = store.get(f"answer/{name}").decode()
+        store.set(f"confirmed/{prefix}/{index}", "")
+        return dist.PrefixStore(prefix, store)
+    missing, deadline = set(range(1, processes)), time.monotonic() + timeout.total_seconds()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"confirmed/{name}/{other}"]):
+                missing.discard(other)
+            elif store.check([f"asks/{other}"]):
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", name)
+        if missing and time.monotonic() > deadline:
+            raise RuntimeError(f"{processes} processes were started, but ranks {', '.join(map(str, sorted(missing)))} did not join within {timeout}")
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
 
 
 def same_bits_every_time() -> None:
