@@ -1,6 +1,7 @@
 """`python -m util.bench train`: FLOPs, bytes and time of a training step, beside a plain loop; what the presets need, computed."""
 
 import argparse
+import contextlib
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -64,9 +65,9 @@ def bench_train(args: argparse.Namespace) -> None:
         print("counted on fake tensors; nothing was computed (--dry)")
         return
     first = next(iter(ratios))
-    ours, plain = timed_loops(args, device, precision)
+    ours, plain, plain_syncs = timed_loops(args, device, precision)
     rows = [(name, [f"{s:.3f}", f"{args.batch_size / s:.2f}", f"{per_image[0] * args.batch_size / s / 1e12:.3g}", f"{plain / s:.2f} x", str(syncs)])
-            for name, s, syncs in (("plain loop", plain, PLAIN_SYNCS), ("here", ours, count_step_syncs(args)))]
+            for name, s, syncs in (("plain loop", plain, plain_syncs), ("here", ours, count_step_syncs(args)))]
     print_table(f"Whole step (draws, forward, backward, clip, AdamW, EMA); TFLOP/s as of mask ratio {first}; host syncs outside logging steps",
                 ["seconds", "images/s", "TFLOP/s", "faster", "host syncs"], rows)
     print(f"peak memory {dist.peak_memory_gib(device):.2f} GiB, both loops in one process; {torch.get_num_threads()} CPU threads, "
@@ -76,15 +77,16 @@ def bench_train(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------------------- the two loops
 
 STEPS_PER_CALL = 3                  # timed together, so that the one logging step among ours weighs little
-PLAIN_SYNCS = 3                     # of the plain loop below, by reading it: the mask's counts, the loss, the gradient norm
 
 
-def timed_loops(args: argparse.Namespace, device: torch.device, precision: str) -> list[float]:
-    """Median seconds per step: [the loop of engine_tokenbridge.py, the plain loop], STEPS_PER_CALL of each in turn on the same moments."""
-    batch = random_batch(args, device)
-    plain_step = plain_loop(args, device, precision, batch)
+def timed_loops(args: argparse.Namespace, device: torch.device, precision: str) -> tuple[float, float, int]:
+    """Median seconds per step of the loop of engine_tokenbridge.py and of the plain loop, STEPS_PER_CALL of each in turn on the same moments with
+    the same mask ratios; and the plain loop's host syncs in a step."""
+    batch, counter = random_batch(args, device), OpCounter()
+    plain_step = plain_loop(args, device, precision, batch, counter)
     ways = [our_loop(args, device, precision, batch), lambda: [plain_step() for _ in range(STEPS_PER_CALL)]]
-    return [seconds / STEPS_PER_CALL for seconds in timed(ways, args.repeats, device)]
+    ours, plain = (seconds / STEPS_PER_CALL for seconds in timed(ways, args.repeats, device))
+    return ours, plain, sum(counter.syncs.values())
 
 
 def random_batch(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -116,9 +118,12 @@ def our_loop(args: argparse.Namespace, device: torch.device, precision: str, bat
     return steps
 
 
-def plain_loop(args: argparse.Namespace, device: torch.device, precision: str, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+def plain_loop(args: argparse.Namespace, device: torch.device, precision: str, batch: tuple[Tensor, Tensor], counter: OpCounter) -> Callable[[], None]:
     """The same model and arithmetic as a first version would have them: masks and ratio drawn on the host image by image, attention not fused,
-    AdamW and EMA parameter by parameter, loss and norm fetched at every step."""
+    AdamW and EMA parameter by parameter, loss and norm fetched at every step.
+
+    `counter` sees the first step, but for AdamW, whose count of steps is a tensor on the host.
+    """
     import numpy as np
 
     from models.tokenbridge import draw_mask_ratio, num_masked_tokens
@@ -131,12 +136,13 @@ def plain_loop(args: argparse.Namespace, device: torch.device, precision: str, b
     optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
                                    {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.02}], lr=1e-4, betas=(0.9, 0.95), foreach=False)
     ema, scaler = [p.detach().clone() for p in parameters], torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    rng = np.random.default_rng(args.seed)
+    done = 0
 
-    def step() -> None:
+    def gradients() -> None:
         moments, labels = batch
         latents = vae.scale(posterior_from_moments(moments).sample())
-        masked = num_masked_tokens(draw_mask_ratio(model.mask_ratio_min, rng.random()), model.num_tokens)
+        rng = np.random.default_rng([args.seed, done])
+        masked = num_masked_tokens(draw_mask_ratio(model.mask_ratio_min, float(rng.random())), model.num_tokens)          # as in draw_step
         mask = np.zeros((len(latents), model.num_tokens), dtype=bool)
         for row in mask:
             row[rng.permutation(model.num_tokens)[:masked]] = True
@@ -148,6 +154,12 @@ def plain_loop(args: argparse.Namespace, device: torch.device, precision: str, b
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(parameters, 3.0, foreach=False).item()
+
+    def step() -> None:
+        nonlocal done
+        with contextlib.nullcontext() if done else counter:
+            gradients()
+        done += 1
         scaler.step(optimizer)
         scaler.update()
         with torch.no_grad():
