@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.channel_ar import draw_indices, spread_temperatures
-from models.layers import LayerCache, Modulation
+from models.layers import LayerCache, Modulation, take
 
 if TYPE_CHECKING:
     from models.tokenbridge import TokenBridge
@@ -95,13 +95,13 @@ class CompiledSampler:
             if length > known:
                 visible = torch.cat([visible, visible[:, :1].expand(-1, length - known)], dim=1)                 # (B, V)
             seen = torch.arange(m.buffer_size + length, device=values.device) < m.buffer_size + known            # (S+V,)
-            shown = values.gather(1, visible.unsqueeze(-1).expand(-1, -1, values.shape[-1]))                     # (B, V, C)
+            shown = take(values, visible)                                                                        # (B, V, C)
             if scale == 1:
                 z = self._launch(self._backbone, shown, visible, seen, class_embedding, None)
             else:
                 strength = torch.full((), scale, device=values.device)
                 z = self._launch(self._backbone, torch.cat([shown, shown]), torch.cat([visible, visible]), seen, both, strength)
-            return z.gather(1, wanted.unsqueeze(-1).expand(-1, -1, z.shape[-1]))                                 # (B, M, D)
+            return take(z, wanted)                                                                               # (B, M, D)
         return features
 
     # ------------------------------------------------------------------------------------------------------- head
@@ -131,7 +131,7 @@ class CompiledSampler:
         count, length = len(z), bucket(len(z))
         z, noise = (F.pad(x, (0, 0) * (x.ndim - 1) + (0, length - count)) for x in (z, noise))                   # (N, D), (N, C[, K])
         temperatures = spread_temperatures(temperature, m.num_channels)
-        warm = torch.tensor([t or 1.0 for t in temperatures], device=z.device)                                   # (C,)
+        warm = torch.stack([torch.full((), t or 1.0, device=z.device) for t in temperatures])                    # (C,), no copy from the host
         x, modulations = self._launch(self._begin, z)
         attention, weights = m.channel_blocks[0].attn, m.channel_heads
         keys_values = x.new_zeros(len(m.channel_blocks), 2, length, attention.num_heads, m.num_channels, attention.head_dim)

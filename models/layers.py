@@ -1,8 +1,8 @@
 """The pieces of the per-dimension head: causal attention with an optional key-value cache, adaLN blocks, the final modulation.
 
 (The backbone's blocks are timm's; `block_queries` and `block_rest` are such a block without its attention, for callers that bring their own
-keys and values.) Letters: N tokens, P positions handled now (1 while decoding, C while training), C latent
-dimensions, H head width.
+keys and values.) Letters: B images, L tokens of each, M of them, N tokens of all, P positions handled now (1 while decoding, C while training),
+C latent dimensions, H head width.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,11 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 LAYER_NORM_EPS = 1e-6
+
+
+def take(x: Tensor, positions: Tensor) -> Tensor:
+    """Rows of x (B, L, D) at positions (B, M): (B, M, D)."""
+    return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 @dataclass

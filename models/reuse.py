@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import LayerCache, block_queries, block_rest
+from models.layers import LayerCache, block_queries, block_rest, take
 
 if TYPE_CHECKING:
     from models.sampling import SamplerOptions
@@ -76,12 +76,8 @@ class ReusedFeatures:
             stored = z.new_zeros(batch, orders.shape[1], z.shape[-1])
             places = asked.unsqueeze(-1).expand_as(conditional)
             self.difference = stored.scatter(1, places, conditional - unconditional)
-            z = stored.scatter(1, places, conditional).gather(1, self._wide(wanted, z))
-        return z + (scale - 1) * self.difference.gather(1, self._wide(wanted, z))
-
-    @staticmethod
-    def _wide(positions: Tensor, like: Tensor) -> Tensor:
-        return positions.unsqueeze(-1).expand(-1, -1, like.shape[-1])
+            z = take(stored.scatter(1, places, conditional), wanted)
+        return z + (scale - 1) * take(self.difference, wanted)
 
     def _rows(self, x: Tensor, rows: int) -> Tensor:
         """x (B, ...) for all rows (R, ...)."""
@@ -108,7 +104,7 @@ class ReusedFeatures:
     def _plain(self, values: Tensor, orders: Tensor, num_masked: int, asked: Tensor, rows: int) -> Tensor:
         """The whole backbone, nothing kept."""
         visible, known = self._rows(orders[:, num_masked:], rows), self._rows(values, rows)
-        encoded = self.model.encode(known.gather(1, self._wide(visible, known)), visible, self.embedding[:rows])
+        encoded = self.model.encode(take(known, visible), visible, self.embedding[:rows])
         return self.model.decode(encoded, visible, self._rows(asked, rows))
 
     def _whole(self, values: Tensor, orders: Tensor, num_masked: int, asked: Tensor, rows: int) -> Tensor:
@@ -118,17 +114,17 @@ class ReusedFeatures:
         asked = self._rows(asked, rows)
         position = m.encoder_pos_embed_learned[0]                                                    # (S+L, D)
         buffer = self.embedding[:rows].unsqueeze(1) + position[:s]                                   # (R, S, D)
-        tokens = m.z_proj(self._rows(values, rows).gather(1, self._wide(visible, values))) + F.embedding(visible, position[s:])
+        tokens = m.z_proj(take(self._rows(values, rows), visible)) + F.embedding(visible, position[s:])
         x = m.z_proj_ln(torch.cat([buffer, tokens], dim=1))                                          # (R, S+V, D)
         if not self.encoder_caches:
             dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
             self.encoder_caches, self.decoder_caches = self._allocate(x, m.encoder_blocks, dtype), self._allocate(x, m.decoder_blocks, dtype)
         x = self._encoder(x, slice(0, x.shape[1]))                                                   # (R, S+V, D) decoder's width
         hidden = m.mask_token.to(x.dtype).expand(rows, m.num_tokens, x.shape[-1])
-        grid = hidden.scatter(1, self._wide(visible, x), x[:, s:])                                   # (R, L, D)
+        grid = hidden.scatter(1, visible.unsqueeze(-1).expand_as(x[:, s:]), x[:, s:])                                   # (R, L, D)
         x = torch.cat([x[:, :s], grid], dim=1) + m.decoder_pos_embed_learned                         # (R, S+L, D)
         x = self._decoder(x, slice(0, x.shape[1]))[:, s:]
-        return self._finish(x.gather(1, self._wide(asked, x)), asked)
+        return self._finish(take(x, asked), asked)
 
     def _changed(self, values: Tensor, orders: Tensor, num_masked: int, asked: Tensor, rows: int) -> Tensor:
         """Only what changed since the last step: the new tokens through encoder and decoder, the asked ones through the decoder."""
@@ -136,7 +132,7 @@ class ReusedFeatures:
         end = orders.shape[1] - self.known
         new = self._rows(orders[:, num_masked:end].flip(1), rows)                                    # (R, N) revealed since the last step
         asked = self._rows(asked, rows)
-        x = m.z_proj(self._rows(values, rows).gather(1, self._wide(new, values))) + F.embedding(new, m.encoder_pos_embed_learned[0, s:])
+        x = m.z_proj(take(self._rows(values, rows), new)) + F.embedding(new, m.encoder_pos_embed_learned[0, s:])
         x = self._encoder(m.z_proj_ln(x), slice(s + self.known, s + self.known + new.shape[1]))      # (R, N, D)
         hidden = m.mask_token.to(x.dtype).expand(rows, asked.shape[1], x.shape[-1])
         active = torch.cat([new, asked], dim=1)                                                      # (R, N+M)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from models.compiled import CompiledSampler
+from models.layers import take
 from models.reuse import FeatureSource, ReusedFeatures
 
 if TYPE_CHECKING:
@@ -311,11 +312,6 @@ def sampling_noise(bsz: int, num_tokens: int, num_channels: int, seeds: Sequence
         rows = [of(1, torch.Generator("cpu").manual_seed(int(seed))) for seed in seeds]
         parts = [torch.cat(part) for part in zip(*rows, strict=True)]
     return Noise(parts[0], parts[1], parts[2] if len(parts) > 2 else None)
-
-
-def take(x: Tensor, positions: Tensor) -> Tensor:
-    """Rows of x (B, L, D) at positions (B, M): (B, M, D)."""
-    return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def masked_first(orders: Tensor, regenerate: Tensor) -> Tensor:

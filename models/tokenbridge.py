@@ -25,9 +25,9 @@ from torch.utils.checkpoint import checkpoint
 
 from models import generation, quantizer
 from models.channel_ar import ChannelAR
-from models.layers import LAYER_NORM_EPS, masked_block
+from models.layers import LAYER_NORM_EPS, masked_block, take
 from models.sampling import CFG_SCHEDULES as CFG_SCHEDULES
-from models.sampling import SamplerOptions, SamplerState, random_orders, sample_steps, take
+from models.sampling import SamplerOptions, SamplerState, random_orders, sample_steps
 from models.sampling import cosine_keep as cosine_keep
 from models.sampling import guidance_scale as guidance_scale
 from models.sampling import unmasking_plan as unmasking_plan
@@ -210,14 +210,13 @@ class TokenBridge(ChannelAR):
         """
         s = self.buffer_size
         x = self.decoder_embed(x)                                                            # (B, S+V, D)
-        width = x.shape[-1]
-        hidden = self.mask_token.to(x.dtype).expand(len(x), self.num_tokens, width)
-        grid = hidden.scatter(1, visible.unsqueeze(-1).expand(-1, -1, width), x[:, s:])      # (B, L, D)
+        hidden = self.mask_token.to(x.dtype).expand(len(x), self.num_tokens, x.shape[-1])
+        grid = hidden.scatter(1, visible.unsqueeze(-1).expand_as(x[:, s:]), x[:, s:])        # (B, L, D)
         x = torch.cat([x[:, :s], grid], dim=1) + self.decoder_pos_embed_learned              # (B, S+L, D)
         x = self._run_blocks(self.decoder_blocks, x)[:, s:]                                  # (B, L, D)
         if wanted is None:
             return self.decoder_norm(x) + self.output_pos_embed
-        x = x.gather(1, wanted.unsqueeze(-1).expand(-1, -1, width))                          # (B, M, D)
+        x = take(x, wanted)                                                                  # (B, M, D)
         return self.decoder_norm(x) + F.embedding(wanted, self.output_pos_embed[0])
 
     # ------------------------------------------------------------------------------------------------------- training

@@ -224,6 +224,44 @@ def test_frequencies(temperature):
     assert chisquare(counts, 200_000 * weights / weights.sum()).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("draw", ["inverse", "gumbel"])
+@pytest.mark.parametrize(("top_k", "top_p", "kept"), [(0, 1.0, 8), (3, 1.0, 3), (0, 0.7, 4), (2, 0.7, 2), (1, 1.0, 1), (0, 0.01, 1)])
+def test_frequencies_of_what_top_k_and_top_p_leave(draw, top_k, top_p, kept):
+    """Probabilities 0.28, 0.2, 0.16, 0.12, ... : the `kept` largest, renormalised, whichever way is drawn; the chi-square test at 100,000 draws."""
+    p = np.array([0.04, 0.28, 0.06, 0.2, 0.08, 0.16, 0.06, 0.12])
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.rand(100_000, generator=generator) if draw == "inverse" else -torch.empty(100_000, 8).exponential_(generator=generator).log()
+    drawn = draw_indices(torch.from_numpy(p).log().expand(100_000, 8), noise, 1.0, top_k, top_p)[0]
+    counts = torch.bincount(drawn, minlength=8).numpy()
+    left = np.argsort(-p, kind="stable")[:kept]
+    assert counts[left].sum() == 100_000
+    if kept > 1:
+        assert chisquare(counts[left], 100_000 * p[left] / p[left].sum()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("noise", [torch.rand(500, generator=torch.Generator().manual_seed(5)), torch.randn(500, 64) * 100])
+def test_top_k_1_is_the_argmax(noise):
+    logits = torch.randn(500, 64, generator=torch.Generator().manual_seed(4))
+    for temperature in (0.1, 1.0, 50.0):
+        assert torch.equal(draw_indices(logits, noise, temperature, top_k=1)[0], logits.argmax(-1))
+
+
+@pytest.mark.parametrize("draw", ["inverse", "gumbel"])
+def test_the_head_draws_from_its_joint_distribution(draw):
+    """A head of 2 dimensions with 4 levels: all 16 outcomes of a token, against p(first) p(second | first) from the teacher-forced logits."""
+    model = tiny_model(channel_depth=1, vae_embed_dim=2, quant_levels=4, channel_order=[1, 0])
+    z = torch.randn(1, model.mask_token.shape[-1], generator=torch.Generator().manual_seed(6))
+    outcomes = torch.cartesian_prod(torch.arange(4), torch.arange(4))                                # (16, 2) head order
+    with torch.no_grad():
+        first, second = model.channel_logits(z.expand(16, -1), outcomes).double().mul(1 / 0.7).log_softmax(-1).unbind(1)
+        expected = (first.gather(1, outcomes[:, :1]) + second.gather(1, outcomes[:, 1:])).exp()[:, 0].numpy()
+        generator = torch.Generator().manual_seed(7)
+        noise = torch.rand(40_000, 2, generator=generator) if draw == "inverse" else -torch.empty(40_000, 2, 4).exponential_(generator=generator).log()
+        drawn, _ = model.channel_sample(z.expand(40_000, -1), noise, 0.7)
+    counts = torch.bincount(drawn[:, 0] * 4 + drawn[:, 1], minlength=16).numpy()
+    assert expected.sum() == pytest.approx(1) and chisquare(counts, 40_000 * expected).pvalue > 1e-3
+
+
 def test_impossible_levels_are_never_drawn():
     logits = torch.full((4096, 64), -math.inf)
     logits[:, 20:40] = torch.randn(4096, 20, generator=torch.Generator().manual_seed(0))

@@ -14,8 +14,9 @@ from conftest import RecordOps, fill_golden, tiny_batch, tiny_config, tiny_vae
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine_tokenbridge import batch_latents
-from models import MODELS
+from models import MODELS, compiled, sampling
 from models.quantizer import GaussianQuantizer
+from models.sampling import SamplerOptions, sample_steps
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util.eval_store import image_flaws
@@ -180,6 +181,37 @@ def test_sampler_stays_on_the_gpu(context, labels):
         assert len(first) == 2 and {device for _, device in ops.devices[first[0]:]} == {"cuda"}
         moved = [name for name, device in ops.devices[:first[0]] if device != "cuda"]
         assert "normal_" not in moved and len(moved) < 30
+
+
+EDIT = dict(editing=True)
+
+
+@pytest.mark.parametrize("options", [
+    dict(order="confidence", confidence_candidates=2.0, reuse_guidance=2), dict(order="halton", draw="gumbel", channel_temperature=(0.5, 1.5)),
+    dict(order="raster", temperature_schedule="linear", cfg_schedule="interval", cfg_interval=(0.3, 0.7)), dict(temperature=0, reuse_features=2),
+    dict(order="subsample", top_k=3, top_p=0.9, compile=True), dict(order="confidence", draw="gumbel", temperature=0.9, compile=True),
+    EDIT | dict(order="confidence"), EDIT | dict(reuse_features=3, reuse_guidance=2), EDIT | dict(compile=True),
+], ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()))
+def test_every_way_to_sample_stays_on_the_gpu(monkeypatch, options):
+    """From the first pass on; the compiled path through the same functions uncompiled.
+
+    What the host does before has stand-ins where fake tensors cannot do it: Gumbel noise from a generator, counting the mask's tokens.
+    """
+    monkeypatch.setattr(compiled, "graph", lambda function, device: function)
+    monkeypatch.setattr(sampling, "gumbel", lambda shape, generator: torch.zeros(tuple(shape), device="cpu"))
+    monkeypatch.setattr(sampling, "check_regenerate", lambda mask, bsz, num_tokens: (mask.expand(bsz, -1), 6))
+    options = dict(num_iter=3, cfg=2.0) | options
+    with fake_gpu():
+        model = on_fake_gpu(TokenBridge, **tiny_config(vae_embed_dim=4, channel_order=None, channel_depth=1))
+        given = {}
+        if options.pop("editing", False):
+            given = dict(init=torch.zeros(1, 4, 4, 4, device="cuda"), regenerate=torch.arange(16, device="cpu").view(1, 16) % 3 == 0)
+        ops, first = RecordOps(), []
+        model.z_proj.register_forward_pre_hook(lambda *_: first.append(len(ops.devices)))
+        with ops:
+            states = list(sample_steps(model, model.class_emb.weight[:2], SamplerOptions(**options), seeds=[1, 2], **given))
+        assert len(states) == 3 and states[-1].latents.shape == (2, 4, 4, 4) and states[-1].latents.device.type == "cuda"
+        assert first and {device for _, device in ops.devices[first[0]:]} == {"cuda"}
 
 
 def test_given_orders_may_be_on_the_gpu():

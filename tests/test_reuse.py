@@ -7,8 +7,9 @@ import torch
 from conftest import tiny_model
 from torch import Tensor
 
+from models.layers import take
 from models.reuse import ReusedFeatures
-from models.sampling import SamplerOptions, feature_source, random_orders, take, unmasking_plan
+from models.sampling import SamplerOptions, feature_source, random_orders, unmasking_plan
 from models.tokenbridge import TokenBridge
 from util.counting import count
 
