@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from sklearn.svm import SVC
 
 import main_tokenbridge
@@ -104,11 +105,16 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def judged(model: TokenBridge, vae: AutoencoderKL, num_images: int, seed: int, train_root: Path, folder: Path) -> tuple[float, float]:
-    """(accuracy, Fréchet distance) of num_images samples, as many of each class; they are written to `folder` as the classifier reads files."""
+    """(accuracy, Fréchet distance) of num_images samples, as many of each class."""
     labels = [i * 10 // num_images for i in range(num_images)]
-    for number, image in enumerate(model.generate(vae, labels, seed=seed, batch_size=50, **SAMPLING)):
-        atomic_write(image, folder / f"{number:06d}.png")
-    files = [folder / f"{number:06d}.png" for number in range(num_images)]
+    return judge_images(model.generate(vae, labels, seed=seed, batch_size=50, **SAMPLING), labels, train_root, folder)
+
+
+def judge_images(images: Sequence[Image.Image], labels: Sequence[int], train_root: Path, folder: Path) -> tuple[float, float]:
+    """(accuracy, Fréchet distance); the images are written to `folder`, since the classifier reads files."""
+    files = [folder / f"{number:06d}.png" for number in range(len(images))]
+    for file, image in zip(files, images, strict=True):
+        atomic_write(image, file)
     judge, (real, _) = digits.fit_judge(train_root), digits.read_part(train_root)
     made = np.stack([digits.features(file) for file in files])
     return digits.accuracy(judge, files, labels), frechet(margins(judge, made), margins(judge, real))

@@ -14,6 +14,7 @@ from models.tokenbridge import TokenBridge, draw_mask_ratio, random_orders
 from util.bench import build_parser, main
 from util.bench_quantizer import quantize_by_distance
 from util.bench_sample import HeadPositions, count_samplers, samplers
+from util.bench_sample_study import REUSE
 from util.bench_train import count_training, mean_mask_ratio
 from util.counting import OpCounter, count, fake_mode
 from util.log import run_cli
@@ -243,3 +244,14 @@ def test_cache_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
     assert len(before) == 60 and run_cli(lambda: main(["cache", "--records", "0"])) == 2
     assert "--records must be at least 1" in capsys.readouterr().err
+
+
+def test_what_is_reused_is_not_computed(capsys: pytest.CaptureFixture) -> None:
+    """Study "reuse": fewer FLOPs than the exact sampler for every saving; confidence order costs more the more candidates it scores."""
+    main(["sample", "--study", "reuse", "--model", "tokenbridge_digits", "--img_size", "32", "--vae_stride", "8", "--vae_embed_dim", "4",
+          "--batch_size", "1", "--num_iter", "6", "--dry"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.endswith("x")]
+    fewer = {line[:34].strip(): float(line[50:66].rstrip("x ")) for line in rows}
+    assert fewer["exact, random order"] == 1 and list(fewer) == list(REUSE)
+    assert all(fewer[name] > 1.02 for name in fewer if name.startswith("reuse") or name.startswith("both"))
+    assert fewer["order confidence"] <= fewer["order confidence, candidates 2"] <= fewer["order confidence, candidates 1"]

@@ -166,5 +166,6 @@ def register(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--num_iter", type=int, default=8, help="sampling steps")
     sub.add_argument("--cfg", type=float, default=3.0, help="guidance scale; 1 means none")
     sub.add_argument("--cfg_schedule", default="linear", choices=CFG_SCHEDULES)
-    sub.add_argument("--study", default="whole", choices=("whole", "head", "deep", "growth"), help="a part by itself, see util/bench_sample_study.py")
+    sub.add_argument("--study", default="whole", choices=("whole", "head", "deep", "growth", "reuse"),
+                     help="a part by itself, see util/bench_sample_study.py")
     add_model_flags(sub)

@@ -1,8 +1,9 @@
-"""`python -m util.bench sample --study head|deep|growth`: parts of the sampler looked at by themselves.
+"""`python -m util.bench sample --study head|deep|growth|reuse`: parts of the sampler looked at by themselves.
 
   head     64 tokens through the per-dimension head: anew for every dimension (the reference) against one with a key-value cache
   deep     large's depth at a narrow width, 256 iterations, one image: operations that the host has to dispatch, and host syncs
   growth   time against iterations, batch and tokens, each with the exponent of a power law fitted to it
+  reuse    FLOPs and time of what computes less: features and guidance reused, fewer confidence candidates (their effect on images: demo/samplers.py)
 """
 
 import argparse
@@ -14,7 +15,7 @@ import torch
 
 from util import dist
 from util.bench_sample import plain_head, samplers
-from util.counting import OpCounter, build_model, print_table, timed
+from util.counting import OpCounter, build_model, count, fake_mode, print_table, timed
 
 DEEP = dict(encoder_embed_dim=32, encoder_depth=16, encoder_num_heads=2, decoder_embed_dim=32, decoder_depth=16, decoder_num_heads=2,
             channel_embed_dim=32, channel_depth=4, channel_heads=2)
@@ -83,7 +84,36 @@ def study_growth(args: argparse.Namespace, device: torch.device) -> None:
         print(f"fitted: seconds ~ {name}^{fitted_exponent(values, seconds):.2f}")
 
 
-STUDIES: dict[str, Callable[[argparse.Namespace, torch.device], None]] = {"head": study_head, "deep": study_deep, "growth": study_growth}
+REUSE = {"exact, random order": {}, "reuse_features 2": dict(reuse_features=2), "reuse_features 4": dict(reuse_features=4),
+         "reuse_guidance 2": dict(reuse_guidance=2), "reuse_guidance 4": dict(reuse_guidance=4),
+         "both 2": dict(reuse_features=2, reuse_guidance=2), "order confidence": dict(order="confidence"),
+         "order confidence, candidates 2": dict(order="confidence", confidence_candidates=2.0),
+         "order confidence, candidates 1": dict(order="confidence", confidence_candidates=1.0)}
+
+
+def study_reuse(args: argparse.Namespace, device: torch.device) -> None:
+    """FLOPs per image on fake tensors, and seconds unless --dry, of every setting of REUSE beside the exact sampler, in one run."""
+    from models.tokenbridge import TokenBridge
+
+    def run(model: TokenBridge, options: dict) -> object:
+        labels = torch.zeros(args.batch_size, dtype=torch.long)
+        return model.sample_tokens(args.batch_size, args.num_iter, args.cfg, args.cfg_schedule, labels, 1.0, **options)
+    with fake_mode(), torch.no_grad():
+        model = build_model(args).eval()
+        flops = [count(lambda options=options: run(model, options)).flops / args.batch_size for options in REUSE.values()]
+    rows = [(name, [f"{f / 1e12:.4g}", f"{flops[0] / f:.2f}x"]) for name, f in zip(REUSE, flops, strict=True)]
+    if not args.dry:
+        torch.manual_seed(args.seed)
+        real = build_model(args).to(device).eval()
+        ways = [lambda options=options: run(real, options) for options in REUSE.values()]
+        seconds = [s / args.batch_size for s in timed(ways, args.repeats, device, warm_up=0)]
+        rows = [(name, [*cells, f"{s:.2f}", f"{seconds[0] / s:.2f}x"]) for (name, cells), s in zip(rows, seconds, strict=True)]
+    print_table(f"{args.model}: {args.batch_size} image(s), {args.num_iter} iterations, cfg {args.cfg:g} {args.cfg_schedule}, temperature 1, on {device}",
+                ["TFLOP/image", "fewer"] + ["s/image", "faster"] * (not args.dry), rows)
+
+
+STUDIES: dict[str, Callable[[argparse.Namespace, torch.device], None]] = {
+    "head": study_head, "deep": study_deep, "growth": study_growth, "reuse": study_reuse}
 
 
 def run(args: argparse.Namespace) -> None:
