@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.tokenbridge import TokenBridge
 from util import checkpoint, dist
-from util.ema import ModelEma
+from util.ema import SIGMA_RELS, ModelEma, PowerEma
 from util.log import get_logger
 from util.sharding import full, like, shard, to_host
 
@@ -54,7 +54,8 @@ class TrainState:
     """
 
     def __init__(self, model: TokenBridge, *, weight_decay: float, ema_rate: float, precision: str, ema_warmup: bool = False,
-                 compiled: bool = False, fsdp: bool = False, accumulates: bool = False, device: torch.device | None = None):
+                 compiled: bool = False, fsdp: bool = False, accumulates: bool = False, posthoc_ema: bool = False,
+                 device: torch.device | None = None):
         self.model, self.fsdp = model, fsdp
         self.device = device or next(model.parameters()).device
         if compiled:
@@ -65,9 +66,15 @@ class TrainState:
         self.wrapped: nn.Module = model if fsdp else wrap(model if device is None else model.to(device), accumulates)
         self.optimizer = torch.optim.AdamW(weight_decay_groups(model, weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
         self.ema = ModelEma(model, ema_rate, ema_warmup)
+        self.power_emas = [PowerEma(model, sigma_rel) for sigma_rel in SIGMA_RELS] if posthoc_ema else []
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.step = 0                   # optimizer steps done
         self.bad_in_row = 0             # steps skipped one after another, up to now
+
+    def update_averages(self) -> None:
+        """After an optimizer step, before it is counted. No host sync."""
+        for average in (self.ema, *self.power_emas):
+            average.update(self.step)
 
     def hold_gradients(self, hold: bool) -> None:
         """Whether the coming backward pass only adds to this process's gradients, or the processes average them at its end."""
@@ -79,7 +86,8 @@ class TrainState:
     # ------------------------------------------------------------------------------------------------------- checkpoints
 
     def snapshot(self, steps_per_epoch: int) -> dict | None:
-        """A copy on the CPU, for rank 0 (None elsewhere): the published checkpoint layout (SPEC 7) and, beyond it, `step`, `rng` and `versions`.
+        """A copy on the CPU, for rank 0 (None elsewhere): the published checkpoint layout (SPEC 7) and, beyond it, `step`, `rng` and `versions`,
+        and `posthoc_ema` where those averages are kept.
 
         `epoch` is the last one finished, -1 before that. Every process must call it. Whole tensors, however they are cut over the processes.
         """
@@ -87,6 +95,8 @@ class TrainState:
         if not dist.is_main() and not self.fsdp:
             return None
         tensors = {"model": self.model.state_dict(), "model_ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.power_emas:
+            tensors["posthoc_ema"] = {f"{average.sigma_rel:g}": average.state_dict() for average in self.power_emas}
         copies = to_host(tensors, keep=dist.is_main())
         if not dist.is_main():
             return None
@@ -112,6 +122,7 @@ class TrainState:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"the optimizer state in {source} does not fit this model: {error}") from error
         self._load_step(content, steps_per_epoch, source)
+        self._load_power_emas(content, source)
         self._load_random_state(content, source)
 
     def _cut_like_parameters(self, state: dict) -> dict:
@@ -135,6 +146,23 @@ class TrainState:
         if len(set(dist.gather_objects(self.step))) > 1:
             raise ValueError(f"the processes read different checkpoints of {source}: they are at steps {dist.gather_objects(self.step)}; "
                              "is --resume on a disk that all nodes share?")
+
+    def _load_power_emas(self, content: dict, source: str) -> None:
+        """They weigh the steps by their number, so they can only be kept from the first one on."""
+        saved = content.get("posthoc_ema")
+        if not self.power_emas:
+            if saved is not None:
+                logger.warning("%s has the averages of --posthoc_ema_freq; without the flag they end here and cannot be taken up again", source)
+            return
+        keys = [f"{average.sigma_rel:g}" for average in self.power_emas]
+        whole = isinstance(saved, dict) and all(isinstance(saved.get(key), dict) for key in keys)
+        if self.step and not (whole and content.get("step") == self.step):
+            why = f"has those of step {content.get('step')}, and training continues at step {self.step}" if whole else "has none"
+            raise ValueError(f"--posthoc_ema_freq needs averages that were kept from the first step on, and {source} {why}: leave the flag out, or "
+                             "train anew in another --output_dir")
+        for key, average in zip(keys, self.power_emas, strict=True):
+            if whole:
+                average.load_state_dict(saved[key], source)
 
     def _load_random_state(self, content: dict, source: str) -> None:
         """The loop seeds its draws by step; this is for whatever else draws. Left as it is if the number of processes changed."""

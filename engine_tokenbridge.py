@@ -42,6 +42,7 @@ class TrainSettings:
     max_bad_steps: int = 10
     log_freq: int = 20
     save_every_steps: int | None = None
+    posthoc_ema_freq: int = 0
     peak_tflops: float | None = None
 
     @property
@@ -104,12 +105,13 @@ def batch_latents(batch: Tensor, vae: AutoencoderKL, noise: Tensor, model: Token
 
 
 def train_one_epoch(state: TrainState, vae: AutoencoderKL, loader: Iterable, settings: TrainSettings, device: torch.device, log: JsonlLog | None, *,
-                    save: Callable[[], None] | None = None, should_stop: Callable[[], bool] = lambda: False) -> bool:
+                    save: Callable[[], None] | None = None, keep_averages: Callable[[], None] | None = None,
+                    should_stop: Callable[[], bool] = lambda: False) -> bool:
     """Train from `state.step` to the end of its epoch (or of the run); the loader starts at that step's first micro-batch.
 
     A step whose loss or gradient is not finite is skipped on every process alike; max_bad_steps in a row are a ValueError that names
-    step, lr and gradient norm. save() is called every save_every_steps. should_stop() is asked after each step, by every process, all of
-    which get the same answer; returns True if it was to stop.
+    step, lr and gradient norm. save() is called every save_every_steps, keep_averages() before it every posthoc_ema_freq. should_stop() is
+    asked after each step, by every process, all of which get the same answer; returns True if it was to stop.
     """
     model, s = state.model.train(), settings
     last = min((state.step // s.steps_per_epoch + 1) * s.steps_per_epoch, s.total_steps)
@@ -128,7 +130,7 @@ def train_one_epoch(state: TrainState, vae: AutoencoderKL, loader: Iterable, set
         logged = (state.step + 1) % s.log_freq == 0
         loss, details = accumulate(state, vae, batches, draws, s, device, progress, detailed=logged)
         norm = optimizer_step(state, parameters, s.grad_clip)
-        state.ema.update(state.step)
+        state.update_averages()
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
 
@@ -142,6 +144,8 @@ def train_one_epoch(state: TrainState, vae: AutoencoderKL, loader: Iterable, set
         save_now = save is not None and s.save_every_steps is not None and state.step % s.save_every_steps == 0
         if logged or stop or save_now or state.step == last or device.type == "cpu" and not math.isfinite(norm):
             state.bad_in_row = progress.flush(state.step, state.bad_in_row)
+        if keep_averages is not None and s.posthoc_ema_freq and state.step % s.posthoc_ema_freq == 0:
+            keep_averages()
         if save_now:
             save()
     return stop

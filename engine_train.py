@@ -14,7 +14,7 @@ from engine_state import TrainState
 from engine_tokenbridge import TrainSettings, train_one_epoch
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
-from util import checkpoint, dist
+from util import checkpoint, dist, posthoc_ema
 from util.cli import check_writable
 from util.flops import peak_tflops
 from util.images import read_image, save_grid, to_tensor
@@ -34,7 +34,8 @@ def train_settings(args: argparse.Namespace, steps_per_epoch: int, device: torch
         lr=base_learning_rate(args.lr, args.blr, args.batch_size * dist.world_size() * args.accum_iter), min_lr=args.min_lr,
         lr_schedule=args.lr_schedule, warmup_epochs=args.warmup_epochs, grad_clip=args.grad_clip, seed=args.seed, precision=precision,
         accum_iter=args.accum_iter, max_steps=args.max_steps, max_bad_steps=args.max_bad_steps, log_freq=args.log_freq,
-        save_every_steps=args.save_every_steps, peak_tflops=args.peak_tflops or peak_tflops(dist.device_name(device), precision))
+        save_every_steps=args.save_every_steps, posthoc_ema_freq=args.posthoc_ema_freq,
+        peak_tflops=args.peak_tflops or peak_tflops(dist.device_name(device), precision))
 
 
 def announce(args: argparse.Namespace, model: TokenBridge, settings: TrainSettings, images: int, device: torch.device) -> None:
@@ -82,7 +83,8 @@ def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, cont
     if content is not None:
         checkpoint.load_state(model, content["model"], str(source))
     state = TrainState(model, weight_decay=args.weight_decay, ema_rate=args.ema_rate, ema_warmup=args.ema_warmup, precision=settings.precision,
-                       compiled=args.compile, fsdp=args.fsdp, accumulates=args.accum_iter > 1, device=device)
+                       compiled=args.compile, fsdp=args.fsdp, accumulates=args.accum_iter > 1,
+                       posthoc_ema=args.posthoc_ema_freq > 0, device=device)
     vae.to(memory_format=torch.channels_last)                              # faster convolutions; for images only, a cache needs no VAE
     data = {"samples": len(dataset), "seed": args.seed, "global_batch": args.batch_size * dist.world_size() * args.accum_iter}
     if content is not None:
@@ -92,10 +94,18 @@ def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, cont
         warn_of_other_data(content, data, source)
     elif args.start_epoch:
         state.step = args.start_epoch * steps_per_epoch
-    output = check_writable(args.output_dir, "--output_dir")               # last, so that a refused command leaves no folder behind
     config = {"model_name": args.model, "model": model.config, "vae": vae.config, "vae_fingerprint": vae.latent_fingerprint(),
               "classes": dataset.classes, "args": vars(args)}
+    if state.power_emas:
+        config["run"] = ((content or {}).get("config") or {}).get("run") or posthoc_ema.run_name(config, data)
+        posthoc_ema.check_run(Path(args.output_dir), config["run"])
+    output = check_writable(args.output_dir, "--output_dir")               # last, so that a refused command leaves no folder behind
     writer, saved = checkpoint.CheckpointWriter(output, args.keep_last), None
+    snapshots = posthoc_ema.SnapshotWriter(output, config["run"], state.step) if state.power_emas else None
+
+    def keep_averages() -> None:
+        if snapshots is not None:
+            snapshots.take(state.step, state.power_emas, state.fsdp)
 
     def save() -> None:
         nonlocal saved
@@ -104,6 +114,8 @@ def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, cont
         saved = state.step
         epoch, done = divmod(state.step, steps_per_epoch)
         snapshot = state.snapshot(steps_per_epoch)
+        if snapshots is not None:
+            snapshots.close()                                              # a checkpoint's snapshots are on the disk before it
         if snapshot is not None:
             writer.save(snapshot | {"config": config, "data": data | {"epoch": epoch, "steps_done": done}})
 
@@ -118,8 +130,11 @@ def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, cont
             while state.step < settings.total_steps and not stopped:
                 epoch, done = divmod(state.step, steps_per_epoch)
                 sampler.set_epoch(epoch, done * args.accum_iter)
-                stopped = train_one_epoch(state, vae, loader, settings, device, log, save=save, should_stop=stop.agreed)
+                stopped = train_one_epoch(state, vae, loader, settings, device, log, save=save, keep_averages=keep_averages,
+                                          should_stop=stop.agreed)
                 finished, ended = state.step >= settings.total_steps, state.step % steps_per_epoch == 0
+                if finished:
+                    keep_averages()
                 if stopped or finished or (epoch + 1) % args.save_last_freq == 0:
                     save()
                 if evaluator is not None and not stopped and (finished or (epoch + 1) % args.eval_freq == 0):
@@ -129,6 +144,8 @@ def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, cont
                     if log is not None:
                         log.write_image("samples", picture, state.step)
     finally:
+        if snapshots is not None:
+            snapshots.close()
         writer.close()
         if log is not None:
             log.close()

@@ -83,6 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--precision", default=None, choices=dist.PRECISIONS, help="default: bf16 on cuda that has it, else fp16; fp32 on cpu")
     group.add_argument("--max_bad_steps", type=int, default=10, help="stop after so many steps in a row without a finite loss and gradient")
     group.add_argument("--ema_warmup", action="store_true", help="a lower EMA rate in the first steps, (1 + t) / (10 + t); published: off")
+    group.add_argument("--posthoc_ema_freq", type=int, default=0,
+                       help="steps between snapshots for an EMA whose length is chosen afterwards (python -m util.posthoc_ema); 0 for none")
     group.add_argument("--compile", action="store_true", help="compile the transformer blocks, or the sampler (torch.compile): slower start, faster steps")
     group.add_argument("--fsdp", action="store_true", help="cut weights, gradients, optimizer and EMA over the processes (fully_shard)")
     group.add_argument("--log_freq", type=int, default=20, help="steps between progress lines")
@@ -170,10 +172,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--evaluate and --sample are two different things; choose one")
     at_least(args, num_iter=1, num_images=1, eval_bsz=1, batch_size=1, accum_iter=1, epochs=1, max_steps=1, log_freq=1, max_bad_steps=1,
              save_last_freq=1, eval_freq=1, img_size=1, class_num=1, save_every_steps=1, keep_last=1)
-    at_least(args, warmup_epochs=0, weight_decay=0, grad_clip=0, lr=0, blr=0, min_lr=0, start_epoch=0, seed=0, sample_freq=0)
+    at_least(args, warmup_epochs=0, weight_decay=0, grad_clip=0, lr=0, blr=0, min_lr=0, start_epoch=0, seed=0, sample_freq=0, posthoc_ema_freq=0)
     for name in ("grad_clip", "lr", "blr", "min_lr", "weight_decay"):
         if getattr(args, name) is not None and not math.isfinite(getattr(args, name)):
             raise ValueError(f"--{name} must be finite, got {getattr(args, name)}")
+    if args.posthoc_ema_freq and args.start_epoch:
+        raise ValueError("--posthoc_ema_freq averages from the first step on: it does not go with --start_epoch; leave one of them out")
     if args.peak_tflops is not None and not (args.peak_tflops > 0 and math.isfinite(args.peak_tflops)):
         raise ValueError(f"--peak_tflops must be a positive number, got {args.peak_tflops}")
     if (args.evaluate or args.online_eval) and args.num_images < IS_SPLITS:

@@ -1,13 +1,14 @@
-"""util/ema.py (SPEC 7): against the plain formula, number by number."""
+"""util/ema.py (SPEC 7; arXiv 2312.02696): against the plain formulas, number by number."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
 from torch import nn
 
-from util.ema import ModelEma
+from util.ema import ModelEma, PowerEma, power_exponent
 
 
 def test_the_plain_formula():
@@ -118,3 +119,36 @@ def test_closed_form_over_a_ramp():
         nn.init.constant_(model.weight, step)
         ema.update(step - 1)
     assert ema.state_dict()["weight"].item() == pytest.approx(50 - (1 - r**50) * r / (1 - r), abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------- power-function profiles
+
+@pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94), (12**-0.5, 0.0)])
+def test_exponents_of_the_paper(sigma_rel: float, gamma: float) -> None:
+    """The values of section 3.1; and the profile's standard deviation, integrated numerically, is sigma_rel."""
+    g = power_exponent(sigma_rel)
+    assert g == pytest.approx(gamma, abs=0.005)
+    tau = (np.arange(200_000) + 0.5) / 200_000
+    p = (g + 1) * tau**g / 200_000
+    assert np.sqrt((p * tau**2).sum() - (p * tau).sum() ** 2) == pytest.approx(sigma_rel, rel=1e-5)
+
+
+@pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 0.29, math.nan])
+def test_lengths_that_no_profile_has(sigma_rel: float) -> None:
+    with pytest.raises(ValueError, match=r"sigma_rel must be in \(0, 0\.2887\] \(--sigma_rel\)"):
+        power_exponent(sigma_rel)
+
+
+@pytest.mark.parametrize("sigma_rel", [0.05, 0.10])
+def test_power_function_average_by_its_closed_form(sigma_rel: float) -> None:
+    """Weights 1, 4, 9 ... after steps 1, 2, 3 ..., from 1000: sum of s^2 (s^(g+1) - (s-1)^(g+1)) / t^(g+1), whatever they began with."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 1000)
+    average, g = PowerEma(model, sigma_rel), power_exponent(sigma_rel)
+    for t in range(1, 301):
+        nn.init.constant_(model.weight, t**2)
+        average.update(t - 1)
+        s = np.arange(1, t + 1, dtype=np.float64)
+        exact = (s**2 * ((s / t) ** (g + 1) - ((s - 1) / t) ** (g + 1))).sum()
+        assert average.state_dict()["weight"].item() == pytest.approx(exact, rel=2e-6)
+    assert average.state_dict()["weight"].dtype == torch.float32

@@ -48,6 +48,9 @@ def assert_same_training(found: dict, alone: dict) -> None:
     assert_close(found["model"], alone["model"])
     assert_close(found["model_ema"], alone["model_ema"])
     assert_close(found["averaged"], alone["averaged"])
+    for sigma_rel, average in alone["posthoc_ema"].items():
+        assert_close(found["posthoc_ema"][sigma_rel], average)
+        assert all(torch.equal(value, found["posthoc_ema"][sigma_rel][name].half()) for name, value in found["snapshot"][sigma_rel].items())
     assert found["optimizer"]["state"].keys() == alone["optimizer"]["state"].keys()
     assert all(mine["exp_avg"].shape == found["optimizer"]["state"][i]["exp_avg"].shape for i, mine in alone["optimizer"]["state"].items())
     assert [group["params"] for group in found["optimizer"]["param_groups"]] == [group["params"] for group in alone["optimizer"]["param_groups"]]
@@ -168,13 +171,13 @@ def test_a_loss_that_is_not_finite_spoils_every_gradient() -> None:
 
 
 def test_learning_and_stepping_never_wait_for_a_gpu() -> None:
-    """The host syncs of a forward pass with metrics, and of clipping, AdamW's step and the EMA, on fake GPU tensors: none.
+    """The host syncs of a forward pass with metrics, and of clipping, AdamW's step and the averages, on fake GPU tensors: none.
 
     The backward pass on fake GPU tensors needs a CUDA build that this machine may lack; its operations are the forward's transposes.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
         model = tiny_model_on_gpu()
-        state = TrainState(model, weight_decay=0.02, ema_rate=0.9, precision="bf16", ema_warmup=True)
+        state = TrainState(model, weight_decay=0.02, ema_rate=0.9, precision="bf16", ema_warmup=True, posthoc_ema=True)
         latents, labels = torch.zeros(4, 16, 4, 4), torch.zeros(4, dtype=torch.long)
         mask, drop = torch.ones(4, 16, dtype=torch.bool), torch.ones(4, dtype=torch.bool)
         counter = OpCounter()
@@ -184,7 +187,8 @@ def test_learning_and_stepping_never_wait_for_a_gpu() -> None:
             p.grad = torch.zeros_like(p)
         with counter:
             optimizer_step(state, list(model.parameters()), 3.0)
-            state.ema.update(7)
+            state.step = 7
+            state.update_averages()
     assert counter.ops > 100 and counter.syncs == {}
 
 

@@ -17,6 +17,7 @@ from engine_tokenbridge import train_one_epoch
 from util import checkpoint, dist
 from util.loader import GlobalBatchSampler
 from util.log import JsonlLog, run_cli
+from util.posthoc_ema import SnapshotWriter, read_snapshot, snapshot_path
 
 
 def run(out: Path, *, batch_size: int, accum_iter: int = 1, steps: int = 4, fsdp: bool = False, compiled: bool = False, resume: str = "",
@@ -29,7 +30,7 @@ def run(out: Path, *, batch_size: int, accum_iter: int = 1, steps: int = 4, fsdp
     if content is not None:
         checkpoint.load_state(model, content["model"], resume)
     state = TrainState(model, weight_decay=0.02, ema_rate=0.9, precision="fp32", fsdp=fsdp, compiled=compiled,
-                       accumulates=accum_iter > 1, device=device)
+                       accumulates=accum_iter > 1, posthoc_ema=True, device=device)
     if content is not None:
         state.load_state_dict(content, s.steps_per_epoch, resume)
     sampler = GlobalBatchSampler(IMAGES, batch_size, dist.rank(), dist.world_size(), s.seed)
@@ -39,9 +40,13 @@ def run(out: Path, *, batch_size: int, accum_iter: int = 1, steps: int = 4, fsdp
         epoch, done = divmod(state.step, s.steps_per_epoch)
         sampler.set_epoch(epoch, done * accum_iter)
         train_one_epoch(state, tiny_vae(), loader, s, device, log)
+    snapshots = SnapshotWriter(out.parent / out.stem, "toy", state.step)
+    snapshots.take(state.step, state.power_emas, fsdp)
+    snapshots.close()
     average = state.averaged_model()
     snapshot = state.snapshot(s.steps_per_epoch)
     if snapshot is not None:
+        snapshot["snapshot"] = read_snapshot(snapshot_path(snapshots.folder, state.step), "toy")
         snapshot["averaged"] = average.state_dict()
     return snapshot
 

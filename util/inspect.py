@@ -51,7 +51,7 @@ def describe(path: Path) -> dict:
     facts |= describe_vae(path) if "encoder.conv_in.weight" in weights else describe_model(path, content, config)
     facts["values"], bad = counts(weights), not_finite(weights)
     facts["not finite"] = bad[:5]
-    if isinstance(content.get("model_ema"), dict):
+    if isinstance(content.get("model_ema"), dict) and "weights" not in content:
         facts["EMA distance"] = ema_distance(weights, content["model_ema"])
         facts["EMA not finite"] = not_finite(content["model_ema"])[:5]
     for key in ("step", "epoch", "steps_per_epoch"):
