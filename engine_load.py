@@ -10,6 +10,7 @@ from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from models.weights import generator_state, one_layout, structure_from_shapes
 from util import checkpoint, download
+from util.ema import initial_share
 from util.log import get_logger
 
 logger = get_logger()
@@ -131,9 +132,11 @@ def set_quantizer(model: TokenBridge, args: argparse.Namespace) -> None:
 def load_generator_weights(model: TokenBridge, content: dict, source: Path, which: str) -> None:
     """Weights to make images with: `model`, or its parameters replaced by the EMA's. ValueError if they are absent or do not fit."""
     state = generator_state(content, model, which, str(source))
-    rate = ((content.get("config") or {}).get("args") or {}).get("ema_rate")
-    if which == "ema" and rate and content.get("step") is not None and rate ** content["step"] > 0.1:
+    trained, step = (content.get("config") or {}).get("args") or {}, content.get("step")
+    rate = trained.get("ema_rate")
+    share = initial_share(rate, bool(trained.get("ema_warmup")), step) if rate and step is not None else 0.0
+    if which == "ema" and share > 0.1:
         logger.warning("the EMA of %s (rate %g) still holds %.0f %% of the random initial weights after %d steps: images will be noise or black; "
-                       "--weights model shows the weights themselves", source, rate, 100 * rate ** content["step"], content["step"])
+                       "--weights model shows the weights themselves", source, rate, 100 * share, step)
     checkpoint.load_state(model, state, f"{source} ({which} weights)")
     logger.info("loaded the %s weights of %s", which, source)

@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_model
 from torch import nn
 
-from util.ema import ModelEma, PowerEma, power_exponent
+from util.ema import ModelEma, PowerEma, initial_share, power_exponent
 
 
 def test_the_plain_formula():
@@ -108,6 +108,19 @@ def test_warm_up_by_hand():
     assert ema.state_dict()["weight"].item() == pytest.approx((4.6 * 2 + 5 * 9) / 11)
     assert [ema.rate_at(step) for step in (0, 1, 2)] == [0.1, 2 / 11, 0.25] and ema.rate_at(10**6) == 0.99
     assert ModelEma(model, 0.99).rate_at(0) == 0.99
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+@pytest.mark.parametrize("steps", [0, 1, 7, 40])
+def test_the_share_of_the_initial_weights(warmup: bool, steps: int) -> None:
+    """What is left of a weight that was 1 at first and 0 ever after."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    ema = ModelEma(model, 0.9, warmup)
+    nn.init.zeros_(model.weight)
+    for step in range(steps):
+        ema.update(step)
+    assert initial_share(0.9, warmup, steps) == pytest.approx(ema.state_dict()["weight"].item(), rel=1e-5)
 
 
 def test_closed_form_over_a_ramp():

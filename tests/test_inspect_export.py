@@ -55,6 +55,10 @@ def test_what_inspect_warns_of(folder: Path, tmp_path: Path, capsys: pytest.Capt
     inspect.main([str(changed(folder, tmp_path / "a.pth", model_ema=same, step=5))])
     said = capsys.readouterr().out
     assert "the EMA equals the weights" in said and "still holds 59 % of the random initial weights after 5 steps" in said
+    warmed = torch.load(folder / "checkpoint-last.pth", weights_only=True)["config"]
+    warmed["args"] |= {"ema_rate": 0.9999, "ema_warmup": True}
+    inspect.main([str(changed(folder, tmp_path / "w.pth", step=5, config=warmed))])
+    assert "still holds" not in capsys.readouterr().out
     broken = model.state_dict() | {"mask_token": torch.full_like(model.mask_token, float("nan"))}
     with pytest.raises(ValueError, match=r"b\.pth holds NaN or infinite weights"):
         inspect.main([str(changed(folder, tmp_path / "b.pth", model=broken))])

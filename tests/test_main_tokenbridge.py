@@ -11,7 +11,9 @@ from conftest import REPO, run_processes, tiny_vae
 
 import engine_train
 import main_cache
+from engine_load import load_generator_weights
 from main_tokenbridge import main
+from models.tokenbridge import TokenBridge
 from models.vae import load_vae
 from util import checkpoint
 from util.bench_eval import write_random_inception
@@ -225,6 +227,17 @@ def test_the_ema_is_what_makes_images(trained: Path, vae_path: Path, tmp_path: P
     ema, plain = sampled(trained, vae_path, tmp_path / "ema"), sampled(trained, vae_path, tmp_path / "plain", "--weights", "model")
     assert any("the EMA of" in line and "still holds 53 % of the random initial weights after 6 steps" in line for line in messages)
     assert any((ema[name] != plain[name]).any() for name in ema)
+
+
+@pytest.mark.parametrize(("warmup", "rate", "steps", "share"), [(True, 0.9999, 6, None), (False, 0.9999, 6, 100), (True, 0.9, 0, 100)])
+def test_the_warning_of_an_ema_that_lags_knows_the_warm_up(trained: Path, tmp_path: Path, messages: list[str], warmup: bool, rate: float,
+                                                           steps: int, share: int | None) -> None:
+    """After 6 steps of warm-up 1/5005 of the random weights is left, at a rate of 0.9999 nearly all."""
+    content = load(trained)
+    content["config"]["args"] |= {"ema_warmup": warmup, "ema_rate": rate}
+    load_generator_weights(TokenBridge(**content["config"]["model"]), content | {"step": steps}, tmp_path / "a.pth", "ema")
+    found = [line for line in messages if "of the random initial weights" in line]
+    assert len(found) == (share is not None) and all(f"still holds {share} % of the random initial weights after {steps} steps" in x for x in found)
 
 
 @pytest.fixture(scope="module")

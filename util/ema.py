@@ -1,5 +1,7 @@
 """Moving averages of the weights: the exponential one (SPEC 7), and those whose length grows with the training."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -7,6 +9,16 @@ from torch import Tensor, nn
 from util.sharding import like
 
 SIGMA_RELS = (0.05, 0.10)           # of the averages with power-function profiles that training keeps, as in the paper (PowerEma)
+
+
+def rate_at(rate: float, warmup: bool, step: int) -> float:
+    """The rate of the update after optimizer step `step` (from 0)."""
+    return min(rate, (1 + step) / (10 + step)) if warmup else rate
+
+
+def initial_share(rate: float, warmup: bool, steps: int) -> float:
+    """The share of the initial weights in the average after `steps` updates: the product of their rates."""
+    return math.prod(rate_at(rate, True, step) for step in range(steps)) if warmup else rate**steps
 
 
 class ModelEma:
@@ -25,7 +37,7 @@ class ModelEma:
 
     def rate_at(self, step: int) -> float:
         """The rate of the update after optimizer step `step` (from 0)."""
-        return min(self.rate, (1 + step) / (10 + step)) if self.warmup else self.rate
+        return rate_at(self.rate, self.warmup, step)
 
     @torch.no_grad()
     def update(self, step: int = 0) -> None:

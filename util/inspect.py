@@ -15,6 +15,7 @@ from torch import Tensor
 
 from util import download
 from util.cli import make_parser
+from util.ema import initial_share
 from util.log import run_cli
 
 
@@ -86,7 +87,7 @@ def describe_model(path: Path, content: dict, config: dict) -> dict:
                           + ("" if config else " (the range is the default: a file without config does not say it)"),
              "quantizer tables off by": off}
     if config:
-        told = ("lr", "blr", "batch_size", "epochs", "ema_rate", "data_path")
+        told = ("lr", "blr", "batch_size", "epochs", "ema_rate", "ema_warmup", "data_path")
         facts |= {"trained with": {key: value for key, value in (config.get("args") or {}).items() if key in told},
                   "VAE fingerprint": config.get("vae_fingerprint")}
     return facts
@@ -95,9 +96,11 @@ def describe_model(path: Path, content: dict, config: dict) -> dict:
 def verdict(facts: dict) -> list[str]:
     """What is wrong or strange, a line each; empty if nothing is."""
     lines = [f"{key}: NaN or infinite values in {', '.join(facts[key])}" for key in ("not finite", "EMA not finite") if facts.get(key)]
-    rate, step = (facts.get("trained with") or {}).get("ema_rate"), facts.get("step")
-    if rate and step is not None and rate**step > 0.1:
-        lines.append(f"the EMA (rate {rate:g}) still holds {100 * rate**step:.0f} % of the random initial weights after {step} steps")
+    trained, step = facts.get("trained with") or {}, facts.get("step")
+    rate = trained.get("ema_rate")
+    share = initial_share(rate, bool(trained.get("ema_warmup")), step) if rate and step is not None else 0.0
+    if share > 0.1:
+        lines.append(f"the EMA (rate {rate:g}) still holds {100 * share:.0f} % of the random initial weights after {step} steps")
     if facts.get("EMA distance") == 0 and facts.get("step", 1):
         lines.append("the EMA equals the weights: was it ever updated?")
     if facts.get("quantizer tables off by") is not None and facts["quantizer tables off by"] > 1e-3:
