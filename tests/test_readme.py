@@ -1,10 +1,12 @@
-"""Every command of the README is run as it stands there, on toy data: extracted from the markdown, read by shell rules, started in this process.
+"""Every command of README.md and docs/*.md is run as it stands there, on toy data: taken from the markdown, read by shell rules, started in this process.
 
 What is not as on a reader's machine: DIR holds a few pictures, the models of all names are tiny, the published weights are stand-ins in the published
-layout, Inception's features are a few colours, training and sampling are cut to a step or two, torchrun starts one process (the tests of two are
-elsewhere), `make` only says what it would do, and demo.app does not wait for a visitor.
+layout, Inception's features are a few colours, AlexNet is random, training and sampling are cut to a step or two, torchrun and the launchers start one
+process, which is this one (tests of two, and of the launchers themselves, are elsewhere), `make` only says what it would do, and demo.app does not wait
+for a visitor.
 """
 
+import ast
 import importlib
 import os
 import re
@@ -21,13 +23,17 @@ import torch
 from conftest import REPO, photographs, tiny_vae, write_image_folder
 from PIL import Image
 from test_evaluation import FewColours, reference
+from test_fid_stats import Colours
+from torchvision.models import alexnet
 
 import engine_load
+import main_tokenbridge
 import models
 from models.tokenbridge import TokenBridge
 
-README = (REPO / "README.md").read_text()
-BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, flags=re.M | re.S)
+DOCUMENTS = {path: path.read_text() for path in (REPO / "README.md", *sorted((REPO / "docs").glob("*.md")))}
+README = DOCUMENTS[REPO / "README.md"]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.M | re.S)             # (language, content)
 # What makes a command small; appended, so that the last word is this one's. None: run as it stands.
 TOY = {
     "main_vae.py": "--width 32 --norm_groups 8 --num_res_blocks 1 --max_steps 1 --batch_size 4 --num_workers 0 --device cpu",
@@ -39,12 +45,17 @@ TOY = {
 
 
 def commands(block: str) -> list[str]:
-    """The block's commands, continuation lines joined, comments left out."""
-    lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in block.replace("\\\n", " ").splitlines()]
+    """The block's commands, continuation lines joined, comments left out, words one space apart."""
+    lines = [" ".join(re.sub(r"(^|\s)#.*", "", line).split()) for line in block.replace("\\\n", " ").splitlines()]
     return [line for line in lines if line]
 
 
-COMMANDS = [command for block in BLOCKS for command in commands(block)]
+BLOCKS = {path: [content for language, content in BLOCK.findall(text) if language == "bash"] for path, text in DOCUMENTS.items()}
+COMMANDS: dict[str, str] = {}                                              # command -> the document that has it first
+for _path, _blocks in BLOCKS.items():
+    for _block in _blocks:
+        for _command in commands(_block):
+            COMMANDS.setdefault(_command, _path.name)
 
 
 def tiny(width: int, **sizes: int) -> partial:
@@ -54,7 +65,7 @@ def tiny(width: int, **sizes: int) -> partial:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the README supposes it: data, published weights, a demo that has run."""
+    """A folder as the documents suppose it: data, published weights, a VAE, a cache in the published layout, a demo that has run."""
     root = tmp_path_factory.mktemp("readme")
     for split in ("train", "val"):
         write_image_folder(root / "DIR", per_class=4, size=(80, 72), split=split)
@@ -67,6 +78,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kl16 = tiny_vae()
     (root / "pretrained_models" / "vae").mkdir(parents=True)
     torch.save({"model": kl16.state_dict(), "config": kl16.config}, root / "pretrained_models" / "vae" / "kl16.ckpt")
+    shutil.copy(root / "pretrained_models" / "vae" / "kl16.ckpt", root / "VAE")
+    torch.save({key: value for key, value in alexnet().state_dict().items() if key.startswith("features")}, root / "alexnet-owt-7be5be79.pth")
+    (root / "OLD" / "china").mkdir(parents=True)
+    np.savez(root / "OLD" / "china" / "00.png.npz", **dict.fromkeys(("moments", "moments_flip"), np.ones((32, 16, 16), np.float32)))
     for name, model in (("large", tiny(48)(class_num=1000)), ("huge", tiny(64)(class_num=1000))):
         folder = root / "pretrained_models" / "tokenbridge" / f"tokenbridge_{name}"
         folder.mkdir(parents=True)
@@ -81,7 +96,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
                root / "demo" / "out" / "model" / "checkpoint-last.pth")
     (root / "fid_stats").mkdir()
     np.savez(root / "fid_stats" / "adm_in256_stats.npz", mu=np.zeros(2048, np.float32), sigma=np.eye(2048, dtype=np.float32))
-    shutil.copytree(REPO / "scripts", root / "scripts") if (REPO / "scripts").is_dir() else None
     return root
 
 
@@ -97,6 +111,7 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
             monkeypatch.setitem(table, name, builder)
     monkeypatch.setattr("engine_evaluate.InceptionFeatures", lambda *_: FewColours())
     monkeypatch.setattr("engine_evaluate.load_reference", lambda *_, **__: reference())
+    monkeypatch.setattr("util.fid_stats.InceptionFeatures", lambda *_: Colours())
 
     def toy(module: str, argv: list[str]) -> list[str]:
         flags = TOY.get(f"{module}.py" if f"{module}.py" in TOY else module, "")
@@ -114,11 +129,12 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         elif program == "make":
             result = subprocess.run(["make", "-n", *words], cwd=REPO, capture_output=True, text=True)
             assert result.returncode == 0, result.stderr
-        elif program in ("sbatch", "bash") or program.startswith("scripts/"):
-            script = program if program.startswith("scripts/") else words[0]
+        elif program == "sbatch" or program.startswith("scripts/"):
+            script, out, *flags = words if program == "sbatch" else [program, *words]
             assert (REPO / script).is_file() and subprocess.run(["bash", "-n", script], cwd=REPO).returncode == 0
+            main_tokenbridge.main(toy("main_tokenbridge", ["--output_dir", out, "--resume", out, *flags]))
         else:
-            assert program in ("python", "torchrun"), f"the README names a program that its test does not know: {program}"
+            assert program in ("python", "torchrun"), f"a program that this test does not know: {program}"
             while program == "torchrun" and words[0].startswith("--"):
                 assert "=" in words[0]
                 words = words[1:]
@@ -129,15 +145,24 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 def test_there_are_commands_and_shells_can_read_them() -> None:
-    assert len(COMMANDS) > 25
-    for block in BLOCKS:
-        result = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
+    assert len(COMMANDS) > 35 and {"README.md", "cache.md", "evaluation.md", "training.md"} == set(COMMANDS.values())
+    for path, blocks in BLOCKS.items():
+        for block in blocks:
+            result = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
+            assert result.returncode == 0, f"{path.name}: {result.stderr}"
+
+
+def test_no_command_hides() -> None:
+    """Code stands in fences at the line's start whose language is said; none is indented, where test_every_command_runs would miss it."""
+    for path, text in DOCUMENTS.items():
+        assert {language for language, _ in BLOCK.findall(text)} <= {"bash", "python", "text"}, path.name
+        assert len(re.findall("```", text)) == 2 * len(BLOCK.findall(text)), path.name
+        assert not re.search(r"^\s+(?:\$ )?(?:python|torchrun|make|bash|sbatch) ", BLOCK.sub("", text), flags=re.M), path.name
 
 
 def test_published_commands_are_in_it() -> None:
     """SPEC 10: the official commands, word by word but for the folders."""
-    joined = " ".join(" ".join(COMMANDS).split())
+    joined = " ".join(command for command, document in COMMANDS.items() if document == "README.md")
     for words in ("python reconstruction.py --bits 6 --range 5.0 --image_dir", "--eval_bsz 256 --num_images 50000 --num_iter 256 --cfg 3.1 --quant_bits 6",
                   "--cfg 3.45 --quant_bits 6 --cfg_schedule linear --temperature 0.91", "--quant_bits 6 --quant_min -5.0 --quant_max 5.0 --epochs 400"):
         assert words in joined
@@ -145,7 +170,7 @@ def test_published_commands_are_in_it() -> None:
 
 @pytest.mark.slow
 def test_every_command_runs(run: Callable[[str], None], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the README's order: what one writes another reads. Commands that need the network get files that are there; the page is not served."""
+    """The README's, then the other documents', each once: what one writes another reads. Downloads and the page are stand-ins."""
     served = []
     monkeypatch.setattr("demo.app.need_gradio", lambda: type("G", (), {"themes": type("T", (), {"Base": staticmethod(lambda **_: None)})}))
     monkeypatch.setattr("demo.app.build_page", lambda studio, title: type("P", (), {
@@ -153,28 +178,60 @@ def test_every_command_runs(run: Callable[[str], None], place: Path, monkeypatch
     monkeypatch.setattr("demo.app.check_port", lambda *_: None)
     monkeypatch.setattr("util.download.download_weights", lambda names, args: served.append(names))
     failed = []
-    for command in COMMANDS:
-        if command.startswith("make"):
-            run(command)
-            continue
+    for command, document in COMMANDS.items():
         try:
             run(command)
-        except Exception as error:                                          # all of them are wanted, not the first
-            failed.append(f"{command[:90]}: {type(error).__name__}: {error}")
+        except (Exception, SystemExit) as error:                            # all of them are wanted, not the first
+            failed.append(f"{document}: {command[:90]}: {type(error).__name__}: {error}")
     assert not failed, "\n".join(failed)
     assert sorted(map(str, served)) == ["127.0.0.1", *[str(["vae", "large", "huge"])] * 2]
     for written in ("OUT/vae/vae.pth", "OUT/cache/cache.json", "OUT/model/checkpoint-last.pth", "OUT/pictures/grid.png", "OUT/export/model.safetensors",
                     "OUT/imagenet/grid.png", "OUT/edit/grid.png", "OUT/mix/grid.png", "OUT/large/eval.jsonl", "OUT/huge/eval.jsonl",
-                    "OUT/train/checkpoint-last.pth", "demo/out/sweep/sweep.png", "quantization_results/results.json"):
+                    "OUT/train/checkpoint-last.pth", "demo/out/sweep/sweep.png", "quantization_results/results.json", "OUT/node/checkpoint-last.pth",
+                    "OUT/curves.png", "OUT/eval/eval_sweep.csv", "fid_stats/mine_64.npz", "NEW/cache.json", "VAE.latents.json"):
         assert (place / written).is_file(), written
 
 
-def test_links_and_files_that_it_names_exist() -> None:
-    for text in (README, *((REPO / "docs" / name).read_text() for name in ("tour.md", "faq.md", "differences.md"))):
-        for target in re.findall(r"\]\((?!http)([^)#]+)", text):
-            assert (REPO / target).exists() or (REPO / "docs" / target).exists(), target
-    anchors = {re.sub(r"[^a-z0-9 -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in README.splitlines() if line.startswith("#")}
-    assert {anchor for anchor in re.findall(r"\]\(#([^)]+)\)", README)} <= anchors
+def anchors(text: str) -> set[str]:
+    """What the headings are called in links, as GitHub does it."""
+    return {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in BLOCK.sub("", text).splitlines() if line.startswith("#")}
+
+
+def test_links_lead_somewhere() -> None:
+    for path, text in DOCUMENTS.items():
+        for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+            found = path.parent / target if target else path
+            assert found.exists(), f"{path.name}: {target}"
+            assert not anchor or anchor in anchors(found.read_text()), f"{path.name}: {target}#{anchor}"
+
+
+def test_files_that_they_name_exist() -> None:
+    """Sources and documents by their names, paths below the folders of the repository, modules, and the tour's list of util/."""
+    sources = {path.name for pattern in ("*.py", "*.sh") for folder in ("", "models", "util", "demo", "scripts", "tests")
+               for path in (REPO / folder).glob(pattern)}
+    for path, text in DOCUMENTS.items():
+        for name in re.findall(r"(?<![\w./-])[\w-]+\.(?:py|sh)\b", text):
+            assert name in sources, f"{path.name}: {name}"
+        for name in re.findall(r"(?<![\w./-])(?:models|util|tests|scripts|containers|docs|demo)/[\w./-]*\w", text):
+            assert (REPO / name).exists() or re.match(r"demo/(out|\w+\.png)", name), f"{path.name}: {name}"
+        for name in re.findall(r"(?:python -m |`)((?:util|demo)\.\w+)", text):
+            assert (REPO / f"{name.replace('.', '/')}.py").is_file(), f"{path.name}: {name}"
+    tour = DOCUMENTS[REPO / "docs" / "tour.md"]
+    for names in re.findall(r"^\| (`.*?) \|", tour[tour.index("| in `util/`"):], flags=re.M):
+        for name in re.findall(r"`([^`]+)`", names):
+            assert list((REPO / "util").glob(f"{name}.py")), f"tour.md: util/{name}.py"
+
+
+def test_flags_that_they_name_exist() -> None:
+    """Every --flag is one of some script's parser, or torchrun's."""
+    known = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
+    for source in (path for folder in ("", "util", "demo") for path in (REPO / folder).glob("*.py")):
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
+                known |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+    for path, text in DOCUMENTS.items():
+        text = text.replace("`--quant_bit 6` should not be ignored", "")   # the misspelt one, as an example of what is refused
+        assert {flag for flag in re.findall(r"(?<![\w-])--[a-z]\w*", text)} <= known, path.name
 
 
 def test_the_python_example(run: Callable[[str], None], place: Path) -> None:
