@@ -1,17 +1,19 @@
 """util/posthoc_ema.py: the fit against numbers computed otherwise, snapshots of runs that are stopped and resumed, the command."""
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_vae
+from conftest import REPO, run_processes, tiny_vae
 from torch import nn
 
 import engine_train
 import main_tokenbridge
 import models
+from util import inspect
 from util.ema import SIGMA_RELS, PowerEma, power_exponent
 from util.posthoc_ema import SnapshotWriter, add_up, fit, inner_product, main, snapshot_files
 
@@ -96,7 +98,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory, image_root: Path):  # noqa: 
         values = dict(model="tokenbridge_digits", img_size=32, class_num=2, buffer_size=4, vae_path=path, data_path=image_root, batch_size=4,
                       warmup_epochs=0, lr=1e-3, num_workers=0, device="cpu", save_last_freq=1, max_steps=7, seed=3, posthoc_ema_freq=2,
                       output_dir=output) | changes
-        return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+        return [part for name, value in values.items() for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
     return build
 
 
@@ -163,6 +165,29 @@ def test_a_resumed_run_keeps_the_same_averages(trained: Path, flags, tmp_path: P
         assert_same_averages(load(path)["averages"], load(snapshot_files(trained)[step])["averages"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_write_the_same_snapshots(flags, tmp_path: Path, sharded: bool) -> None:  # noqa: ANN001
+    """Stopped after an epoch and resumed, without dropout, whose masks differ; a folder with another run's snapshots ends both alike."""
+    same = dict(attn_dropout=0, proj_dropout=0, lr_schedule="constant")
+    one, two = tmp_path / "one", tmp_path / "two"
+    main_tokenbridge.main(flags(one, **same))
+    more = dict(batch_size=2, resume=two) | ({"fsdp": True} if sharded else {})
+    for steps in (3, 7):
+        result = run_processes([REPO / "main_tokenbridge.py", *flags(two, max_steps=steps, **same, **more)], nproc=2, timeout=240)
+        assert result.returncode == 0, result.stderr[-2000:]
+    assert list(snapshot_files(two)) == [2, 3, 4, 6, 7]                        # 3 was the last step once
+    for step, path in snapshot_files(one).items():
+        mine, other = load(snapshot_files(two)[step])["averages"], load(path)["averages"]
+        assert mine.keys() == other.keys()
+        assert all(torch.allclose(value.float(), other[key][name].float(), rtol=1e-3, atol=2e-4) for key in mine
+                   for name, value in mine[key].items() if not name.endswith(("k_norm.bias", "qkv.bias")))
+    main([str(two), "--sigma_rel", "0.08"])
+    (two / "checkpoint-last.pth").unlink()
+    result = run_processes([REPO / "main_tokenbridge.py", *flags(two, **same, **(more | {"seed": 4}))], nproc=2, timeout=240)
+    assert result.returncode != 0 and result.stderr.count("belongs to another run") >= 2, result.stderr[-2000:]
+
+
 def test_a_run_without_averages_cannot_take_them_up(trained: Path, flags, tmp_path: Path, messages: list[str]) -> None:  # noqa: ANN001
     out = tmp_path / "run"
     shutil.copytree(trained, out)
@@ -210,6 +235,9 @@ def test_the_command_and_its_file(trained: Path, flags, tmp_path: Path, capsys: 
     sample = ["--sample", *vae, "--classes", "0", "--num_images", "1", "--num_iter", "2", "--device", "cpu", "--output_dir", str(tmp_path / "out")]
     main_tokenbridge.main([*sample, "--resume", str(tmp_path / "ema.pth")])
     assert list((tmp_path / "out").rglob("*.png")) and not any("still holds" in line for line in messages)
+    inspect.main([str(tmp_path / "ema.pth"), "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["EMA"] == "these weights are the EMA" and facts["verdict"] == ["nothing wrong was found"]
     loaded, _ = models.load(tmp_path / "ema.pth")
     assert torch.equal(loaded.mask_token, content["model_ema"]["mask_token"])
     with pytest.raises(ValueError, match="holds one set of weights, ema: model is not there"):
