@@ -92,7 +92,7 @@ def test_slurm_tells_it_to_stop_and_it_queues_itself_again(flags, tmp_path: Path
 def test_torchrun_restarts_after_a_kill_and_the_run_goes_on(flags, tmp_path: Path) -> None:  # noqa: ANN001, F811
     """kill -9 of rank 1: torchrun starts both again, and they continue from the checkpoint by themselves."""
     arguments = ["--max_restarts=2", REPO / "tests" / "run_elastic.py", *flags(tmp_path / "run", batch_size=2)]
-    result = run_processes(arguments, nproc=2, timeout=240, env={"PYTHONPATH": f"{REPO}:{REPO / 'tests'}"})
+    result = run_processes(arguments, nproc=2, timeout=600, env={"PYTHONPATH": f"{REPO}:{REPO / 'tests'}"})
     assert result.returncode == 0, result.stderr[-3000:]
     assert "resumed from" in result.stderr and load_latest(str(tmp_path / "run"))[1]["step"] == STEPS
     assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, STEPS + 1))
