@@ -1,5 +1,6 @@
 """util/bench.py by its counts, never by time: the bounds that the fast parts must keep, and that the plain references compute the same."""
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 from models import MODELS
 from models.quantizer import GaussianQuantizer, quantize
 from models.tokenbridge import TokenBridge, draw_mask_ratio, random_orders
+from util import bench_eval
 from util.bench import build_parser, main
 from util.bench_quantizer import quantize_by_distance
 from util.bench_sample import HeadPositions, count_samplers, samplers
@@ -255,3 +257,14 @@ def test_what_is_reused_is_not_computed(capsys: pytest.CaptureFixture) -> None:
     assert fewer["exact, random order"] == 1 and list(fewer) == list(REUSE)
     assert all(fewer[name] > 1.02 for name in fewer if name.startswith("reuse") or name.startswith("both"))
     assert fewer["order confidence"] <= fewer["order confidence, candidates 2"] <= fewer["order confidence, candidates 1"]
+
+
+@pytest.mark.slow
+def test_both_ways_of_evaluating_agree(tmp_path: Path) -> None:
+    """From the same images, in memory and through torch-fidelity's reading of PNGs; and the scores of features in one and in two processes."""
+    weights = bench_eval.write_random_inception(tmp_path / "inception.pth")
+    found = bench_eval.compare_paths(argparse.Namespace(num_images=10, img_size=32, batch_size=5), weights, CPU)
+    assert found["fid"] == pytest.approx(found["plain fid"], rel=1e-3) and found["is"] == pytest.approx(found["plain is"], rel=1e-3)
+    assert found["bytes"] > 0 and min(found[key] for key in ("in memory", "write", "read")) > 0
+    one, two = (bench_eval.in_processes(world, bench_eval.score_features, 200, 16, False) for world in (1, 2))
+    assert all(two[key] == pytest.approx(one[key], rel=1e-6) for key in ("fid", "sfid", "inception_score"))
