@@ -145,7 +145,7 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 def test_there_are_commands_and_shells_can_read_them() -> None:
-    assert len(COMMANDS) > 35 and {"README.md", "cache.md", "evaluation.md", "training.md"} == set(COMMANDS.values())
+    assert len(COMMANDS) > 35 and {"README.md", "cache.md", "evaluation.md", "sampling.md", "training.md"} == set(COMMANDS.values())
     for path, blocks in BLOCKS.items():
         for block in blocks:
             result = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
