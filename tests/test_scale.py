@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import train_scaled
-from conftest import REPO, run_processes, tiny_batch, tiny_model
-from torch._subclasses.fake_tensor import FakeTensorMode
+from conftest import REPO, fake_gpu, run_processes, tiny_batch, tiny_model
 
 from engine_state import TrainState, compile_blocks, weight_decay_groups
 from engine_tokenbridge import optimizer_step, spoilt_if_not_finite
@@ -184,7 +183,7 @@ def test_learning_and_stepping_never_wait_for_a_gpu() -> None:
 
     The backward pass on fake GPU tensors needs a CUDA build that this machine may lack; its operations are the forward's transposes.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+    with fake_gpu(allow_non_fake_inputs=True), torch.device("cuda"):
         model = tiny_model_on_gpu()
         state = TrainState(model, weight_decay=0.02, ema_rate=0.9, precision="bf16", ema_warmup=True, posthoc_ema=True)
         latents, labels = torch.zeros(4, 16, 4, 4), torch.zeros(4, dtype=torch.long)

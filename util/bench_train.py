@@ -10,7 +10,8 @@ from torch import Tensor
 
 from util import dist
 from util.cli import at_least
-from util.counting import Counts, OpCounter, add_command, add_model_flags, build_model, check_model_flags, count, fake_mode, print_table, timed
+from util.counting import (Counts, OpCounter, add_command, add_model_flags, build_model, check_model_flags, count, fake_mode, no_fake_gpu, print_table,
+                           timed)
 
 
 def mean_mask_ratio(mask_ratio_min: float) -> float:
@@ -67,7 +68,7 @@ def bench_train(args: argparse.Namespace) -> None:
     first = next(iter(ratios))
     ours, plain, plain_syncs = timed_loops(args, device, precision)
     rows = [(name, [f"{s:.3f}", f"{args.batch_size / s:.2f}", f"{per_image[0] * args.batch_size / s / 1e12:.3g}", f"{plain / s:.2f} x", str(syncs)])
-            for name, s, syncs in (("plain loop", plain, plain_syncs), ("here", ours, count_step_syncs(args)))]
+            for name, s, syncs in (("plain loop", plain, plain_syncs), ("here", ours, "-" if no_fake_gpu() else count_step_syncs(args)))]
     print_table(f"Whole step (draws, forward, backward, clip, AdamW, EMA); TFLOP/s as of mask ratio {first}; host syncs outside logging steps",
                 ["seconds", "images/s", "TFLOP/s", "faster", "host syncs"], rows)
     print(f"peak memory {dist.peak_memory_gib(device):.2f} GiB, both loops in one process; {torch.get_num_threads()} CPU threads, "

@@ -144,8 +144,11 @@ def agree(error: Exception | None) -> None:
 
 
 def shutdown() -> None:
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        backend = dist.group.WORLD._get_backend(torch.device("cpu"))        # torch 2.6 frees the group under Python's lock, for which gloo's thread
+        dist.destroy_process_group()                                        # may wait: both for ever. A backend's own reference goes without it.
+        del backend
 
 
 def synchronize(device: torch.device) -> None:

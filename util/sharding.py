@@ -18,6 +18,8 @@ def shard(model: nn.Module, units: Iterable[nn.Module], device: torch.device) ->
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # slow to import; only for runs that shard
+    if not hasattr(torch.cpu.Stream, "record_event"):           # torch 2.6: the stand-in for a CPU's streams lacks what fully_shard calls
+        torch.cpu.Stream.record_event = torch.cpu.Stream.wait_event = lambda *_: None
     mesh = init_device_mesh(device.type, (dist.world_size(),))
     for module in (*units, model):
         fully_shard(module, mesh=mesh)
