@@ -119,7 +119,8 @@ def test_counts_on_fake_tensors_are_those_of_a_real_run() -> None:
     (plain, plain_positions), (ours, our_positions) = fake
     assert (plain_positions, our_positions) == (136, 16)
     assert ours.syncs == {} and plain.num_syncs == 6 * 2                         # the plain way waits six times a step
-    assert 0 < ours.flops < plain.flops and ours.ops < plain.ops
+    assert 0 < ours.flops < plain.flops
+    assert ours.ops - ours.views < plain.ops - plain.views                       # torch 2.6 counts a view for every ':' too
 
 
 @pytest.mark.parametrize("temperature, schedule, cfg, with_labels", [(1.0, "linear", 3.0, True), (0.7, "constant", 1.0, False)])
