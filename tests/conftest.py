@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util.counting import no_fake_gpu
+from util.sharding import cannot_shard
 
 REPO = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -155,6 +156,12 @@ def fake_gpu(allow_non_fake_inputs: bool = False) -> Iterator[None]:
         pytest.skip(no_fake_gpu())
     with FakeTensorMode(allow_non_fake_inputs=allow_non_fake_inputs):
         yield
+
+
+def skip_unless_shardable() -> None:
+    """Skips the test where this torch cannot shard on a CPU."""
+    if reason := cannot_shard(torch.device("cpu")):
+        pytest.skip(reason)
 
 
 class RecordOps(TorchDispatchMode):

@@ -18,7 +18,7 @@ from util.bench_quantizer import quantize_by_distance
 from util.bench_sample import HeadPositions, count_samplers, samplers
 from util.bench_sample_study import REUSE
 from util.bench_train import count_training, mean_mask_ratio
-from util.counting import OpCounter, count, fake_mode
+from util.counting import OpCounter, count, fake_mode, no_fake_gpu
 from util.log import run_cli
 
 CPU = torch.device("cpu")
@@ -208,6 +208,8 @@ def test_train_table(capsys: pytest.CaptureFixture) -> None:
     main(["train", *DIGITS, "--mask_ratio", "0.8", "--repeats", "1"])
     out = capsys.readouterr().out
     assert "0.8" in out and "13/16" in out and "Whole step" in out and "M parameters" in out
+    here = next(line for line in out.splitlines() if line.startswith("here "))
+    assert here.split()[-1] == ("-" if no_fake_gpu() else "0")
     main(["train", *DIGITS, "--flops_only"])
     out = capsys.readouterr().out
     assert "Whole step" not in out and "nothing was computed" in out and "mean 0.867" in out

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import train_scaled
-from conftest import REPO, fake_gpu, run_processes, tiny_batch, tiny_model
+from conftest import REPO, fake_gpu, run_processes, skip_unless_shardable, tiny_batch, tiny_model
 
 from engine_state import TrainState, compile_blocks, weight_decay_groups
 from engine_tokenbridge import optimizer_step, spoilt_if_not_finite
@@ -20,6 +20,8 @@ COMPILER = pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clan
 
 def two_processes(out: Path, timeout: float = 240, **options: object) -> dict:
     """The checkpoint that rank 0 of two writes."""
+    if options.get("fsdp"):
+        skip_unless_shardable()
     result = run_processes([REPO / "tests" / "train_scaled.py", out, json.dumps(options)], nproc=2, timeout=timeout,
                            env={"PYTHONPATH": f"{REPO}:{REPO / 'tests'}"})
     assert result.returncode == 0, result.stderr[-3000:]
@@ -103,6 +105,7 @@ def test_nan_on_one_of_two_stops_both_when_sharded(tmp_path: Path) -> None:
 
     (test_engine.py has the same for DDP.)
     """
+    skip_unless_shardable()
     result = run_processes([REPO / "tests" / "train_scaled.py", tmp_path / "a.pth", json.dumps(dict(batch_size=8, steps=20, fsdp=True, spoil_from=16))],
                            nproc=2, env={"PYTHONPATH": f"{REPO}:{REPO / 'tests'}"})
     assert result.returncode != 0 and not (tmp_path / "a.pth").exists()
