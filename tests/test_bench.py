@@ -11,13 +11,13 @@ from torch import nn
 
 from models import MODELS
 from models.quantizer import GaussianQuantizer, quantize
-from models.tokenbridge import TokenBridge, draw_mask_ratio, random_orders
+from models.tokenbridge import TokenBridge, draw_mask_ratio, mask_from_orders, random_orders
 from util import bench_eval
 from util.bench import build_parser, main
 from util.bench_quantizer import quantize_by_distance
 from util.bench_sample import HeadPositions, count_samplers, samplers
 from util.bench_sample_study import REUSE
-from util.bench_train import count_training, mean_mask_ratio
+from util.bench_train import count_training, mean_mask_ratio, plain_loss
 from util.counting import OpCounter, count, fake_mode, no_fake_gpu
 from util.log import run_cli
 
@@ -177,6 +177,19 @@ def test_training_counts() -> None:
     model = tiny_model().train()
     real = count(lambda: model(*tiny_batch(2), num_masked=12).backward(), arm_at=model.z_proj)
     assert real.flops == both.flops
+
+
+def test_the_plain_loss_is_the_same_and_so_are_its_gradients() -> None:
+    """An independent account of the training step: boolean masks, attention with a mask of -inf, one head after the other."""
+    latents, labels = tiny_batch(3)
+    drop, mask = torch.tensor([False, True, False]), mask_from_orders(random_orders(3, 16, torch.Generator().manual_seed(1)), 13)
+    plain, ours = tiny_model().train(), tiny_model().train()
+    losses = plain_loss(plain, latents, labels, mask, drop), ours(latents, labels, mask, label_drop=drop)
+    assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-5)
+    for loss in losses:
+        loss.backward()
+    for (name, a), b in zip(plain.named_parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_training_base_within_its_flops() -> None:

@@ -6,12 +6,15 @@ import statistics
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from util import dist
+from util.bench_quantizer import quantize_by_distance
+from util.bench_sample import plain_features
 from util.cli import at_least
-from util.counting import (Counts, OpCounter, add_command, add_model_flags, build_model, check_model_flags, count, fake_mode, no_fake_gpu, print_table,
-                           timed)
+from util.counting import Counts, OpCounter, add_command, add_model_flags, build_model, check_model_flags, count, fake_mode, print_table, timed
+from util.heap import keep_freed_memory
 
 
 def mean_mask_ratio(mask_ratio_min: float) -> float:
@@ -68,7 +71,7 @@ def bench_train(args: argparse.Namespace) -> None:
     first = next(iter(ratios))
     ours, plain, plain_syncs = timed_loops(args, device, precision)
     rows = [(name, [f"{s:.3f}", f"{args.batch_size / s:.2f}", f"{per_image[0] * args.batch_size / s / 1e12:.3g}", f"{plain / s:.2f} x", str(syncs)])
-            for name, s, syncs in (("plain loop", plain, plain_syncs), ("here", ours, "-" if no_fake_gpu() else count_step_syncs(args)))]
+            for name, s, syncs in (("plain loop", plain, plain_syncs), ("here", ours, count_step_syncs(args)))]
     print_table(f"Whole step (draws, forward, backward, clip, AdamW, EMA); TFLOP/s as of mask ratio {first}; host syncs outside logging steps",
                 ["seconds", "images/s", "TFLOP/s", "faster", "host syncs"], rows)
     print(f"peak memory {dist.peak_memory_gib(device):.2f} GiB, both loops in one process; {torch.get_num_threads()} CPU threads, "
@@ -85,9 +88,19 @@ def timed_loops(args: argparse.Namespace, device: torch.device, precision: str) 
     the same mask ratios; and the plain loop's host syncs in a step."""
     batch, counter = random_batch(args, device), OpCounter()
     plain_step = plain_loop(args, device, precision, batch, counter)
-    ways = [our_loop(args, device, precision, batch), lambda: [plain_step() for _ in range(STEPS_PER_CALL)]]
-    ours, plain = (seconds / STEPS_PER_CALL for seconds in timed(ways, args.repeats, device))
-    return ours, plain, sum(counter.syncs.values())
+    our_steps = our_loop(args, device, precision, batch)
+
+    def ours() -> None:
+        keep_freed_memory(device.type == "cpu")              # as dist.init sets it
+        our_steps()
+
+    def plain() -> None:
+        keep_freed_memory(False)
+        for _ in range(STEPS_PER_CALL):
+            plain_step()
+    ways = [ours, plain]
+    our_seconds, plain_seconds = (seconds / STEPS_PER_CALL for seconds in timed(ways, args.repeats, device))
+    return our_seconds, plain_seconds, sum(counter.syncs.values())
 
 
 def random_batch(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -119,9 +132,38 @@ def our_loop(args: argparse.Namespace, device: torch.device, precision: str, bat
     return steps
 
 
+def plain_head_logits(model: torch.nn.Module, z: Tensor, targets: Tensor) -> list[Tensor]:
+    """The head of SPEC 5 written down op by op: z (N, D), targets (N, C) in head order -> logits (N, K) of each dimension."""
+    h = model.condition_proj(z)                                                                          # (N, H)
+    x = torch.stack([h, *[table(targets[:, c]) for c, table in enumerate(model.token_embeddings)]], dim=1) + model.channel_embed
+    conditioning = h.unsqueeze(1) + model.timesteps_embeddings                                           # (N, C, H)
+
+    def attention(attn: torch.nn.Module, x: Tensor) -> Tensor:
+        q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)   # (N, heads, C, head_dim)
+        scores = attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.head_dim**-0.5 + model.channel_mask
+        return attn.proj((scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2))
+    for block in model.channel_blocks:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block.adaLN_modulation(conditioning).chunk(6, dim=-1)
+        x = x + gate_a * attention(block.attn, block.norm1(x) * (1 + scale_a) + shift_a)
+        x = x + gate_m * block.mlp(block.norm2(x) * (1 + scale_m) + shift_m)
+    scale, shift = model.channel_final.adaLN_modulation(conditioning).chunk(2, dim=-1)
+    x = model.channel_final.norm(model.channel_norm(x)) * (1 + scale) + shift
+    return [head(x[:, c]) for c, head in enumerate(model.channel_heads)]
+
+
+def plain_loss(model: torch.nn.Module, latents: Tensor, labels: Tensor, mask: Tensor, label_drop: Tensor) -> Tensor:
+    """What TokenBridge.forward computes, by SPEC 4 and 5 literally: latents (B, C, h, w), labels (B,), mask (B, L) bool, label_drop (B,) bool."""
+    indices = quantize_by_distance(model.patchify(latents), model.reconstruction_values, model.quant_min, model.quant_max)
+    class_embedding = torch.where(label_drop.unsqueeze(1), model.fake_latent, model.class_emb(labels))
+    z = plain_features(model, model.dequantize(indices), mask, int(mask[0].sum()), class_embedding)
+    targets = indices[mask][:, model.to_head_order]                                                      # (N, C)
+    logits = plain_head_logits(model, z[mask], targets)
+    return torch.stack([F.cross_entropy(x.float(), targets[:, c]) for c, x in enumerate(logits)]).mean()
+
+
 def plain_loop(args: argparse.Namespace, device: torch.device, precision: str, batch: tuple[Tensor, Tensor], counter: OpCounter) -> Callable[[], None]:
-    """The same model and arithmetic as a first version would have them: masks and ratio drawn on the host image by image, attention not fused,
-    AdamW and EMA parameter by parameter, loss and norm fetched at every step.
+    """The same model as a first version would train it: operations as the SPEC has them, masks and ratio drawn on the host image by image,
+    attention not fused, AdamW and EMA parameter by parameter, loss and norm fetched at every step.
 
     `counter` sees the first step, but for AdamW, whose count of steps is a tensor on the host.
     """
@@ -148,7 +190,7 @@ def plain_loop(args: argparse.Namespace, device: torch.device, precision: str, b
         for row in mask:
             row[rng.permutation(model.num_tokens)[:masked]] = True
         with dist.autocast(device, precision):
-            loss = model(latents, labels, torch.from_numpy(mask).to(device))
+            loss = plain_loss(model, latents, labels, torch.from_numpy(mask).to(device), torch.rand(len(latents), device=device) < model.label_drop_prob)
         if not np.isfinite(loss.item()):
             raise ValueError("loss is not finite")
         optimizer.zero_grad()
@@ -169,15 +211,19 @@ def plain_loop(args: argparse.Namespace, device: torch.device, precision: str, b
     return step
 
 
-def count_step_syncs(args: argparse.Namespace) -> int:
+def count_step_syncs(args: argparse.Namespace) -> int | str:
     """Host syncs of one step of our loop outside logging steps: draws on the CPU, everything else but the backward pass on fake GPU tensors.
 
     (A backward pass on fake GPU tensors needs a CUDA build; the operations in it are no others than the forward pass's kind.)
+    "-" where there are no fake GPU tensors.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from engine_state import TrainState
     from engine_tokenbridge import TrainSettings, batch_latents, draw_step, optimizer_step, spoilt_if_not_finite
+    from util.counting import no_fake_gpu
+    if no_fake_gpu():
+        return "-"
     counter = OpCounter()
     settings = TrainSettings(batch_size=args.batch_size, epochs=1, steps_per_epoch=1, lr=1e-4, min_lr=0.0, lr_schedule="constant", warmup_epochs=0,
                              grad_clip=3.0, seed=args.seed, precision="bf16")
