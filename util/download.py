@@ -143,9 +143,9 @@ def unreachable(error: Exception, what: str, where: str) -> OSError | ValueError
 
 
 def cut_errors() -> tuple[type[Exception], ...]:
-    """What huggingface_hub below 1.0 raises where a connection ends in the middle of a file; from 1.0 on it continues by itself."""
-    requests = sys.modules.get("requests")
-    return () if requests is None else (requests.exceptions.ChunkedEncodingError,)
+    """What huggingface_hub 0.27 to 1.0 raises where a connection ends in the middle of a file; 2.4 continues by itself."""
+    names = {"requests.exceptions": "ChunkedEncodingError", "httpx": "RemoteProtocolError"}
+    return tuple(getattr(sys.modules[library], name) for library, name in names.items() if library in sys.modules)
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
