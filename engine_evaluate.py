@@ -131,18 +131,17 @@ def evaluate(model: TokenBridge, vae: AutoencoderKL, labels: Sequence[int], sett
     store: what is there already is not made again, what is made is written there. ValueError if an image's logits or pixels are not finite.
     """
     mine = batches_of(len(labels), settings.batch_size)[dist.rank() :: dist.world_size()]
-    scores, pending, roundtrip = Scores(len(labels), reference, with_infinity, device), [], None
-    for batch in mine:
-        found = store.read(batch) if store is not None else None
-        if found is None:
-            pending.append(batch)
-        else:
-            scores.add(batch, found)
+    scores, roundtrip = Scores(len(labels), reference, with_infinity, device), None
+    pending = {batch for batch in mine if store is None or store.read(batch) is None}
     total, left = sum(map(len, mine)), sum(map(len, pending))
     if left < total:
         logger.info("%d of %d images of this process were made before", total - left, total)
     started, made = time.perf_counter(), 0
-    for batch in pending:
+    for batch in mine:                                         # in their order: the sums of a resumed run are those of any other, to the last bit
+        found = None if batch in pending else store.read(batch)
+        if found is not None:
+            scores.add(batch, found)
+            continue
         (_, images), = generate(model, vae, labels, batch, settings, device)
         if roundtrip is None:
             roundtrip = vae_roundtrip(vae, images, model.quant_min, model.quant_max)

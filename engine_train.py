@@ -22,6 +22,7 @@ from util.loader import GlobalBatchSampler, build_loader
 from util.log import JsonlLog, get_logger
 from util.lr_sched import base_learning_rate
 from util.preempt import StopRequest
+from util.sharding import cannot_shard
 
 logger = get_logger()
 
@@ -77,6 +78,8 @@ def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, cont
                          f"({args.batch_size} x {dist.world_size()} processes x --accum_iter {args.accum_iter})")
     if args.fsdp and dist.world_size() == 1:
         raise ValueError("--fsdp cuts the weights over several processes, and there is one: start it with torchrun --nproc_per_node, or leave it out")
+    if args.fsdp and cannot_shard(device):
+        raise ValueError(cannot_shard(device))
     evaluator = make_evaluator() if make_evaluator is not None else None
     settings, grid = train_settings(args, steps_per_epoch, device), sample_settings(args, device)
     grid.check(model.token_dim)

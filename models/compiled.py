@@ -55,7 +55,9 @@ class CompiledSampler:
         if model.head != "autoregressive":
             raise ValueError(f"--compile samples with the autoregressive head only, the model's is {model.head}; leave --compile out")
         self.model, self.launches = model, 0
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+        config = torch._dynamo.config
+        limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"         # its name in torch 2.6
+        setattr(config, limit, max(getattr(config, limit), MOST_GRAPHS))
         device = model.mask_token.device
         self._backbone, self._begin, self._position = (graph(f, device) for f in (self.backbone, self.begin, self.position))
 

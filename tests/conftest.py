@@ -3,6 +3,7 @@
 Helpers are plain functions (`from conftest import fill_golden`); what is slow to make is a session fixture, to be read and never changed.
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -18,10 +19,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
+from util.counting import no_fake_gpu
+from util.sharding import cannot_shard
 
 REPO = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -143,6 +147,21 @@ def run_processes(arguments: Sequence[str | Path], nproc: int, timeout: float = 
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""} | (env or {})
     return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@contextlib.contextmanager
+def fake_gpu(allow_non_fake_inputs: bool = False) -> Iterator[None]:
+    """Within the block tensors on "cuda" have shapes and no numbers; skips the test where this torch cannot make them."""
+    if no_fake_gpu():
+        pytest.skip(no_fake_gpu())
+    with FakeTensorMode(allow_non_fake_inputs=allow_non_fake_inputs):
+        yield
+
+
+def skip_unless_shardable() -> None:
+    """Skips the test where this torch cannot shard on a CPU."""
+    if reason := cannot_shard(torch.device("cpu")):
+        pytest.skip(reason)
 
 
 class RecordOps(TorchDispatchMode):

@@ -18,7 +18,7 @@ from util.bench_quantizer import quantize_by_distance
 from util.bench_sample import HeadPositions, count_samplers, samplers
 from util.bench_sample_study import REUSE
 from util.bench_train import count_training, mean_mask_ratio, plain_loss
-from util.counting import OpCounter, count, fake_mode
+from util.counting import OpCounter, count, fake_mode, no_fake_gpu
 from util.log import run_cli
 
 CPU = torch.device("cpu")
@@ -119,7 +119,8 @@ def test_counts_on_fake_tensors_are_those_of_a_real_run() -> None:
     (plain, plain_positions), (ours, our_positions) = fake
     assert (plain_positions, our_positions) == (136, 16)
     assert ours.syncs == {} and plain.num_syncs == 6 * 2                         # the plain way waits six times a step
-    assert 0 < ours.flops < plain.flops and ours.ops < plain.ops
+    assert 0 < ours.flops < plain.flops
+    assert ours.ops - ours.views < plain.ops - plain.views                       # torch 2.6 counts a view for every ':' too
 
 
 @pytest.mark.parametrize("temperature, schedule, cfg, with_labels", [(1.0, "linear", 3.0, True), (0.7, "constant", 1.0, False)])
@@ -220,6 +221,8 @@ def test_train_table(capsys: pytest.CaptureFixture) -> None:
     main(["train", *DIGITS, "--mask_ratio", "0.8", "--repeats", "1"])
     out = capsys.readouterr().out
     assert "0.8" in out and "13/16" in out and "Whole step" in out and "M parameters" in out
+    here = next(line for line in out.splitlines() if line.startswith("here "))
+    assert here.split()[-1] == ("-" if no_fake_gpu() else "0")
     main(["train", *DIGITS, "--flops_only"])
     out = capsys.readouterr().out
     assert "Whole step" not in out and "nothing was computed" in out and "mean 0.867" in out

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import REPO
 from hub import Hub
-from huggingface_hub import constants
+from huggingface_hub import constants, utils
 
 from util import download
 from util.log import run_cli
@@ -58,6 +58,8 @@ def run(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
             for name, value in environment.items():
                 patch.setenv(name, value)
             patch.setattr(constants, "HF_HUB_OFFLINE", "HF_HUB_OFFLINE" in environment)      # so is this one
+            if hasattr(utils, "reset_sessions"):                                             # below 1.0 it is read when a session begins
+                utils.reset_sessions()
             code = run_cli(lambda: download.main(arguments))
         return Result(code, *capsys.readouterr())
     return start

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, run_processes, tiny_vae
+from torch.distributed.fsdp import FSDPModule
 
 import engine_train
 import main_cache
@@ -15,9 +16,10 @@ from engine_load import load_generator_weights
 from main_tokenbridge import main
 from models.tokenbridge import TokenBridge
 from models.vae import load_vae
-from util import checkpoint
+from util import checkpoint, dist
 from util.bench_eval import write_random_inception
 from util.images import read_image
+from util.sharding import cannot_shard
 
 SIZE = 32        # pixels, with a VAE of stride 8: 4x4 tokens
 
@@ -201,6 +203,14 @@ def test_flags_of_training_that_cannot_be(flags, tmp_path: Path) -> None:  # noq
         with pytest.raises(ValueError, match=message):
             main(flags(tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_sharding_on_a_cpu_is_refused_where_torch_cannot(flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+    monkeypatch.delattr(FSDPModule, "set_force_sum_reduction_for_comms", raising=False)
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"--fsdp on a CPU needs torch 2\.8 or later, this is .*: leave it out"):
+        main(flags(tmp_path / "run", fsdp=True, batch_size=2))
+    assert not list((tmp_path / "run").glob("*")) and cannot_shard(torch.device("cuda")) == ""
 
 
 # ------------------------------------------------------------------------------------------------------- sampling and evaluation

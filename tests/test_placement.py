@@ -5,13 +5,10 @@ Fake tensors have shapes and devices but no numbers, so this runs without a GPU.
 """
 
 import contextlib
-import functools
-from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import RecordOps, fill_golden, tiny_batch, tiny_config, tiny_vae
-from torch._subclasses.fake_tensor import FakeTensorMode
+from conftest import RecordOps, fake_gpu, fill_golden, tiny_batch, tiny_config, tiny_vae
 
 from engine_tokenbridge import batch_latents
 from models import MODELS, compiled, sampling
@@ -22,25 +19,6 @@ from models.vae import AutoencoderKL
 from util.eval_store import image_flaws
 
 SMALL_VAE = dict(embed_dim=16, ch_mult=(1, 1, 2, 2, 2), ch=8, num_res_blocks=1, norm_groups=4)
-
-
-@functools.cache
-def can_fake_a_gpu() -> str:
-    """Why not, or nothing: torch below 2.7 or so initialises CUDA even for fake tensors, which fails without a driver."""
-    try:
-        with FakeTensorMode(), torch.device("cuda"):
-            torch.nn.Linear(2, 2)
-        return ""
-    except RuntimeError as error:
-        return f"torch {torch.__version__} cannot make fake CUDA tensors here: {str(error).splitlines()[0]}"
-
-
-@contextlib.contextmanager
-def fake_gpu() -> Iterator[None]:
-    if can_fake_a_gpu():
-        pytest.skip(can_fake_a_gpu())
-    with FakeTensorMode(allow_non_fake_inputs=False):
-        yield
 
 
 def on_fake_gpu(build, **arguments: object) -> torch.nn.Module:  # noqa: ANN001

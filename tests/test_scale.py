@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import train_scaled
-from conftest import REPO, run_processes, tiny_batch, tiny_model
-from torch._subclasses.fake_tensor import FakeTensorMode
+from conftest import REPO, fake_gpu, run_processes, skip_unless_shardable, tiny_batch, tiny_model
 
 from engine_state import TrainState, compile_blocks, weight_decay_groups
 from engine_tokenbridge import optimizer_step, spoilt_if_not_finite
@@ -21,6 +20,8 @@ COMPILER = pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clan
 
 def two_processes(out: Path, timeout: float = 240, **options: object) -> dict:
     """The checkpoint that rank 0 of two writes."""
+    if options.get("fsdp"):
+        skip_unless_shardable()
     result = run_processes([REPO / "tests" / "train_scaled.py", out, json.dumps(options)], nproc=2, timeout=timeout,
                            env={"PYTHONPATH": f"{REPO}:{REPO / 'tests'}"})
     assert result.returncode == 0, result.stderr[-3000:]
@@ -104,6 +105,7 @@ def test_nan_on_one_of_two_stops_both_when_sharded(tmp_path: Path) -> None:
 
     (test_engine.py has the same for DDP.)
     """
+    skip_unless_shardable()
     result = run_processes([REPO / "tests" / "train_scaled.py", tmp_path / "a.pth", json.dumps(dict(batch_size=8, steps=20, fsdp=True, spoil_from=16))],
                            nproc=2, env={"PYTHONPATH": f"{REPO}:{REPO / 'tests'}"})
     assert result.returncode != 0 and not (tmp_path / "a.pth").exists()
@@ -184,7 +186,7 @@ def test_learning_and_stepping_never_wait_for_a_gpu() -> None:
 
     The backward pass on fake GPU tensors needs a CUDA build that this machine may lack; its operations are the forward's transposes.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+    with fake_gpu(allow_non_fake_inputs=True), torch.device("cuda"):
         model = tiny_model_on_gpu()
         state = TrainState(model, weight_decay=0.02, ema_rate=0.9, precision="bf16", ema_warmup=True, posthoc_ema=True)
         latents, labels = torch.zeros(4, 16, 4, 4), torch.zeros(4, dtype=torch.long)

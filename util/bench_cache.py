@@ -100,7 +100,8 @@ class LibrarySlices(Dataset):
         part, slot = divmod(index[0], self.parts[0][1])
         if part not in self.open:
             self.open[part] = safe_open(self.parts[part][0], "pt").get_slice("moments")
-        return self.open[part][slot, int(coin(index[1]))], int(self.labels[index[0]])
+        flipped = int(coin(index[1]))
+        return self.open[part][slot : slot + 1, flipped : flipped + 1][0, 0], int(self.labels[index[0]])      # safetensors 0.4.0 takes no numbers
 
 
 def epoch(dataset: Dataset, batch_size: int, num_workers: int, seed: int) -> Iterator[Tensor]:

@@ -211,15 +211,19 @@ def plain_loop(args: argparse.Namespace, device: torch.device, precision: str, b
     return step
 
 
-def count_step_syncs(args: argparse.Namespace) -> int:
+def count_step_syncs(args: argparse.Namespace) -> int | str:
     """Host syncs of one step of our loop outside logging steps: draws on the CPU, everything else but the backward pass on fake GPU tensors.
 
     (A backward pass on fake GPU tensors needs a CUDA build; the operations in it are no others than the forward pass's kind.)
+    "-" where there are no fake GPU tensors.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from engine_state import TrainState
     from engine_tokenbridge import TrainSettings, batch_latents, draw_step, optimizer_step, spoilt_if_not_finite
+    from util.counting import no_fake_gpu
+    if no_fake_gpu():
+        return "-"
     counter = OpCounter()
     settings = TrainSettings(batch_size=args.batch_size, epochs=1, steps_per_epoch=1, lr=1e-4, min_lr=0.0, lr_schedule="constant", warmup_epochs=0,
                              grad_clip=3.0, seed=args.seed, precision="bf16")

@@ -4,6 +4,7 @@ FLOPs are torch.utils.flop_counter's (a multiply-add is two), counted under Fake
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,13 +16,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from util import dist
 from util.cli import at_least
 
 SYNC_OPS = ("_local_scalar_dense", "is_nonzero", "nonzero", "nonzero_numpy", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive")
 INDEX_OPS = ("index", "index_put", "index_put_")          # with a boolean index they have to learn how many entries are True
+
+for direction in ("", "_backward"):                       # torch 2.6 counts no attention on a CPU: as much as a GPU's
+    flash = f"_scaled_dot_product_flash_attention{{}}{direction}"
+    flop_registry.setdefault(getattr(torch.ops.aten, flash.format("_for_cpu")), flop_registry[getattr(torch.ops.aten, flash.format(""))])
 
 
 class OpCounter(TorchDispatchMode):
@@ -83,6 +88,17 @@ class Counts:
     @property
     def num_syncs(self) -> int:
         return sum(self.syncs.values())
+
+
+@functools.cache
+def no_fake_gpu() -> str:
+    """Why fake tensors cannot stand for a GPU's here, "" if they can: torch 2.6 built for CUDA needs a driver even for them."""
+    try:
+        with FakeTensorMode(), torch.device("cuda"):
+            torch.nn.Linear(2, 2)
+    except RuntimeError as error:
+        return f"torch {torch.__version__} cannot make fake CUDA tensors here: {str(error).splitlines()[0]}"
+    return ""
 
 
 def count(function: Callable[[], object], arm_at: torch.nn.Module | None = None) -> Counts:

@@ -148,8 +148,13 @@ def agree(error: Exception | None) -> None:
 
 
 def shutdown() -> None:
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
+        # torch 2.6 frees a group under Python's lock, for which gloo's thread may be waiting: both wait for ever. A reference to the backend
+        # leaves it to be freed after the group, which is done without the lock.
+        backend = dist.group.WORLD._get_backend(torch.device("cpu"))
         dist.destroy_process_group()
+        del backend
 
 
 def synchronize(device: torch.device) -> None:

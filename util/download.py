@@ -31,6 +31,7 @@ STATS_URL = "https://github.com/LTH14/mar/raw/main/fid_stats/adm_in256_stats.npz
 SCHEME = "hf://"
 PARTS_OF_FOLDER = ("checkpoint-last.pth",), ("model.safetensors", "config.json", "vae.safetensors", "vae.json")      # either, in this order
 CHUNK = 1 << 20
+ATTEMPTS = 6                        # at one file, each of which continues the one before
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,13 @@ def list_files(repository: str, revision: str | None = None) -> list[RemoteFile]
 def fetch(repository: str, remote: RemoteFile) -> Path:
     """The file in huggingface_hub's cache, downloaded (or continued) if need be and checked. ValueError if size or hash are wrong."""
     from huggingface_hub import hf_hub_download
-    path = Path(hf_hub_download(repository, remote.name, revision=remote.revision, endpoint=os.environ.get("HF_ENDPOINT")))
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            path = Path(hf_hub_download(repository, remote.name, revision=remote.revision, endpoint=os.environ.get("HF_ENDPOINT")))
+            break
+        except cut_errors():
+            if attempt == ATTEMPTS:
+                raise
     wrong = problem(path, remote)
     if wrong:
         path.resolve().unlink()                                            # or the cache would hand it out again
@@ -133,6 +140,12 @@ def unreachable(error: Exception, what: str, where: str) -> OSError | ValueError
     endpoint = os.environ.get("HF_ENDPOINT", "")
     return OSError(f"cannot get {what}" + (f" from HF_ENDPOINT {endpoint}" if endpoint else "") + f" ({type(error).__name__}: {reason}). Without a "
                    f"connection, download it on another machine and put it at {where}")
+
+
+def cut_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub 0.27 to 1.0 raises where a connection ends in the middle of a file; 2.4 continues by itself."""
+    names = {"requests.exceptions": "ChunkedEncodingError", "httpx": "RemoteProtocolError"}
+    return tuple(getattr(sys.modules[library], name) for library, name in names.items() if library in sys.modules)
 
 
 def hub_errors() -> tuple[type[Exception], ...]:

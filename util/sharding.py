@@ -11,16 +11,26 @@ from torch import Tensor, nn
 from util import dist
 
 
+def cannot_shard(device: torch.device) -> str:
+    """Why --fsdp does not work on the device with this torch, "" if it does: on a CPU 2.6 stops with an error, and 2.7 sums what it should average."""
+    from torch.distributed.fsdp import FSDPModule
+    if device.type == "cpu" and not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        return f"--fsdp on a CPU needs torch 2.8 or later, this is {torch.__version__}: leave it out, or install a later torch"
+    return ""
+
+
 def shard(model: nn.Module, units: Iterable[nn.Module], device: torch.device) -> None:
     """Cut the parameters over all processes, in place: each unit is gathered when it runs and freed after; the rest makes one more unit.
 
-    Inner units come before the ones that hold them. Only one unit at a time is ever whole on the device.
+    Inner units come before the ones that hold them. Only one unit at a time is ever whole on the device. Ask `cannot_shard` first.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # slow to import; only for runs that shard
     mesh = init_device_mesh(device.type, (dist.world_size(),))
     for module in (*units, model):
         fully_shard(module, mesh=mesh)
+        if device.type == "cpu":                                # asked for a mean, gloo gave the sum in torch 2.7 and 2.8
+            module.set_force_sum_reduction_for_comms(True)
     model.to(device)                                            # buffers
 
 
