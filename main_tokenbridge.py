@@ -25,6 +25,7 @@ from util import checkpoint, dist, download
 from util.cli import add_process_flags, at_least, make_parser, parse
 from util.eval_presets import EVAL_PRESETS, apply_eval_preset
 from util.eval_store import SAVE_IMAGES
+from util.heap import keep_freed_memory
 from util.loader import BAD_IMAGE_CHOICES
 from util.log import get_logger, run_cli
 from util.lr_sched import LR_SCHEDULES
@@ -218,6 +219,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_arguments(args)
     try:
         device = dist.init(args.device, args.dist_url)
+        if device.type == "cpu" and not args.evaluate:                     # the scores of many images need the memory more than the time
+            keep_freed_memory()
         source, content = read_checkpoint(args)
         args.vae_path = download.local_path(args.vae_path, "--vae_path")
         vae = load_vae(args.vae_path, *(getattr(args, n) if n in given else None for n in ("vae_embed_dim", "vae_stride")))

@@ -31,6 +31,7 @@ from engine_tokenbridge import mixed_seed, optimizer_step
 from models.vae import AutoencoderKL, posterior_from_moments
 from util import checkpoint, dist
 from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
+from util.heap import keep_freed_memory
 from util.images import to_uint8
 from util.loader import BAD_IMAGE_CHOICES, GlobalBatchSampler, ImageFolderDataset, build_loader
 from util.log import JsonlLog, get_logger, run_cli
@@ -413,6 +414,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_arguments(args)
     try:
         device = dist.init(args.device, args.dist_url)
+        if device.type == "cpu":
+            keep_freed_memory()
         source, content = read_state(args)
         train(args, build_vae(args, given, content, source), content, source, device)
     finally:

@@ -149,7 +149,7 @@ def timed_samplers(args: argparse.Namespace, device: torch.device, precision: st
         drawn: list[Tensor] = [orders, orders]
 
         def way(i: int) -> None:
-            keep_freed_memory(i == 1 and device.type == "cpu")                                           # as dist.init sets it
+            keep_freed_memory(i == 1 and device.type == "cpu")                                           # as main_tokenbridge.py does
             drawn[i] = functions[i]()
         seconds = timed([lambda: way(0), lambda: way(1)], args.repeats, device, warm_up=0 if device.type == "cpu" else 1)
         plain, ours = (model.quantize(latents)[0] for latents in drawn)

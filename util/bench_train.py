@@ -91,7 +91,7 @@ def timed_loops(args: argparse.Namespace, device: torch.device, precision: str) 
     our_steps = our_loop(args, device, precision, batch)
 
     def ours() -> None:
-        keep_freed_memory(device.type == "cpu")              # as dist.init sets it
+        keep_freed_memory(device.type == "cpu")              # as main_tokenbridge.py does
         our_steps()
 
     def plain() -> None:
