@@ -78,8 +78,8 @@ def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, cont
                          f"({args.batch_size} x {dist.world_size()} processes x --accum_iter {args.accum_iter})")
     if args.fsdp and dist.world_size() == 1:
         raise ValueError("--fsdp cuts the weights over several processes, and there is one: start it with torchrun --nproc_per_node, or leave it out")
-    if args.fsdp and cannot_shard(device):
-        raise ValueError(cannot_shard(device))
+    if args.fsdp and (reason := cannot_shard(device)):
+        raise ValueError(reason)
     evaluator = make_evaluator() if make_evaluator is not None else None
     settings, grid = train_settings(args, steps_per_epoch, device), sample_settings(args, device)
     grid.check(model.token_dim)

@@ -3,6 +3,8 @@
 import argparse
 import math
 import os
+import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -88,7 +90,8 @@ def test_code_is_refused_and_not_run(tmp_path):
     with pytest.raises(ValueError, match="holds code"):
         load_file(path)
     assert not (tmp_path / "boom").exists()
-    torch.load(path, weights_only=False)                       # the trap is real: an unsafe reader springs it
+    with zipfile.ZipFile(path) as archive:                     # the trap is real: pickle, a reader that runs code, springs it
+        pickle.loads(archive.read("a/data.pkl"))
     assert (tmp_path / "boom").exists()
 
 

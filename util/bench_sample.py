@@ -9,7 +9,6 @@ from torch import Tensor
 from util import dist
 from util.cli import at_least
 from util.counting import Counts, add_command, add_model_flags, build_model, check_model_flags, count, fake_mode, print_table, timed
-from util.heap import keep_freed_memory
 
 
 def pick(x: Tensor, chosen: Tensor, each: int) -> Tensor:
@@ -147,11 +146,8 @@ def timed_samplers(args: argparse.Namespace, device: torch.device, precision: st
     with dist.autocast(device, precision):
         functions = samplers(model, orders, labels, args.num_iter, args.cfg, args.cfg_schedule)
         drawn: list[Tensor] = [orders, orders]
-
-        def way(i: int) -> None:
-            keep_freed_memory(i == 1 and device.type == "cpu")                                           # as main_tokenbridge.py does
-            drawn[i] = functions[i]()
-        seconds = timed([lambda: way(0), lambda: way(1)], args.repeats, device, warm_up=0 if device.type == "cpu" else 1)
+        ways = [lambda i=i, function=function: drawn.__setitem__(i, function()) for i, function in enumerate(functions)]
+        seconds = timed(ways, args.repeats, device, warm_up=0 if device.type == "cpu" else 1, ours=1)
         plain, ours = (model.quantize(latents)[0] for latents in drawn)
     same = (plain == ours).double().mean().item()
     if same < 1 and precision == "fp32" and device.type == "cpu":

@@ -13,8 +13,19 @@ from util import dist
 from util.bench_quantizer import quantize_by_distance
 from util.bench_sample import plain_features
 from util.cli import at_least
-from util.counting import Counts, OpCounter, add_command, add_model_flags, build_model, check_model_flags, count, fake_mode, print_table, timed
-from util.heap import keep_freed_memory
+from util.counting import (
+    Counts,
+    OpCounter,
+    add_command,
+    add_model_flags,
+    build_model,
+    check_model_flags,
+    count,
+    fake_mode,
+    no_fake_gpu,
+    print_table,
+    timed,
+)
 
 
 def mean_mask_ratio(mask_ratio_min: float) -> float:
@@ -88,19 +99,9 @@ def timed_loops(args: argparse.Namespace, device: torch.device, precision: str) 
     the same mask ratios; and the plain loop's host syncs in a step."""
     batch, counter = random_batch(args, device), OpCounter()
     plain_step = plain_loop(args, device, precision, batch, counter)
-    our_steps = our_loop(args, device, precision, batch)
-
-    def ours() -> None:
-        keep_freed_memory(device.type == "cpu")              # as main_tokenbridge.py does
-        our_steps()
-
-    def plain() -> None:
-        keep_freed_memory(False)
-        for _ in range(STEPS_PER_CALL):
-            plain_step()
-    ways = [ours, plain]
-    our_seconds, plain_seconds = (seconds / STEPS_PER_CALL for seconds in timed(ways, args.repeats, device))
-    return our_seconds, plain_seconds, sum(counter.syncs.values())
+    ways = [our_loop(args, device, precision, batch), lambda: [plain_step() for _ in range(STEPS_PER_CALL)]]
+    ours, plain = (seconds / STEPS_PER_CALL for seconds in timed(ways, args.repeats, device, ours=0))
+    return ours, plain, sum(counter.syncs.values())
 
 
 def random_batch(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -221,7 +222,6 @@ def count_step_syncs(args: argparse.Namespace) -> int | str:
 
     from engine_state import TrainState
     from engine_tokenbridge import TrainSettings, batch_latents, draw_step, optimizer_step, spoilt_if_not_finite
-    from util.counting import no_fake_gpu
     if no_fake_gpu():
         return "-"
     counter = OpCounter()

