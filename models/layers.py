@@ -69,10 +69,16 @@ class CausalAttention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(num_tokens, positions, dim))
 
 
-def block_queries(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (N, heads, P, head_dim) of a timm block from its input x (N, P, D)."""
-    attn = block.attn
-    return attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind()
+def block_queries(block: nn.Module, x: Tensor, asking: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (N, heads, P, head_dim) of a timm block from its input x (N, P, D); the queries of `asking` (N, M, D) if given."""
+    attn, dim = block.attn, x.shape[-1]
+    heads = (attn.num_heads, attn.head_dim)
+    if asking is None:
+        return attn.qkv(block.norm1(x)).unflatten(-1, (3, *heads)).permute(2, 0, 3, 1, 4).unbind()
+    (query, key_value), (query_bias, key_value_bias) = (whole.split([dim, 2 * dim]) for whole in (attn.qkv.weight, attn.qkv.bias))
+    q = F.linear(block.norm1(asking), query, query_bias).unflatten(-1, heads).transpose(1, 2)                   # (N, heads, M, hd)
+    k, v = F.linear(block.norm1(x), key_value, key_value_bias).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4).unbind()
+    return q, k, v
 
 
 def block_rest(block: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
@@ -85,6 +91,12 @@ def masked_block(block: nn.Module, x: Tensor, seen: Tensor) -> Tensor:
     """A timm block in which only the positions `seen` (P,) bool are attended to: x (N, P, D) -> (N, P, D). No dropout."""
     q, k, v = block_queries(block, x)
     return block_rest(block, x, F.scaled_dot_product_attention(q, k, v, attn_mask=seen.unsqueeze(0)))
+
+
+def wanted_block(block: nn.Module, x: Tensor, wanted: Tensor) -> Tensor:
+    """A timm block whose output is needed at the positions wanted (N, M) only, all being attended to: x (N, P, D) -> (N, M, D). No dropout."""
+    asking = take(x, wanted)
+    return block_rest(block, asking, F.scaled_dot_product_attention(*block_queries(block, x, asking)))
 
 
 Modulation = tuple[Tensor, ...]

@@ -28,19 +28,19 @@ if TYPE_CHECKING:
     from models.tokenbridge import TokenBridge
 
 
-def cached_block(block: nn.Module, x: Tensor, cache: LayerCache, slots: slice | Tensor, length: int) -> Tensor:
+def cached_block(block: nn.Module, x: Tensor, cache: LayerCache, slots: slice | Tensor, length: int, asking: Tensor | None = None) -> Tensor:
     """One backbone block over some tokens x (R, N, D), which attend to the first `length` slots of the cache after writing theirs.
 
-    slots: where their keys and values go, a slice of the cache or slot numbers (R, N).
+    slots: where their keys and values go, a slice of the cache or slot numbers (R, N). asking (R, M, D): those of x whose output is needed, if not all.
     """
-    rows, (q, k, v) = len(x), block_queries(block, x)                                                # (R, heads, N, hd)
+    rows, (q, k, v) = len(x), block_queries(block, x, asking)                                        # (R, heads, N, hd)
     for store, new in ((cache.keys, k), (cache.values, v)):
         if isinstance(slots, slice):
             store[:rows, :, slots] = new
         else:
             store[:rows].scatter_(2, slots[:, None, :, None].expand_as(new), new.to(store.dtype))
     attended = F.scaled_dot_product_attention(q, cache.keys[:rows, :, :length].to(q.dtype), cache.values[:rows, :, :length].to(q.dtype))
-    return block_rest(block, x, attended)
+    return block_rest(block, x if asking is None else asking, attended)
 
 
 class ReusedFeatures:
@@ -93,12 +93,13 @@ class ReusedFeatures:
             x = cached_block(block, x, cache, slots, slots.stop)
         return self.model.decoder_embed(self.model.encoder_norm(x))
 
-    def _decoder(self, x: Tensor, slots: slice | Tensor) -> Tensor:
-        for block, cache in zip(self.model.decoder_blocks, self.decoder_caches, strict=True):
-            x = cached_block(block, x, cache, slots, self.model.buffer_size + self.model.num_tokens)
-        return x
-
-    def _finish(self, x: Tensor, asked: Tensor) -> Tensor:
+    def _decoder(self, x: Tensor, slots: slice | Tensor, asked: Tensor, places: Tensor) -> Tensor:
+        """z (R, M, D) of the asked tokens (R, M), which stand at places (R, M) of x (R, N, D)."""
+        length = self.model.buffer_size + self.model.num_tokens
+        *blocks, (last, last_cache) = zip(self.model.decoder_blocks, self.decoder_caches, strict=True)
+        for block, cache in blocks:
+            x = cached_block(block, x, cache, slots, length)
+        x = cached_block(last, x, last_cache, slots, length, take(x, places))
         return self.model.decoder_norm(x) + F.embedding(asked, self.model.output_pos_embed[0])
 
     def _plain(self, values: Tensor, orders: Tensor, num_masked: int, asked: Tensor, rows: int) -> Tensor:
@@ -123,8 +124,7 @@ class ReusedFeatures:
         hidden = m.mask_token.to(x.dtype).expand(rows, m.num_tokens, x.shape[-1])
         grid = hidden.scatter(1, visible.unsqueeze(-1).expand_as(x[:, s:]), x[:, s:])                                   # (R, L, D)
         x = torch.cat([x[:, :s], grid], dim=1) + m.decoder_pos_embed_learned                         # (R, S+L, D)
-        x = self._decoder(x, slice(0, x.shape[1]))[:, s:]
-        return self._finish(take(x, asked), asked)
+        return self._decoder(x, slice(0, x.shape[1]), asked, asked + s)
 
     def _changed(self, values: Tensor, orders: Tensor, num_masked: int, asked: Tensor, rows: int) -> Tensor:
         """Only what changed since the last step: the new tokens through encoder and decoder, the asked ones through the decoder."""
@@ -137,8 +137,8 @@ class ReusedFeatures:
         hidden = m.mask_token.to(x.dtype).expand(rows, asked.shape[1], x.shape[-1])
         active = torch.cat([new, asked], dim=1)                                                      # (R, N+M)
         x = torch.cat([x, hidden], dim=1) + F.embedding(active, m.decoder_pos_embed_learned[0, s:])
-        x = self._decoder(x, active + s)
-        return self._finish(x[:, new.shape[1]:], asked)
+        places = torch.arange(new.shape[1], active.shape[1], device=x.device).expand(rows, -1)       # behind the new ones
+        return self._decoder(x, active + s, asked, places)
 
 
 FeatureSource = Callable[[Tensor, Tensor, int, Tensor, float], Tensor]

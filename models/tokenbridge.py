@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models import generation, quantizer
 from models.channel_ar import ChannelAR
-from models.layers import LAYER_NORM_EPS, masked_block, take
+from models.layers import LAYER_NORM_EPS, masked_block, take, wanted_block
 from models.sampling import CFG_SCHEDULES as CFG_SCHEDULES
 from models.sampling import SamplerOptions, SamplerState, random_orders, sample_steps
 from models.sampling import cosine_keep as cosine_keep
@@ -104,7 +104,10 @@ class TokenBridge(ChannelAR):
                 raise ValueError(f"{name} must be a probability (--{name}), got {value}")
         if class_num < 1 or buffer_size < 1:
             raise ValueError(f"class_num (--class_num) and buffer_size (--buffer_size) must be at least 1, got {class_num} and {buffer_size}")
-        for part, dim, heads in (("encoder", encoder_embed_dim, encoder_num_heads), ("decoder", decoder_embed_dim, decoder_num_heads)):
+        for part, dim, heads, depth in (("encoder", encoder_embed_dim, encoder_num_heads, encoder_depth),
+                                        ("decoder", decoder_embed_dim, decoder_num_heads, decoder_depth)):
+            if depth < 1:
+                raise ValueError(f"{part}_depth must be at least 1, got {depth}")
             if dim % heads:
                 raise ValueError(f"{part}_embed_dim {dim} is not a multiple of {part}_num_heads {heads}")
         quantizer.check_range(quant_min, quant_max)
@@ -213,10 +216,10 @@ class TokenBridge(ChannelAR):
         hidden = self.mask_token.to(x.dtype).expand(len(x), self.num_tokens, x.shape[-1])
         grid = hidden.scatter(1, visible.unsqueeze(-1).expand_as(x[:, s:]), x[:, s:])        # (B, L, D)
         x = torch.cat([x[:, :s], grid], dim=1) + self.decoder_pos_embed_learned              # (B, S+L, D)
-        x = self._run_blocks(self.decoder_blocks, x)[:, s:]                                  # (B, L, D)
         if wanted is None:
-            return self.decoder_norm(x) + self.output_pos_embed
-        x = take(x, wanted)                                                                  # (B, M, D)
+            return self.decoder_norm(self._run_blocks(self.decoder_blocks, x)[:, s:]) + self.output_pos_embed
+        x = self._run_blocks(self.decoder_blocks[:-1], x)                                    # (B, S+L, D)
+        x = wanted_block(self.decoder_blocks[-1], x, wanted + s)                             # (B, M, D), no other token needs the last block
         return self.decoder_norm(x) + F.embedding(wanted, self.output_pos_embed[0])
 
     # ------------------------------------------------------------------------------------------------------- training
@@ -332,11 +335,17 @@ class TokenBridge(ChannelAR):
 
     def _guided_z(self, values: Tensor, visible: Tensor, wanted: Tensor, class_embedding: Tensor, scale: float) -> Tensor:
         """z (B, M, D) of the wanted tokens; with guidance both halves run as one batch: z_u + s * (z_c - z_u)."""
+        def z_of(rows: Tensor, values: Tensor, visible: Tensor, wanted: Tensor) -> Tensor:
+            return self.decode(self.encode(values, visible, rows), visible, wanted)
         if scale == 1:
-            return self.decode(self.encode(values, visible, class_embedding), visible, wanted)
-        class_embedding = torch.cat([class_embedding, self.fake_latent.expand_as(class_embedding)])               # (2B, D)
-        values, visible, wanted = (torch.cat([x, x]) for x in (values, visible, wanted))
-        conditional, unconditional = self.decode(self.encode(values, visible, class_embedding), visible, wanted).chunk(2)
+            return z_of(class_embedding, values, visible, wanted)
+        if visible.shape[1] == 0 and len(wanted) > 1:                                        # without a class all images are still the same one
+            conditional = z_of(class_embedding, values, visible, wanted)
+            unconditional = z_of(self.fake_latent, values[:1], visible[:1], wanted.reshape(1, -1)).view_as(conditional)
+        else:
+            class_embedding = torch.cat([class_embedding, self.fake_latent.expand_as(class_embedding)])           # (2B, D)
+            values, visible, wanted = (torch.cat([x, x]) for x in (values, visible, wanted))
+            conditional, unconditional = z_of(class_embedding, values, visible, wanted).chunk(2)
         return unconditional + scale * (conditional - unconditional)
 
 

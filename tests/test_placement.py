@@ -156,7 +156,7 @@ def test_sampler_stays_on_the_gpu(context, labels):
         with around[context](), ops:
             latents = model.sample_tokens(2, num_iter=2, cfg=2.0, labels=given, seeds=[1, 2])
         assert latents.shape == (2, 16, 4, 4) and latents.device.type == "cuda"
-        assert len(first) == 2 and {device for _, device in ops.devices[first[0]:]} == {"cuda"}
+        assert len(first) == 2 + 1 and {device for _, device in ops.devices[first[0]:]} == {"cuda"}
         moved = [name for name, device in ops.devices[:first[0]] if device != "cuda"]
         assert "normal_" not in moved and len(moved) < 30
 

@@ -212,6 +212,33 @@ def test_only_masked_tokens_are_predicted_and_hidden_ones_do_not_leak():
     assert before.logits.shape == (4 * 9, 16, 16)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("depth", [1, 3])
+def test_decoding_wanted_tokens_only_changes_none_of_them(depth):
+    """The last block leaves out what nobody asked for, in any order and more than once."""
+    model, (latents, labels) = tiny_model(decoder_depth=depth), tiny_batch()
+    visible, wanted = torch.arange(16).expand(4, 16).split([7, 9], dim=1)
+    values = model.patchify(latents)[:, :7]
+    encoded = model.encode(values, visible, model.class_emb(labels))
+    z = model.decode(encoded, visible)                                                       # (4, 16, D)
+    for asked in (wanted, wanted.flip(1)[:, :3], visible[:, [6, 6, 0]]):
+        assert torch.allclose(model.decode(encoded, visible, asked), torch.stack([rows[at] for rows, at in zip(z, asked, strict=True)]), atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("known", [0, 3])
+def test_guided_z_is_that_of_two_whole_passes(known):
+    """Also where nothing is visible and one unconditional row serves all images, each with its own wanted tokens."""
+    model, labels = tiny_model(), torch.tensor([3, 7, 1])
+    orders = random_orders(3, 16, torch.Generator().manual_seed(3))
+    values = torch.randn(3, known, 16, generator=torch.Generator().manual_seed(4))
+    visible, wanted, classes = orders[:, 16 - known :], orders[:, 5:9], model.class_emb(labels)
+    z, z_u = (torch.stack([row[at] for row, at in zip(model.decode(model.encode(values, visible, rows), visible), wanted, strict=True)])
+              for rows in (classes, model.fake_latent.expand(3, -1)))
+    assert not torch.allclose(z, z_u, atol=1e-2)
+    assert torch.allclose(model._guided_z(values, visible, wanted, classes, 2.5), z_u + 2.5 * (z - z_u), atol=1e-5)
+
+
 def test_loss_and_rows_by_hand():
     """Mean of -log softmax at the true index over masked tokens, batch-major in grid order; logits[:, c] is about dimension order[c]."""
     model, (latents, labels), mask = tiny_model(), tiny_batch(), half_mask()
@@ -439,6 +466,7 @@ def test_bf16_autocast_is_close():
     (dict(class_num=0), "class_num"),
     (dict(buffer_size=0), "buffer_size"),
     (dict(encoder_num_heads=5), "encoder_embed_dim 64 is not a multiple"),
+    (dict(decoder_depth=0), "decoder_depth must be at least 1, got 0"),
     (dict(decoder_num_heads=5), "decoder_embed_dim 96 is not a multiple"),
     (dict(quant_min=5.0, quant_max=-5.0), "quant_min < quant_max"),
 ])
