@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.compiled import CompiledSampler
 from models.layers import take
+from models.packed import PackedLinears
 from models.reuse import FeatureSource, ReusedFeatures
 
 if TYPE_CHECKING:
@@ -362,6 +363,7 @@ def sample_steps(model: TokenBridge, class_embedding: Tensor, options: SamplerOp
     confidence = None if noise.confidence is None else noise.confidence.to(device)
     features = feature_source(model, class_embedding, options)
     channel_sample = CompiledSampler.of(model).channel_sample if options.compile else model.channel_sample
+    packed = PackedLinears(nn.Module() if options.compile else model)
     was_training = model.training
     for step, (before, after, keep) in enumerate(unmasking_plan(options.num_iter, num_masked, options.mask_schedule)):
         scale = guidance_scale(options.cfg, options.cfg_schedule, num_masked, keep, options.cfg_interval)
@@ -369,11 +371,12 @@ def sample_steps(model: TokenBridge, class_embedding: Tensor, options: SamplerOp
             if was_training:
                 model.eval()
             try:
-                orders, z = _choose_tokens(model, features, values, orders, before, after, scale, confidence, options)
-                wanted = orders[:, after:before]                                             # (B, M)
-                picked = take(draws, wanted).flatten(0, 1).unflatten(1, (model.token_dim, -1))                    # (B*M, C, 1 or K)
-                indices, witness = channel_sample(z.flatten(0, 1), picked if options.draw == "gumbel" else picked[..., 0],
-                                                        options.temperatures(step, model.token_dim), options.top_k, options.top_p)
+                with packed.used():
+                    orders, z = _choose_tokens(model, features, values, orders, before, after, scale, confidence, options)
+                    wanted = orders[:, after:before]                                         # (B, M)
+                    picked = take(draws, wanted).flatten(0, 1).unflatten(1, (model.token_dim, -1))                # (B*M, C, 1 or K)
+                    indices, witness = channel_sample(z.flatten(0, 1), picked if options.draw == "gumbel" else picked[..., 0],
+                                                      options.temperatures(step, model.token_dim), options.top_k, options.top_p)
             finally:
                 if was_training:
                     model.train()
