@@ -36,7 +36,7 @@ def packed_linear(layer: nn.Linear, packed: Tensor, x: Tensor) -> Tensor:
 class PackedLinears:
     """Every nn.Linear of a module, its weight packed as it is now; inside `used()` they compute that way.
 
-    None if the module's weights are small or `can_pack` is against it.
+    There are none if all of the module's weights are small or `can_pack` is against it.
     """
 
     def __init__(self, module: nn.Module):
