@@ -8,7 +8,7 @@ hardly ever depends on how many rows there are, unlike MKL's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -34,13 +34,13 @@ def packed_linear(layer: nn.Linear, packed: Tensor, x: Tensor) -> Tensor:
 
 
 class PackedLinears:
-    """Every nn.Linear of a module, its weight packed as it is now; inside `used()` they compute that way.
+    """Every nn.Linear among the modules, its weight packed as it is now; inside `used()` they compute that way.
 
-    There are none if all of the module's weights are small or `can_pack` is against it.
+    There are none if all of their weights are small or `can_pack` is against it.
     """
 
-    def __init__(self, module: nn.Module):
-        layers = [layer for layer in module.modules() if type(layer) is nn.Linear and can_pack(layer.weight)]
+    def __init__(self, modules: Iterable[nn.Module]):
+        layers = [layer for layer in modules if type(layer) is nn.Linear and can_pack(layer.weight)]
         if max((layer.weight.numel() for layer in layers), default=0) < WORTHWHILE:
             layers = []
         self.forwards: list[tuple[nn.Linear, Callable[[Tensor], Tensor]]] = [

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.compiled import CompiledSampler
 from models.layers import take
@@ -363,7 +363,7 @@ def sample_steps(model: TokenBridge, class_embedding: Tensor, options: SamplerOp
     confidence = None if noise.confidence is None else noise.confidence.to(device)
     features = feature_source(model, class_embedding, options)
     channel_sample = CompiledSampler.of(model).channel_sample if options.compile else model.channel_sample
-    packed = PackedLinears(nn.Module() if options.compile else model)
+    packed = PackedLinears([] if options.compile else model.modules())
     was_training = model.training
     for step, (before, after, keep) in enumerate(unmasking_plan(options.num_iter, num_masked, options.mask_schedule)):
         scale = guidance_scale(options.cfg, options.cfg_schedule, num_masked, keep, options.cfg_interval)

@@ -36,7 +36,7 @@ def test_same_numbers_for_any_shape(width, out, bias):
     layer = nn.Linear(width, out, bias)
     rows = torch.randn(6, 5, width)
     for x in (rows[0], rows, rows[:, 2:3], rows.transpose(0, 1), rows[:, :0], rows[:0], rows[0, 0]):
-        with PackedLinears(layer).used():
+        with PackedLinears([layer]).used():
             found = layer(x)
         assert found.shape == (*x.shape[:-1], out) and torch.allclose(found, layer(x), atol=1e-5)
 
@@ -47,7 +47,7 @@ def test_layers_come_back():
     model = tiny_model()
     state = {name: set(vars(module)) for name, module in model.named_modules()}
     layers = [module for module in model.modules() if type(module) is nn.Linear]
-    linears = PackedLinears(model)
+    linears = PackedLinears(model.modules())
     assert [layer for layer, _ in linears.forwards] == layers
     with linears.used():
         assert all("forward" in vars(layer) for layer in layers)
@@ -96,13 +96,13 @@ def test_an_image_is_the_same_whatever_the_batch():
 
 def test_what_is_not_packed():
     """Small models, other types, devices and layers, autocast."""
-    assert not PackedLinears(tiny_model()).forwards
+    assert not PackedLinears(tiny_model().modules()).forwards
     wide = nn.Linear(512, 512)
-    assert bool(PackedLinears(nn.Sequential(wide, nn.Linear(512, 2))).forwards) == can_pack(wide.weight)
+    assert bool(PackedLinears([wide, nn.Linear(512, 2)]).forwards) == can_pack(wide.weight)
 
     class Other(nn.Linear):
         pass
-    assert not PackedLinears(Other(512, 512)).forwards
+    assert not PackedLinears([Other(512, 512)]).forwards
     with fake_gpu():
         assert not can_pack(torch.empty(2, 2, device="cuda")) and not can_pack(torch.empty(2, 2))
     with torch.autocast("cpu", torch.bfloat16):
