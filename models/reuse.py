@@ -100,7 +100,7 @@ class ReusedFeatures:
         for block, cache in blocks:
             x = cached_block(block, x, cache, slots, length)
         x = cached_block(last, x, last_cache, slots, length, take(x, places))
-        return self.model.decoder_norm(x) + F.embedding(asked, self.model.output_pos_embed[0])
+        return self.model.decoder_outputs(x, asked)
 
     def _plain(self, values: Tensor, orders: Tensor, num_masked: int, asked: Tensor, rows: int) -> Tensor:
         """The whole backbone, nothing kept."""
@@ -110,21 +110,15 @@ class ReusedFeatures:
 
     def _whole(self, values: Tensor, orders: Tensor, num_masked: int, asked: Tensor, rows: int) -> Tensor:
         """The whole backbone, every block's keys and values kept. In the encoder's caches, tokens stand in the order of their revealing."""
-        m, s = self.model, self.model.buffer_size
+        m = self.model
         visible = self._rows(orders[:, num_masked:].flip(1), rows)                                   # (R, V) first revealed first
         asked = self._rows(asked, rows)
-        position = m.encoder_pos_embed_learned[0]                                                    # (S+L, D)
-        buffer = self.embedding[:rows].unsqueeze(1) + position[:s]                                   # (R, S, D)
-        tokens = m.z_proj(take(self._rows(values, rows), visible)) + F.embedding(visible, position[s:])
-        x = m.z_proj_ln(torch.cat([buffer, tokens], dim=1))                                          # (R, S+V, D)
+        x = m.encoder_inputs(take(self._rows(values, rows), visible), visible, self.embedding[:rows])                   # (R, S+V, D)
         if not self.encoder_caches:
             dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
             self.encoder_caches, self.decoder_caches = self._allocate(x, m.encoder_blocks, dtype), self._allocate(x, m.decoder_blocks, dtype)
-        x = self._encoder(x, slice(0, x.shape[1]))                                                   # (R, S+V, D) decoder's width
-        hidden = m.mask_token.to(x.dtype).expand(rows, m.num_tokens, x.shape[-1])
-        grid = hidden.scatter(1, visible.unsqueeze(-1).expand_as(x[:, s:]), x[:, s:])                                   # (R, L, D)
-        x = torch.cat([x[:, :s], grid], dim=1) + m.decoder_pos_embed_learned                         # (R, S+L, D)
-        return self._decoder(x, slice(0, x.shape[1]), asked, asked + s)
+        x = m.decoder_inputs(self._encoder(x, slice(0, x.shape[1])), visible)                        # (R, S+L, D)
+        return self._decoder(x, slice(0, x.shape[1]), asked, asked + m.buffer_size)
 
     def _changed(self, values: Tensor, orders: Tensor, num_masked: int, asked: Tensor, rows: int) -> Tensor:
         """Only what changed since the last step: the new tokens through encoder and decoder, the asked ones through the decoder."""

@@ -190,16 +190,31 @@ class TokenBridge(ChannelAR):
             x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
         return x
 
+    def encoder_inputs(self, values: Tensor, visible: Tensor, class_embedding: Tensor) -> Tensor:
+        """S buffer slots, then the visible tokens (B, S+V, D); arguments as of `encode`."""
+        s = self.buffer_size
+        position = self.encoder_pos_embed_learned[0]                                         # (S+L, D)
+        buffer = class_embedding.unsqueeze(1) + position[:s]                                 # (B, S, D)
+        x = self.z_proj(values) + F.embedding(visible, position[s:])                         # (B, V, D)
+        return self.z_proj_ln(torch.cat([buffer, x], dim=1))
+
+    def decoder_inputs(self, x: Tensor, visible: Tensor) -> Tensor:
+        """S buffer slots, then the whole grid with `mask_token` at hidden positions (B, S+L, D), from `decoder_embed`'s x (B, S+V, D); visible (B, V)."""
+        s = self.buffer_size
+        hidden = self.mask_token.to(x.dtype).expand(len(x), self.num_tokens, x.shape[-1])
+        grid = hidden.scatter(1, visible.unsqueeze(-1).expand_as(x[:, s:]), x[:, s:])        # (B, L, D)
+        return torch.cat([x[:, :s], grid], dim=1) + self.decoder_pos_embed_learned
+
+    def decoder_outputs(self, x: Tensor, wanted: Tensor) -> Tensor:
+        """z (B, M, D) from what the last block made of the tokens (B, M, D) at grid positions wanted (B, M)."""
+        return self.decoder_norm(x) + F.embedding(wanted, self.output_pos_embed[0])
+
     def encode(self, values: Tensor, visible: Tensor, class_embedding: Tensor, seen: Tensor | None = None) -> Tensor:
         """Encoder over S buffer slots and the visible tokens only (SPEC 4.2).
 
         values (B, V, C) dequantized, visible (B, V) their grid positions, class_embedding (B, D) -> (B, S+V, D).
         """
-        s = self.buffer_size
-        position = self.encoder_pos_embed_learned[0]                                         # (S+L, D)
-        buffer = class_embedding.unsqueeze(1) + position[:s]                                 # (B, S, D)
-        x = self.z_proj(values) + F.embedding(visible, position[s:])                         # (B, V, D)
-        x = self.z_proj_ln(torch.cat([buffer, x], dim=1))                                    # (B, S+V, D)
+        x = self.encoder_inputs(values, visible, class_embedding)                            # (B, S+V, D)
         if seen is None:
             return self.encoder_norm(self._run_blocks(self.encoder_blocks, x))
         for block in self.encoder_blocks:
@@ -212,15 +227,12 @@ class TokenBridge(ChannelAR):
         x (B, S+V, D) from `encode`, visible (B, V); wanted (B, M): grid positions whose z is needed, all when None -> z (B, M or L, D).
         """
         s = self.buffer_size
-        x = self.decoder_embed(x)                                                            # (B, S+V, D)
-        hidden = self.mask_token.to(x.dtype).expand(len(x), self.num_tokens, x.shape[-1])
-        grid = hidden.scatter(1, visible.unsqueeze(-1).expand_as(x[:, s:]), x[:, s:])        # (B, L, D)
-        x = torch.cat([x[:, :s], grid], dim=1) + self.decoder_pos_embed_learned              # (B, S+L, D)
+        x = self.decoder_inputs(self.decoder_embed(x), visible)                              # (B, S+L, D)
         if wanted is None:
             return self.decoder_norm(self._run_blocks(self.decoder_blocks, x)[:, s:]) + self.output_pos_embed
         x = self._run_blocks(self.decoder_blocks[:-1], x)                                    # (B, S+L, D)
         x = wanted_block(self.decoder_blocks[-1], x, wanted + s)                             # (B, M, D), no other token needs the last block
-        return self.decoder_norm(x) + F.embedding(wanted, self.output_pos_embed[0])
+        return self.decoder_outputs(x, wanted)
 
     # ------------------------------------------------------------------------------------------------------- training
 
