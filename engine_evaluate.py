@@ -245,7 +245,9 @@ class Evaluator:
             return None
         record = scores | plain(settings) | self.inputs | about | {
             "model": self.args.model, "img_size": model.config["img_size"], "vae_path": str(self.args.vae_path), "head_start": model.head_start,
-            "world_size": dist.world_size(), "device": str(self.device), "torch": torch.__version__,
+            "class_num": model.class_num, "quant_bits": model.config["quant_levels"].bit_length() - 1,
+            "quant_min": model.quant_min, "quant_max": model.quant_max,
+            "world_size": dist.world_size(), "device": str(self.device), "tf32": dist.allows_tf32(self.device), "torch": torch.__version__,
             "seconds": time.perf_counter() - started, "time": time.time()}
         with (self.output / "eval.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")

@@ -26,11 +26,12 @@ from util.cli import add_process_flags, at_least, make_parser, parse
 from util.eval_presets import EVAL_PRESETS, apply_eval_preset
 from util.eval_store import SAVE_IMAGES
 from util.heap import keep_freed_memory
+from util.latents import read_record
 from util.loader import BAD_IMAGE_CHOICES
-from util.log import get_logger, run_cli
+from util.log import get_logger, log_lines, run_cli
 from util.lr_sched import LR_SCHEDULES
 from util.metrics import IS_SPLITS
-from util.presets import PRESETS, apply_preset
+from util.presets import PRESETS, apply_preset, training_differences
 
 logger = get_logger()
 
@@ -235,7 +236,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif args.sample:
             sample(args, given, model, vae, source, device)
         else:
+            differences = training_differences(args, device, read_record(args.cached_path) if args.use_cached else None)
+            log_lines(differences)
             train(args, model, vae, content, source, device, partial(Evaluator.prepare, args, device) if args.online_eval else None)
+            log_lines(differences)                                         # again, where somebody looks after a long run
     finally:
         dist.shutdown()
 

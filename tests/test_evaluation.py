@@ -20,6 +20,7 @@ import main_tokenbridge
 from engine_evaluate import Scores, evaluate, spread_of_labels, sweep_table, sweep_values, vae_roundtrip, warn_of_flaws
 from engine_sample import SampleSettings, balanced_labels, generate
 from main_tokenbridge import main
+from util.eval_presets import published_settings
 from util.eval_store import EvalStore, batches_of, image_flaws
 from util.fid_stats import Reference
 from util.images import read_image
@@ -256,6 +257,21 @@ def test_a_sweep(files: dict[str, Path], tmp_path: Path, messages: list[str], ca
     assert records(tmp_path)[4]["fid"] == found[3]["fid"]
     with pytest.raises(pytest.fail.Exception, match="made again"):
         main(command(files, tmp_path, "--cfg", 2.5, "--seed", 7))                      # another setting never takes the first one's images
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_preset_ends_with_every_setting_that_differs(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The command itself: its record has every setting that is compared, and the last lines of its output name those that differ."""
+    main(command(files, tmp_path, "--preset", "large_eval", "--model", "tokenbridge_digits", "--order", "halton"))
+    record, (*_, line, neutral, always) = records(tmp_path)[0], capsys.readouterr().out.splitlines()
+    assert published_settings("large_eval").keys() | {"arithmetic"} <= record.keys()
+    assert line.startswith("differs from the published run, figures are not comparable: model tokenbridge_digits instead of tokenbridge_large; ")
+    for words in ("num_images 13 instead of 50000", "num_iter 2 instead of 256", "precision fp32 instead of fp16", "img_size 32 instead of 256",
+                  "checkpoint ", "vae_path ", "class_num 2 instead of 1000", "head_start trained instead of official", "order halton instead of random",
+                  "device cpu instead of cuda", "fid_stats ", "inception_weights other than torch-fidelity's"):
+        assert words in line, words
+    assert all(words not in line for words in ("quant_bits", "cfg", "temperature", "weights ema", "tf32"))
+    assert neutral.endswith("eval_bsz 4 instead of 256; processes 1 instead of 8") and "VAE decodes in float32" in always
 
 
 @pytest.mark.usefixtures("stand_ins")

@@ -217,6 +217,11 @@ def pick_precision(flag: str | None, device: torch.device) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def allows_tf32(device: torch.device) -> bool:
+    """Whether float32 matrix products on the device may be computed in TF32; torch's own default is no."""
+    return device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+
+
 @contextlib.contextmanager
 def float32_precision(device: torch.device) -> Iterator[None]:
     """Full float32 within the block: no autocast, no TF32 in matmuls and convolutions; so scores do not depend on how images were made."""

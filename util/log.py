@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from torch import Tensor
@@ -24,6 +24,12 @@ def get_logger() -> logging.Logger:
         logger.setLevel(logging.INFO if rank == "0" else logging.WARNING)
         logger.propagate = False
     return logger
+
+
+def log_lines(lines: Iterable[str]) -> None:
+    """Each line at level INFO."""
+    for line in lines:
+        get_logger().info("%s", line)
 
 
 def run_cli(main: Callable[[], object]) -> int:
