@@ -1,42 +1,92 @@
-"""A frozen list of all command-line flags (tests/flags.json): one that is lost, renamed or gets another default fails here, and must be meant."""
+"""A frozen list of the flags of all command lines (tests/flags.json): one that is lost, renamed or gets another default fails here.
+
+The published list, tests/golden/cli_flags.json, never changes: every flag in it keeps its name and default, but for the deviations below, which
+README.md and docs/differences.md name. To update tests/flags.json after a change that is meant: python tests/test_flags.py
+"""
 
 import argparse
+import hashlib
+import importlib
 import json
+import sys
+from pathlib import Path
+from unittest import mock
 
 import pytest
-from conftest import REPO, golden_json
 
-import main_cache
-import main_tokenbridge
-import main_vae
-import reconstruction
-
-PARSERS = {"main_tokenbridge.py": main_tokenbridge.build_parser, "main_cache.py": main_cache.build_parser, "main_vae.py": main_vae.build_parser,
-           "reconstruction.py": reconstruction.build_parser}
+REPO = Path(__file__).resolve().parent.parent
+FROZEN, PUBLISHED = REPO / "tests" / "flags.json", REPO / "tests" / "golden" / "cli_flags.json"
+PUBLISHED_SHA256 = "c50b561c169beab175c94bfa60c55715a075bf4ba248162c7ca0f17594d3cf1b"
+SCRIPTS = ("main_tokenbridge.py", "main_cache.py", "main_vae.py", "reconstruction.py")
+TOOLS = tuple(f"util.{name}" for name in ("bench", "download", "export", "fid_stats", "inspect", "plot", "posthoc_ema", "vae_stats")) + \
+    tuple(f"demo.{name}" for name in ("ablations", "app", "run", "samplers"))
 DEVIATIONS = {"--device": "auto"}           # published default: cuda; auto takes cuda where there is one
 
 
+class Captured(Exception):
+    """Carries a parser out of a `main`."""
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """The parser that a script or module builds before it reads the command line."""
+    def stop(parser: argparse.ArgumentParser, *args: object) -> None:
+        raise Captured(parser)
+    module = importlib.import_module(name.removesuffix(".py"))
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", stop), pytest.raises(Captured) as caught:
+        module.main([])
+    return caught.value.args[0]
+
+
 def flags_of(parser: argparse.ArgumentParser) -> dict[str, object]:
-    """{flag: default} without --help; choices stand beside the default."""
-    return {flag: action.default if action.choices is None else [action.default, *action.choices]
-            for action in parser._actions for flag in action.option_strings if action.dest != "help"}
+    """{flag: default} without --help; choices stand beside the default, the flags of a sub-command under its name."""
+    found: dict[str, object] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found |= {name: flags_of(sub) for name, sub in action.choices.items()}
+        elif action.dest != "help":
+            value = action.default if action.choices is None else [action.default, *action.choices]
+            found |= dict.fromkeys(action.option_strings, value)
+    return found
 
 
-@pytest.mark.parametrize("script", PARSERS)
-def test_the_frozen_list(script: str) -> None:
-    assert flags_of(PARSERS[script]()) == json.loads((REPO / "tests" / "flags.json").read_text())[script]
+def all_flags() -> dict[str, dict]:
+    """Of every command line; as JSON keeps them."""
+    return json.loads(json.dumps({name: flags_of(parser_of(name)) for name in SCRIPTS + TOOLS}))
 
 
-@pytest.mark.parametrize("script", [name for name in PARSERS if name != "main_vae.py"])
+@pytest.mark.parametrize("name", SCRIPTS + TOOLS)
+def test_the_frozen_list(name: str) -> None:
+    assert json.loads(json.dumps(flags_of(parser_of(name)))) == json.loads(FROZEN.read_text())[name]
+
+
+def test_no_command_line_is_left_out() -> None:
+    """Every file with a parser of its own and an entry point is in the list, and nothing else is."""
+    files = [path for folder in ("", "util", "demo", "tools") for path in (REPO / folder).glob("*.py")]
+    found = {path.relative_to(REPO).as_posix() for path in files if "make_parser(__doc__)" in path.read_text()}
+    listed = {name if name in SCRIPTS else f"{name.replace('.', '/')}.py" for name in json.loads(FROZEN.read_text())}
+    assert found == listed == {name if name in SCRIPTS else f"{name.replace('.', '/')}.py" for name in SCRIPTS + TOOLS}
+
+
+def test_the_published_list_never_changes() -> None:
+    assert hashlib.sha256(PUBLISHED.read_bytes()).hexdigest() == PUBLISHED_SHA256
+
+
+@pytest.mark.parametrize("script", json.loads(PUBLISHED.read_text()))
 def test_published_flags_keep_name_and_default(script: str) -> None:
-    actions = {flag: action for action in PARSERS[script]()._actions for flag in action.option_strings}
-    for flag, published in golden_json("cli_flags")[script].items():
+    actions = {flag: action for action in parser_of(script)._actions for flag in action.option_strings}
+    for flag, published in json.loads(PUBLISHED.read_text())[script].items():
         assert flag in actions, flag
         assert actions[flag].dest == published["dest"]
         assert actions[flag].default == DEVIATIONS.get(flag, published["default"]), flag
 
 
-@pytest.mark.parametrize("script", PARSERS)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_has_its_place_in_the_help(script: str) -> None:
-    text = PARSERS[script]().format_help()
-    assert all(flag in text for flag in flags_of(PARSERS[script]()))
+    parser = parser_of(script)
+    text = parser.format_help()
+    assert all(flag in text for flag in flags_of(parser))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(REPO))
+    FROZEN.write_text(json.dumps(all_flags(), indent=1) + "\n")
