@@ -107,6 +107,7 @@ def test_a_flag_that_changes_the_result_is_named(flags: list[str], words: str, w
 @pytest.mark.parametrize(("found", "words"), [
     ({"device": "cpu"}, "device cpu instead of cuda"), ({"tf32": True}, "tf32 True instead of False"),
     ({"head_start": "trained"}, "head_start trained instead of official"), ({"quant_bits": 5}, "quant_bits 5 instead of 6"),
+    ({"pr_reference": "mine.npz"}, "pr_reference mine.npz instead of fid_stats/VIRTUAL_imagenet256_labeled.npz"),
     ({"inception_sha256": "ab"}, "inception_weights other than torch-fidelity's")])
 def test_what_the_run_itself_shows_is_named(found: dict, words: str, with_cuda: None) -> None:
     assert words in comparison("large_eval", record_of(arguments("large_eval")[0], **found)).splitlines()[5]
@@ -125,6 +126,11 @@ def test_a_statistics_file_of_the_right_name_and_another_content(with_cuda: None
     assert file_hash(path, STATS_BLOB) != STATS_BLOB
     line = comparison("large_eval", record_of(arguments("large_eval")[0], fid_stats=str(path))).splitlines()[5]
     assert line.endswith(f"not comparable: fid_stats {path} has another content than the published file")
+
+
+def test_adms_reference_batch_for_precision_and_recall_is_as_published(with_cuda: None) -> None:
+    record = record_of(arguments("large_eval")[0], pr_reference="elsewhere/VIRTUAL_imagenet256_labeled.npz")
+    assert comparison("large_eval", record).splitlines()[5] == "settings are the published ones"
 
 
 def test_the_inception_weights_are_torch_fidelitys() -> None:

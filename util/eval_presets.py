@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from util import dist
-from util.download import STATS_TARGET, file_hash
+from util.download import file_hash
 from util.log import get_logger
 from util.presets import KL16, differences, flag_text
 
@@ -31,6 +31,7 @@ _REST = dict(vae_path=KL16, img_size=256, class_num=1000, quant_min=-5.0, quant_
              reuse_guidance=1, device="cuda", tf32=False)
 # ... and what only decides which images are drawn from it, or how fast.
 _NEUTRAL = dict(seed=1, eval_bsz=256, processes=8, compile=False)
+FID_STATS, PR_REFERENCE = "fid_stats/adm_in256_stats.npz", "fid_stats/VIRTUAL_imagenet256_labeled.npz"       # ADM's, by name
 STATS_BLOB = "1da4c17607fe959d54999fd098105649a0c05e15"        # git's hash of the published statistics file (SPEC 9)
 INCEPTION_SHA256 = "6726825d"                                  # torch-fidelity's weights: the beginning, as in their file name
 
@@ -76,12 +77,15 @@ def run_settings(record: Mapping[str, object]) -> dict[str, object]:
 
 
 def reference_differences(record: Mapping[str, object]) -> list[str]:
-    """What of the record's reference statistics and Inception weights is not the published evaluation's, in words."""
-    found, path = [], Path(str(record.get("fid_stats", STATS_TARGET)))
-    if path.name != Path(STATS_TARGET).name:
-        found.append(f"fid_stats {path} instead of {STATS_TARGET}")
+    """What of the record's references and Inception weights is not the published evaluation's, in words."""
+    found, path = [], Path(str(record.get("fid_stats", FID_STATS)))
+    if path.name != Path(FID_STATS).name:
+        found.append(f"fid_stats {path} instead of {FID_STATS}")
     elif path.is_file() and file_hash(path, STATS_BLOB) != STATS_BLOB:
         found.append(f"fid_stats {path} has another content than the published file")
+    other = record.get("pr_reference")
+    if other and Path(str(other)).name != Path(PR_REFERENCE).name:
+        found.append(f"pr_reference {other} instead of {PR_REFERENCE}")
     if not str(record.get("inception_sha256", INCEPTION_SHA256)).startswith(INCEPTION_SHA256):
         found.append("inception_weights other than torch-fidelity's")
     return found
