@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from unittest import mock
@@ -78,6 +79,29 @@ def test_published_flags_keep_name_and_default(script: str) -> None:
         assert flag in actions, flag
         assert actions[flag].dest == published["dest"]
         assert actions[flag].default == DEVIATIONS.get(flag, published["default"]), flag
+
+
+def published_flags() -> set[str]:
+    return {flag for flags in json.loads(PUBLISHED.read_text()).values() for flag in flags}
+
+
+def documented_exceptions() -> set[str]:
+    """The flags in the first column of the table of docs/differences.md."""
+    section = (REPO / "docs" / "differences.md").read_text().partition("\n## Flags\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `--")]
+    return {flag for row in rows for flag in re.findall(r"`(--\w+)`", row)}
+
+
+def test_exceptions_are_documented() -> None:
+    """Another default, several values or other choices than published: in docs/differences.md; what README.md names is there too."""
+    exceptions = documented_exceptions()
+    assert exceptions <= published_flags() and exceptions >= DEVIATIONS.keys()
+    for script in json.loads(PUBLISHED.read_text()):
+        several = {flag for action in parser_of(script)._actions if action.nargs == "+" for flag in action.option_strings}
+        assert several & published_flags() <= exceptions, script
+    paragraph = (REPO / "README.md").read_text().partition("with its default and meaning, except:")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`(--\w+)`", paragraph))
+    assert named >= DEVIATIONS.keys() | {"--dist_on_itp", "--patch_size"} and named & published_flags() <= exceptions
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
