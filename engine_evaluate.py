@@ -188,9 +188,9 @@ def sweep_values(args: argparse.Namespace) -> list[tuple[float, float]]:
     """
     values = {name: list(dict.fromkeys(value)) if isinstance(value := getattr(args, name), list) else [value] for name in ("cfg", "temperature")}
     for name, several in values.items():
-        if len(several) > 1 and not args.evaluate:
+        if len(several) > 1 and (args.sample or not (args.evaluate or args.online_eval)):
             hint = "; with --sample give --cfg_scale" if name == "cfg" and args.sample else ""
-            raise ValueError(f"--{name} takes several values with --evaluate only{hint}")
+            raise ValueError(f"--{name} takes several values with --evaluate and --online_eval only{hint}")
         for value in several:
             if not math.isfinite(value):
                 raise ValueError(f"--{name} must be finite, got {value}")
@@ -198,6 +198,12 @@ def sweep_values(args: argparse.Namespace) -> list[tuple[float, float]]:
                 raise ValueError(f"--temperature must be at least 0, got {value}")
         setattr(args, name, several[0])
     return list(itertools.product(values["cfg"], values["temperature"]))
+
+
+def online_pairs(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The evaluations of --online_eval, (guidance scale, temperature): first without guidance, then at every --cfg that is neither 1 nor 0."""
+    temperatures = list(dict.fromkeys(temperature for _, temperature in pairs))
+    return [(1.0, temperature) for temperature in temperatures] + [(cfg, temperature) for cfg, temperature in pairs if cfg not in (0, 1)]
 
 
 def plain(settings: SampleSettings) -> dict:
@@ -253,6 +259,11 @@ class Evaluator:
             file.write(json.dumps(record) + "\n")
         logger.info("cfg %g, temperature %g, %d iterations: %s", settings.cfg, settings.temperature, settings.num_iter, in_words(record))
         return record
+
+    def during_training(self, pairs: Sequence[tuple[float, float]], model: TokenBridge, vae: AutoencoderKL, step: int) -> None:
+        """--online_eval: score the averaged model at each of `online_pairs(pairs)`; one line of eval.jsonl each."""
+        for cfg, temperature in online_pairs(pairs):
+            self(model, vae, settings=replace(self.settings, cfg=cfg, temperature=temperature), step=step, weights="ema")
 
     def run(self, model: TokenBridge, vae: AutoencoderKL, source: Path, pairs: Sequence[tuple[float, float]]) -> list[dict]:
         """--evaluate: every pair of guidance scale and temperature, each in a folder of its own; table, CSV and plot if there are several."""

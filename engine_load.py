@@ -115,8 +115,15 @@ def build_model(args: argparse.Namespace, given: set[str], vae: AutoencoderKL, c
         model = TokenBridge(**arguments)
     except TypeError as error:
         raise ValueError(f"{source} (--resume): its config does not describe a model of this code: {error}") from error
-    args.model, args.img_size, args.class_num = config["model_name"], model.config["img_size"], model.class_num
+    args.model = config["model_name"]
+    record_model_flags(args, model)
     return model
+
+
+def record_model_flags(args: argparse.Namespace, model: TokenBridge) -> None:
+    """Set the flags of structure and behaviour to what the model was built with, so that the recorded config holds the values used."""
+    for name in STRUCTURE_FLAGS + BEHAVIOUR_FLAGS:
+        setattr(args, name, model.config["quant_levels"].bit_length() - 1 if name == "quant_bits" else model.config[name])
 
 
 def set_quantizer(model: TokenBridge, args: argparse.Namespace) -> None:

@@ -14,6 +14,26 @@ from util.sharding import full, like, shard, to_host
 
 logger = get_logger()
 
+BETAS, EPS = (0.9, 0.95), 1e-8                                  # of AdamW, as published
+# How AdamW computes is this optimizer's own affair; files carry the published optimizer's defaults, so that any AdamW takes them.
+IMPLEMENTATION = {"fused": None, "foreach": None, "capturable": False}
+
+
+def saved_hyper_parameters(content: dict, source: str) -> dict:
+    """weight_decay, betas and eps of the optimizer state in a checkpoint, {} if it has none. ValueError naming the source if unreadable.
+
+    The weight decay is that of the group that has one: biases and 1-D parameters are never decayed.
+    """
+    if "optimizer" not in content:
+        return {}
+    try:
+        groups = content["optimizer"]["param_groups"]
+        return {"weight_decay": max(float(group["weight_decay"]) for group in groups),
+                "betas": tuple(float(beta) for beta in groups[0]["betas"]), "eps": float(groups[0]["eps"])}
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"the optimizer state in {source} is not that of an AdamW with parameter groups: {error!r}; "
+                         "leave out its key \"optimizer\" to start a new one from these weights") from error
+
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Biases and 1-D parameters without decay first, then all others with it (SPEC 7; the published optimizer's order)."""
@@ -55,7 +75,7 @@ class TrainState:
 
     def __init__(self, model: TokenBridge, *, weight_decay: float, ema_rate: float, precision: str, ema_warmup: bool = False,
                  compiled: bool = False, fsdp: bool = False, accumulates: bool = False, posthoc_ema: bool = False,
-                 device: torch.device | None = None):
+                 device: torch.device | None = None, betas: tuple[float, float] = BETAS, eps: float = EPS):
         self.model, self.fsdp = model, fsdp
         self.device = device or next(model.parameters()).device
         if compiled:
@@ -64,7 +84,7 @@ class TrainState:
             linears = [layer[1] for layer in model.modulation_layers]      # these run before the block that holds them
             shard(model, (*linears, *model.encoder_blocks, *model.decoder_blocks, *model.channel_blocks), self.device)
         self.wrapped: nn.Module = model if fsdp else wrap(model if device is None else model.to(device), accumulates)
-        self.optimizer = torch.optim.AdamW(weight_decay_groups(model, weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
+        self.optimizer = torch.optim.AdamW(weight_decay_groups(model, weight_decay), lr=0.0, betas=betas, eps=eps, fused=True)
         self.ema = ModelEma(model, ema_rate, ema_warmup)
         self.power_emas = [PowerEma(model, sigma_rel) for sigma_rel in SIGMA_RELS] if posthoc_ema else []
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
@@ -100,13 +120,16 @@ class TrainState:
         copies = to_host(tensors, keep=dist.is_main())
         if not dist.is_main():
             return None
-        return copies | {"scaler": self.scaler.state_dict(), "epoch": self.step // steps_per_epoch - 1, "step": self.step,
-                         "steps_per_epoch": steps_per_epoch, "rng": rng, "versions": checkpoint.versions()}
+        copies["optimizer"]["param_groups"] = [group | IMPLEMENTATION for group in copies["optimizer"]["param_groups"]]
+        scaler = {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}      # the published code refuses an empty one
+        return copies | scaler | {"epoch": self.step // steps_per_epoch - 1, "step": self.step, "steps_per_epoch": steps_per_epoch,
+                                  "rng": rng, "versions": checkpoint.versions()}
 
     def load_state_dict(self, content: dict, steps_per_epoch: int, source: str) -> None:
         """Continue from a checkpoint whose weights are in the model already; works without our extra keys, and says what is absent.
 
-        ValueError naming the source for a part that is there but does not fit.
+        The optimizer takes the moments and step counts alone: its settings are those it was built with (`saved_hyper_parameters`),
+        the learning rate is set at every step. ValueError naming the source for a part that is there but does not fit.
         """
         if isinstance(content.get("model_ema"), dict):
             self.ema.load_state_dict(content["model_ema"], source)
@@ -116,7 +139,7 @@ class TrainState:
             logger.warning("%s has no optimizer state: it starts anew", source)
         try:
             if "optimizer" in content:
-                self.optimizer.load_state_dict(self._cut_like_parameters(content["optimizer"]))
+                self.optimizer.load_state_dict(self._cut_like_parameters(self._with_own_settings(content["optimizer"])))
             if content.get("scaler"):
                 self.scaler.load_state_dict(content["scaler"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -132,6 +155,20 @@ class TrainState:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         return state | {"state": {i: {key: like(v, parameters[i]) if isinstance(v, torch.Tensor) else v for key, v in entry.items()}
                                   for i, entry in state["state"].items()}}
+
+    def _with_own_settings(self, state: dict) -> dict:
+        """The optimizer's state dict with this optimizer's settings in its groups. ValueError for other groups or moments of other shapes."""
+        own, groups = self.optimizer.param_groups, state["param_groups"]
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in own]:
+            raise ValueError(f"its groups hold {[len(group['params']) for group in groups]} parameters, here they hold "
+                             f"{[len(group['params']) for group in own]} (biases and 1-D parameters first)")
+        pairs = zip([i for group in groups for i in group["params"]], [p for group in own for p in group["params"]], strict=True)
+        for number, parameter in pairs:
+            shape = getattr(state["state"].get(number, {}).get("exp_avg"), "shape", parameter.shape)
+            if shape != parameter.shape:
+                raise ValueError(f"the moments of parameter {number} have shape {tuple(shape)}, the parameter {tuple(parameter.shape)}")
+        return state | {"param_groups": [{key: value for key, value in group.items() if key != "params"} | {"params": theirs["params"]}
+                                         for group, theirs in zip(own, groups, strict=True)]}
 
     def _load_step(self, content: dict, steps_per_epoch: int, source: str) -> None:
         if not all(isinstance(content.get(key, -1), int) for key in ("step", "epoch")):

@@ -123,7 +123,7 @@ def train_one_epoch(state: TrainState, vae: AutoencoderKL, loader: Iterable, set
     stop = False
     while state.step < last and not stop:
         draws = draw_step(model, s, state.step, device)
-        lr = learning_rate((state.step + 1) / s.steps_per_epoch, peak=s.lr, min_lr=s.min_lr, schedule=s.lr_schedule,
+        lr = learning_rate(state.step / s.steps_per_epoch, peak=s.lr, min_lr=s.min_lr, schedule=s.lr_schedule,
                            warmup_epochs=s.warmup_epochs, epochs=s.total_steps / s.steps_per_epoch)
         for group in state.optimizer.param_groups:
             group["lr"] = lr

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine_data import build_dataset
+from engine_recipe import warn_of_other_recipe
 from engine_sample import SampleSettings, generate, sample_settings
 from engine_state import TrainState
 from engine_tokenbridge import TrainSettings, train_one_epoch
@@ -63,11 +64,17 @@ def sample_grid(model: TokenBridge, vae: AutoencoderKL, settings: SampleSettings
     return to_tensor(read_image(path))
 
 
+def due(epoch: int, every: int) -> bool:
+    """Whether a checkpoint or an evaluation is due after epoch number `epoch` (0-based): epochs 0, every, 2*every, ... as published."""
+    return epoch % every == 0
+
+
 def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, content: dict | None, source: Path | None, device: torch.device,
-          make_evaluator: Callable[[], Callable] | None = None) -> None:
+          optimizer_settings: dict, make_evaluator: Callable[[], Callable] | None = None) -> None:
     """Train to --epochs or --max_steps; writes checkpoint-last.pth, log.jsonl and tensorboard events to --output_dir.
 
-    make_evaluator: called once the data is known to be good; what it returns is called every --eval_freq epochs (--online_eval).
+    optimizer_settings: weight_decay, betas and eps (engine_recipe.take_optimizer_settings). make_evaluator: called once the data is known to
+    be good; what it returns is called with (model, vae, step) where --eval_freq says so, and at the end (--online_eval).
     SIGTERM and SIGUSR1 end the run after a step, with a checkpoint.
     """
     dataset = build_dataset(args, model, vae, ((content or {}).get("config") or {}).get("classes"))
@@ -85,7 +92,7 @@ def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, cont
     grid.check(model.token_dim)
     if content is not None:
         checkpoint.load_state(model, content["model"], str(source))
-    state = TrainState(model, weight_decay=args.weight_decay, ema_rate=args.ema_rate, ema_warmup=args.ema_warmup, precision=settings.precision,
+    state = TrainState(model, **optimizer_settings, ema_rate=args.ema_rate, ema_warmup=args.ema_warmup, precision=settings.precision,
                        compiled=args.compile, fsdp=args.fsdp, accumulates=args.accum_iter > 1,
                        posthoc_ema=args.posthoc_ema_freq > 0, device=device)
     vae.to(memory_format=torch.channels_last)                              # faster convolutions; for images only, a cache needs no VAE
@@ -95,10 +102,11 @@ def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, cont
         logger.info("resumed from %s at step %d: epoch %d, %d of its %d steps done", source, state.step, *divmod(state.step, steps_per_epoch),
                     steps_per_epoch)
         warn_of_other_data(content, data, source)
+        warn_of_other_recipe(args, content, source, settings.lr)
     elif args.start_epoch:
         state.step = args.start_epoch * steps_per_epoch
     config = {"model_name": args.model, "model": model.config, "vae": vae.config, "vae_fingerprint": vae.latent_fingerprint(),
-              "classes": dataset.classes, "args": vars(args)}
+              "classes": dataset.classes, "args": vars(args), "optimizer": optimizer_settings}
     if state.power_emas:
         config["run"] = ((content or {}).get("config") or {}).get("run") or posthoc_ema.run_name(config, data)
         posthoc_ema.check_run(Path(args.output_dir), config["run"])
@@ -138,10 +146,10 @@ def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, cont
                 finished, ended = state.step >= settings.total_steps, state.step % steps_per_epoch == 0
                 if finished:
                     keep_averages()
-                if stopped or finished or (epoch + 1) % args.save_last_freq == 0:
+                if stopped or finished or due(epoch, args.save_last_freq):
                     save()
-                if evaluator is not None and not stopped and (finished or (epoch + 1) % args.eval_freq == 0):
-                    evaluator(state.averaged_model(), vae, step=state.step, weights="ema")
+                if evaluator is not None and not stopped and (finished or due(epoch, args.eval_freq)):
+                    evaluator(state.averaged_model(), vae, state.step)
                 if args.sample_freq and not stopped and (finished or ended and (epoch + 1) % args.sample_freq == 0):
                     picture = sample_grid(state.averaged_model(), vae, grid, output / "samples" / f"step-{state.step:08d}.png", device)
                     if log is not None:

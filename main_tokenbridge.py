@@ -14,6 +14,7 @@ from functools import partial
 
 from engine_evaluate import Evaluator, sweep_values
 from engine_load import build_model, load_generator_weights, read_checkpoint
+from engine_recipe import take_optimizer_settings
 from engine_sample import sample, sampler_options
 from engine_train import train
 from models import MODELS
@@ -79,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--min_lr", type=float, default=0.0)
     group.add_argument("--lr_schedule", default="cosine", choices=LR_SCHEDULES)
     group.add_argument("--warmup_epochs", type=int, default=100)
-    group.add_argument("--weight_decay", type=float, default=0.02)
+    group.add_argument("--weight_decay", type=float, default=0.02, help="of AdamW; when resuming, default: the checkpoint's")
     group.add_argument("--grad_clip", type=float, default=3.0, help="largest gradient norm; 0 for no limit")
     group.add_argument("--ema_rate", type=float, default=0.9999)
     group.add_argument("--precision", default=None, choices=dist.PRECISIONS, help="default: bf16 on cuda that has it, else fp16; fp32 on cpu")
@@ -104,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--output_dir", default="./output_dir")
     group.add_argument("--resume", default="", help="a checkpoint file, or a folder with checkpoint-last.pth")
     group.add_argument("--start_epoch", type=int, default=0)
-    group.add_argument("--save_last_freq", type=int, default=5, help="epochs between checkpoints")
+    group.add_argument("--save_last_freq", type=int, default=5, help="a checkpoint after epochs 0, N, 2N, ... (0-based, as published) and at the end")
     group.add_argument("--save_every_steps", type=int, default=None, help="a checkpoint every so many steps too")
     group.add_argument("--keep_last", type=int, default=1, help="keep so many; from 2 on each as checkpoint-<step>.pth, too")
     group.add_argument("--weights", default="ema", choices=("ema", "model"), help="which of a checkpoint's weights generate images")
@@ -112,12 +113,13 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("generation and evaluation")
     group.add_argument("--num_iter", type=int, default=256, help="sampling steps")
     group.add_argument("--num_images", type=int, default=50000, help="images in all, spread evenly over the classes; with --sample 4 per class")
-    group.add_argument("--cfg", type=float, nargs="+", default=1.0, help="guidance scale; 1 means none; several with --evaluate")
+    group.add_argument("--cfg", type=float, nargs="+", default=1.0, help="guidance scale; 1 means none; several with --evaluate and --online_eval")
     group.add_argument("--cfg_schedule", default="linear", choices=CFG_SCHEDULES, help="guidance over the steps; linear as published")
-    group.add_argument("--temperature", type=float, nargs="+", default=1.0, help="several with --evaluate: all pairs with --cfg")
+    group.add_argument("--temperature", type=float, nargs="+", default=1.0, help="several with --evaluate and --online_eval: all pairs with --cfg")
     group.add_argument("--eval_bsz", type=int, default=64, help="images per process generated together")
-    group.add_argument("--online_eval", action="store_true", help="evaluate the EMA weights every --eval_freq epochs of training")
-    group.add_argument("--eval_freq", type=int, default=40)
+    group.add_argument("--online_eval", action="store_true",
+                       help="evaluate the EMA weights during training: at cfg 1, then at each --cfg that is neither 1 nor 0 (as published)")
+    group.add_argument("--eval_freq", type=int, default=40, help="--online_eval: after epochs 0, N, 2N, ... (0-based) and at the end")
     add_evaluation_flags(parser)
     add_sampler_flags(parser)
     add_process_flags(parser, seed=1)
@@ -236,9 +238,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif args.sample:
             sample(args, given, model, vae, source, device)
         else:
+            optimizer_settings = take_optimizer_settings(args, given, content, source)
             differences = training_differences(args, device, read_record(args.cached_path) if args.use_cached else None)
             log_lines(differences)
-            train(args, model, vae, content, source, device, partial(Evaluator.prepare, args, device) if args.online_eval else None)
+            train(args, model, vae, content, source, device, optimizer_settings,
+                  (lambda: partial(Evaluator.prepare(args, device).during_training, pairs)) if args.online_eval else None)
             log_lines(differences)                                         # again, where somebody looks after a long run
     finally:
         dist.shutdown()

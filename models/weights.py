@@ -24,6 +24,7 @@ LAST = "checkpoint-last.pth"
 SAFE = "model.safetensors"
 CHOICES = ("ema", "model")
 TABLES = ("boundaries", "reconstruction_values")       # the quantizer's, float32 always
+BUFFERS = (*TABLES, "channel_mask")                     # all that a state dict of the model holds besides its parameters
 ROOT_KEY = "class_emb.weight"                          # a state dict without a dict around it is known by this
 
 
@@ -57,7 +58,16 @@ def read_file(path: str | Path, flag: str = "", mmap: bool = False) -> dict:
                          f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}{named} is not a checkpoint: it holds a {type(content).__name__}, not a dict with weights under \"model\"")
-    return content
+    return {key: _detached(value) for key, value in content.items()}
+
+
+def _detached(value: object) -> object:
+    """A tensor, or a dict of tensors (one level), without autograd: the EMA of the published files consists of parameters."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, dict):
+        return {key: item.detach() if isinstance(item, Tensor) else item for key, item in value.items()}
+    return value
 
 
 def _read_safetensors(path: Path, named: str) -> dict:

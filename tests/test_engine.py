@@ -143,10 +143,10 @@ def test_every_step_is_logged_with_its_learning_rate(big_batch: tuple) -> None:
     _, seen, lines = big_batch
     assert [line["step"] for line in lines] == list(range(1, 11)) and len(seen) == 160
     for line in lines:
-        progress = line["step"] / 3                                         # 48 images / 16
+        progress = (line["step"] - 1) / 3                                   # of the steps before it; 48 images / 16
         assert line["lr"] == learning_rate(progress, peak=1e-3, min_lr=0.0, schedule="cosine", warmup_epochs=1, epochs=10 / 3)
         assert math.isfinite(line["loss"]) and line["grad_norm"] > 0 and line["epoch"] == (line["step"] - 1) // 3
-    assert lines[0]["lr"] == pytest.approx(1e-3 / 3) and lines[2]["lr"] == pytest.approx(1e-3)
+    assert lines[0]["lr"] == 0 and lines[1]["lr"] == pytest.approx(1e-3 / 3) and lines[3]["lr"] == pytest.approx(1e-3)
 
 
 def test_an_epoch_shows_every_image_once(big_batch: tuple) -> None:

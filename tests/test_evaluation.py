@@ -289,7 +289,8 @@ def test_a_checkpoint_without_ema_is_refused_unless_told(files: dict[str, Path],
 
 
 def test_sweeps_are_for_evaluation(tmp_path: Path) -> None:
-    for flags, message in ((["--sample", "--classes", "0"], "with --evaluate only; with --sample give --cfg_scale"), ([], "with --evaluate only")):
+    only = "with --evaluate and --online_eval only"
+    for flags, message in ((["--sample", "--classes", "0"], f"{only}; with --sample give --cfg_scale"), ([], only)):
         with pytest.raises(ValueError, match=message):
             main([*flags, "--cfg", "1", "2", "--output_dir", str(tmp_path / "out")])
     args = main_tokenbridge.build_parser().parse_args(["--evaluate", "--cfg", "3", "1", "3", "--temperature", "0.9"])

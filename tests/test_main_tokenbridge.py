@@ -12,7 +12,9 @@ from torch.distributed.fsdp import FSDPModule
 
 import engine_train
 import main_cache
+from engine_evaluate import Evaluator
 from engine_load import load_generator_weights
+from engine_sample import sample_settings
 from main_tokenbridge import main
 from models.tokenbridge import TokenBridge
 from models.vae import load_vae
@@ -81,7 +83,7 @@ def assert_same(a: object, b: object) -> None:
 
 def test_a_checkpoint_has_the_published_layout_and_says_what_it_is(trained: Path, vae_path: Path) -> None:
     content = load(trained)
-    assert {"model", "model_ema", "optimizer", "epoch", "scaler", "step", "config"} <= content.keys()
+    assert {"model", "model_ema", "optimizer", "epoch", "step", "config"} <= content.keys() and "scaler" not in content
     assert content["epoch"] == 1 and content["step"] == 6
     assert {"channel_mask", "boundaries", "reconstruction_values"} <= content["model"].keys()
     assert content["model_ema"].keys() == content["model"].keys() - {"channel_mask", "boundaries", "reconstruction_values"}
@@ -144,7 +146,7 @@ def test_a_cache_trains_as_images_do(trained: Path, flags, vae_path: Path, image
 def test_published_layout_without_our_keys_resumes_after_its_epoch(trained: Path, flags, tmp_path: Path, messages: list[str]) -> None:  # noqa: ANN001
     content = load(trained)
     (tmp_path / "old").mkdir()
-    torch.save({key: content[key] for key in ("model", "model_ema", "optimizer", "epoch", "scaler")}, tmp_path / "old" / "checkpoint-last.pth")
+    torch.save({key: content[key] for key in ("model", "model_ema", "optimizer", "epoch")}, tmp_path / "old" / "checkpoint-last.pth")
     main(flags(tmp_path / "new", resume=tmp_path / "old", epochs=3))
     assert [line["step"] for line in log_of(tmp_path / "new")] == [7, 8, 9]
     assert any("has no config: from the shapes of its weights it is tokenbridge_digits" in line and "(head_start official)" in line for line in messages)
@@ -157,7 +159,7 @@ def test_half_precision_trains(flags, tmp_path: Path, precision: str) -> None:  
     content = load(tmp_path / "run")
     assert math.isfinite(log_of(tmp_path / "run")[0]["loss"])
     assert all(value.dtype == torch.float32 for value in content["model"].values() if value.is_floating_point())
-    assert bool(content["scaler"]) == (precision == "fp16")
+    assert ("scaler" in content) == (precision == "fp16") and content.get("scaler", {"scale": 1.0})["scale"] > 0
 
 
 def test_the_parallel_head_trains_and_samples(flags, vae_path: Path, tmp_path: Path) -> None:  # noqa: ANN001
@@ -272,6 +274,25 @@ def test_online_evaluation_leaves_training_as_it_is(trained: Path, flags, judges
     assert [line["step"] for line in lines] == [3, 6] and all(math.isfinite(line["fid"]) for line in lines)
     for key in ("model", "model_ema", "optimizer"):
         assert_same(load(tmp_path / "run")[key], load(trained)[key])
+
+
+@pytest.mark.parametrize(("cfg", "scales"), [(("2", "1", "0", "3"), (1, 2, 3)), (("1",), (1,)), (("0",), (1,))])
+def test_checkpoints_and_evaluations_are_due_as_published(flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cfg: tuple,  # noqa: ANN001
+                                                          scales: tuple) -> None:
+    """Epochs 0, N, 2N, ... and the last one; at cfg 1 and then at each --cfg that is neither 1 nor 0. Three steps are an epoch."""
+    saved, scored = [], []
+
+    class Recorder(Evaluator):
+        def __call__(self, model, vae, *, settings, step, weights, **more) -> None:  # noqa: ANN001
+            scored.append((step, settings.cfg, settings.temperature, weights))
+
+    def prepare(args, device) -> Evaluator:  # noqa: ANN001
+        return Recorder(args, device, sample_settings(args, device), None, None, tmp_path, {})
+    monkeypatch.setattr(Evaluator, "prepare", prepare)
+    monkeypatch.setattr(checkpoint.CheckpointWriter, "save", lambda writer, content: saved.append((content["step"], content["epoch"])))
+    main([*flags(tmp_path / "run", online_eval=True, eval_freq=4, save_last_freq=3, epochs=6, temperature=0.9), "--cfg", *cfg])
+    assert saved == [(3, 0), (12, 3), (18, 5)]
+    assert scored == [(step, scale, 0.9, "ema") for step in (3, 15, 18) for scale in scales]
 
 
 def test_two_processes_train_and_sample(flags, vae_path: Path, tmp_path: Path) -> None:  # noqa: ANN001

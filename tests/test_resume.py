@@ -60,7 +60,7 @@ def flat(value: object, name: str = "") -> dict[str, object]:
 def assert_same_run(mine: Path, other: Path) -> None:
     """Weights, EMA, optimizer, random states and the loss log, bit for bit."""
     a, b = (load_latest(str(path))[1] for path in (mine, other))
-    for key in ("model", "model_ema", "optimizer", "scaler", "epoch", "step", "rng", "data"):
+    for key in ("model", "model_ema", "optimizer", "epoch", "step", "rng", "data"):
         x, y = flat(a[key]), flat(b[key])
         assert x.keys() == y.keys()
         assert all(torch.equal(x[k], y[k]) if isinstance(x[k], torch.Tensor) else x[k] == y[k] for k in x), key
@@ -96,15 +96,15 @@ def test_killed_at_ten_random_points(flags, whole: tuple[Path, float], tmp_path:
     assert max(steps) > 0, "no kill came after the first checkpoint"
 
 
-@pytest.mark.parametrize("number", [1, 3])
-def test_killed_in_the_middle_of_a_checkpoint(flags, whole: tuple[Path, float], tmp_path: Path, number: int) -> None:  # noqa: ANN001
+@pytest.mark.parametrize(("number", "step"), [(1, 2), (3, 4)])             # checkpoints at 2, at 3, the end of epoch 0, and at 4
+def test_killed_in_the_middle_of_a_checkpoint(flags, whole: tuple[Path, float], tmp_path: Path, number: int, step: int) -> None:  # noqa: ANN001
     """Half of its bytes are on the disk, under another name: the one before it is taken, or none if it was the first."""
     out = tmp_path / "run"
     finish(flags(out), tmp_path / "log.txt", code=-signal.SIGKILL, die_in_save=number)
-    assert [path.name for path in out.glob(".*.tmp")] == [f".checkpoint-{2 * number:08d}.pth.tmp"]
+    assert [path.name for path in out.glob(".*.tmp")] == [f".checkpoint-{step:08d}.pth.tmp"]
     assert (out / LAST).exists() == (number > 1)
     if number > 1:
-        assert load_latest(str(out))[1]["step"] == 2 * (number - 1)
+        assert load_latest(str(out))[1]["step"] == step - 1
     finish(flags(out), tmp_path / "log.txt")
     assert_same_run(out, whole[0])
     assert not list(out.glob(".*.tmp")) and [path.name for path in numbered(out)] == [f"checkpoint-{step:08d}.pth" for step in (STEPS - 2, STEPS)]
@@ -155,7 +155,7 @@ def test_one_process_continues_as_two(flags, tmp_path: Path) -> None:  # noqa: A
     process.kill()
     process.join()
     step = load_latest(str(out))[1]["step"]
-    assert step in (7, 14)
+    assert step in (3, 7, 14)                                               # 3 ends epoch 0
     result = run_processes([REPO / "main_tokenbridge.py", *flags(out, max_steps=16, batch_size=2, **same)], nproc=2)
     assert result.returncode == 0, result.stderr[-2000:]
     assert f"at step {step}" in result.stderr

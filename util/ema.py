@@ -47,8 +47,12 @@ class ModelEma:
     def state_dict(self) -> dict[str, Tensor]:
         return self.shadow
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor], source: str = "checkpoint") -> None:
-        """Copy the averages; ValueError if a parameter is missing, has another shape or holds NaN."""
+        """Copy the averages; ValueError if a parameter is missing, has another shape or holds NaN.
+
+        Buffers in `state` are ignored (MAR's files have a whole state dict); the copies never require grad, whatever `state` does.
+        """
         bad = [n for n, value in self.shadow.items() if getattr(state.get(n), "shape", None) != value.shape]
         if bad:
             raise ValueError(f"{self.key} in {source} lacks or misshapes {len(bad)} parameters: {', '.join(bad[:3])}")

@@ -35,8 +35,13 @@ def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
 
 
 def ema_distance(weights: Mapping[str, Tensor], ema: Mapping[str, Tensor]) -> float | None:
-    """||ema - weights|| / ||weights|| over the parameters that both have, in float64; None if there are none."""
-    both = [key for key in ema if key in weights and isinstance(weights[key], Tensor) and weights[key].shape == ema[key].shape]
+    """||ema - weights|| / ||weights|| over the parameters that both have, in float64; None if there are none.
+
+    Buffers are left out: a whole state dict as EMA (MAR's layout) holds channel_mask, whose -inf would give NaN.
+    """
+    from models.weights import BUFFERS
+    both = [key for key, value in ema.items() if key not in BUFFERS and isinstance(value, Tensor) and isinstance(weights.get(key), Tensor)
+            and weights[key].shape == value.shape]
     apart = math.fsum(float((ema[key].double() - weights[key].double()).square().sum()) for key in both)
     norm = math.fsum(float(weights[key].double().square().sum()) for key in both)
     return math.sqrt(apart / norm) if norm else None
