@@ -121,6 +121,7 @@ def test_no_preset_no_line() -> None:
 
 def test_the_command_says_it_before_and_after_training(monkeypatch: pytest.MonkeyPatch, messages: list[str]) -> None:
     monkeypatch.setattr(main_tokenbridge, "read_checkpoint", lambda args: (None, None))
+    monkeypatch.setattr("util.download.provide", lambda *args, **kwargs: None, raising=False)         # fetches the VAE that is not there
     monkeypatch.setattr(main_tokenbridge, "load_vae", lambda *args: tiny_vae())
     monkeypatch.setattr(main_tokenbridge, "build_model", lambda *args: tiny_model())
     monkeypatch.setattr(main_tokenbridge, "train", lambda *args: messages.append("TRAINING"))
