@@ -75,8 +75,11 @@ class ChannelAR(nn.Module):
 
     def build_channel_head(self, *, condition_dim: int, dim: int, depth: int, num_heads: int, mlp_ratio: float,
                            num_channels: int, num_levels: int, channel_order: Sequence[int], head_start: str, grad_checkpointing: bool,
-                           head: str = "autoregressive") -> None:
-        """Create the modules; call it where their place in the parameter order is (optimizer states are saved by position)."""
+                           attn_dropout: float, proj_dropout: float, head: str = "autoregressive") -> None:
+        """Create the modules; call it where their place in the parameter order is (optimizer states are saved by position).
+
+        attn_dropout, proj_dropout: rates in every block, in training mode only (SPEC 5); the backbone has the same.
+        """
         if head_start not in HEAD_STARTS:
             raise ValueError(f"head_start must be one of {', '.join(HEAD_STARTS)}, got {head_start!r}")
         if head not in HEADS:
@@ -93,7 +96,7 @@ class ChannelAR(nn.Module):
         self.register_buffer("to_natural_order", torch.tensor(inverse), persistent=False)
         self.condition_proj = nn.Linear(condition_dim, dim)
         self.token_embeddings = nn.ModuleList(nn.Embedding(num_levels, dim) for _ in range(num_channels - 1 if head == "autoregressive" else 0))
-        self.channel_blocks = nn.ModuleList(AdaLNBlock(dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.channel_blocks = nn.ModuleList(AdaLNBlock(dim, num_heads, mlp_ratio, attn_dropout, proj_dropout) for _ in range(depth))
         self.channel_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.channel_final = FinalModulation(dim)
         self.channel_heads = nn.ModuleList(nn.Linear(dim, num_levels) for _ in range(num_channels))

@@ -34,9 +34,12 @@ class LayerCache:
 
 
 class CausalAttention(nn.Module):
-    """Multi-head causal self-attention over the dimensions of a token; LayerNorm on queries and keys per head."""
+    """Multi-head causal self-attention over the dimensions of a token; LayerNorm on queries and keys per head.
 
-    def __init__(self, dim: int, num_heads: int):
+    attn_dropout, proj_dropout: rates on the attention weights and after `proj`, in training mode only.
+    """
+
+    def __init__(self, dim: int, num_heads: int, attn_dropout: float = 0.0, proj_dropout: float = 0.0):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"head width {dim} is not a multiple of its {num_heads} heads (channel_embed_dim, channel_heads)")
@@ -45,6 +48,7 @@ class CausalAttention(nn.Module):
         self.q_norm = nn.LayerNorm(self.head_dim, eps=LAYER_NORM_EPS)
         self.k_norm = nn.LayerNorm(self.head_dim, eps=LAYER_NORM_EPS)
         self.proj = nn.Linear(dim, dim)
+        self.attn_dropout, self.proj_drop = attn_dropout, nn.Dropout(proj_dropout)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, start: int | Tensor = 0) -> Tensor:
         """x (N, P, H) at positions start .. start+P-1; earlier positions come from `cache`, which is filled in place.
@@ -65,8 +69,9 @@ class CausalAttention(nn.Module):
             cache.keys[:, :, start : start + positions] = k
             cache.values[:, :, start : start + positions] = v
             k, v = cache.keys[:, :, : start + positions], cache.values[:, :, : start + positions]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=positions > 1)                # (N, heads, P, hd)
-        return self.proj(x.transpose(1, 2).reshape(num_tokens, positions, dim))
+        dropout = self.attn_dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=positions > 1)  # (N, heads, P, hd)
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(num_tokens, positions, dim)))
 
 
 def block_queries(block: nn.Module, x: Tensor, asking: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,14 +109,17 @@ Modulation = tuple[Tensor, ...]
 
 
 class AdaLNBlock(nn.Module):
-    """Pre-norm transformer block, modulated by a conditioning vector: x += gate * f(LN(x) * (1 + scale) + shift), twice (SPEC 5)."""
+    """Pre-norm transformer block, modulated by a conditioning vector: x += gate * f(LN(x) * (1 + scale) + shift), twice (SPEC 5).
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+    attn_dropout: rate on the attention weights; proj_dropout: after the attention's projection, the MLP's activation and its second Linear.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, attn_dropout: float = 0.0, proj_dropout: float = 0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.attn = CausalAttention(dim, num_heads)
+        self.attn = CausalAttention(dim, num_heads, attn_dropout, proj_dropout)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))             # GELU (erf), no dropout
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_dropout)                           # GELU (erf)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def modulation(self, activated: Tensor) -> Modulation:

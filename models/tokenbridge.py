@@ -149,7 +149,8 @@ class TokenBridge(ChannelAR):
         self.decoder_norm = norm(decoder_embed_dim)
         self.build_channel_head(condition_dim=decoder_embed_dim, dim=channel_embed_dim, depth=channel_depth, num_heads=channel_heads,
                                 mlp_ratio=mlp_ratio, num_channels=vae_embed_dim, num_levels=quant_levels, channel_order=channel_order,
-                                head_start=head_start, grad_checkpointing=grad_checkpointing, head=head)
+                                head_start=head_start, grad_checkpointing=grad_checkpointing, attn_dropout=attn_dropout,
+                                proj_dropout=proj_dropout, head=head)
         self._initialize()
 
     def _initialize(self) -> None:

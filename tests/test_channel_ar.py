@@ -107,6 +107,80 @@ def test_causal():
         assert differs.tolist() == [False] * (c + 1) + [True] * (15 - c)
 
 
+# ------------------------------------------------------------------------------------------------------- dropout
+
+def test_dropout_rates_reach_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, passed, real = tiny_model(attn_dropout=0.2, proj_dropout=0.3), [], F.scaled_dot_product_attention
+    for block in model.channel_blocks:
+        assert [layer.p for layer in (block.attn.proj_drop, block.mlp.drop1, block.mlp.drop2)] == [0.3] * 3
+    assert model.state_dict().keys() == tiny_model().state_dict().keys()
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, **more: object) -> Tensor:
+        passed.append(dropout_p)
+        return real(q, k, v, mask, dropout_p, **more)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    for training, rate in ((True, 0.2), (False, 0.0)):
+        model.train(training).channel_logits(*random_inputs(model))
+        assert passed == [rate] * len(model.channel_blocks)
+        passed.clear()
+
+
+@pytest.mark.parametrize("head", ["autoregressive", "parallel"])
+@pytest.mark.parametrize("rates", [dict(attn_dropout=0.3), dict(proj_dropout=0.3), dict(attn_dropout=0.3, proj_dropout=0.3)])
+@torch.no_grad()
+def test_dropout_acts_in_training_mode_only(head: str, rates: dict[str, float]) -> None:
+    plain, model = tiny_model(head=head), tiny_model(head=head, **rates)
+    inputs = random_inputs(model)
+    expected = plain.channel_logits(*inputs)
+    assert torch.equal(plain.train().channel_logits(*inputs), expected) and torch.equal(model.channel_logits(*inputs), expected)
+    model.train()
+    first, second = model.channel_logits(*inputs), model.channel_logits(*inputs)
+    assert not torch.equal(first, second) and not torch.equal(first, expected)
+
+
+def assert_share(zeros: Tensor, rate: float) -> None:
+    """The share of True entries is `rate`, within four standard deviations of a binomial share."""
+    assert abs(float(zeros.float().mean()) - rate) < 4 * math.sqrt(rate * (1 - rate) / zeros.numel())
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.4])
+@torch.no_grad()
+def test_share_of_dropped_activations_is_the_rate(rate: float) -> None:
+    """After the projection, the MLP's activation and its second Linear; what is left is scaled by 1 / (1 - rate)."""
+    model, found = tiny_model(proj_dropout=rate).train(), []
+    for block in model.channel_blocks:
+        for layer in (block.attn.proj_drop, block.mlp.drop1, block.mlp.drop2):
+            layer.register_forward_hook(lambda _, inputs, output: found.append((inputs[0], output)))
+    torch.manual_seed(0)
+    z, indices = random_inputs(model)
+    model.channel_logits(z.repeat(20, 1), indices.repeat(20, 1))
+    assert len(found) == 3 * len(model.channel_blocks)
+    for before, after in found:
+        assert_share(after[before != 0] == 0, rate)
+        torch.testing.assert_close(after[after != 0], before[after != 0] / (1 - rate))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.4])
+@torch.no_grad()
+def test_share_of_dropped_attention_weights_is_the_rate(rate: float) -> None:
+    """With equal scores, one-hot values and an identity for `proj`, the output is the attention weights themselves."""
+    width = 16
+    attention = CausalAttention(width, 1, attn_dropout=rate)
+    for layer in (attention.qkv, attention.proj):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    attention.qkv.weight[2 * width :] = attention.proj.weight[:] = torch.eye(width)
+    x, lower = torch.eye(width).expand(400, -1, -1), torch.ones(width, width).tril() > 0
+    uniform = torch.ones(width, width).tril() / torch.arange(1, width + 1).unsqueeze(1)
+    torch.testing.assert_close(attention.eval()(x), uniform.expand(400, -1, -1))
+    torch.manual_seed(0)
+    weights = attention.train()(x)
+    assert (weights[:, ~lower] == 0).all()
+    assert_share(weights[:, lower] == 0, rate)
+    kept = weights != 0
+    torch.testing.assert_close(weights[kept], (uniform / (1 - rate)).expand(400, -1, -1)[kept])
+
+
 # ------------------------------------------------------------------------------------------------------- cached decoding
 
 def cached_logits(model: TokenBridge, z: Tensor, indices: Tensor) -> Tensor:

@@ -142,7 +142,8 @@ def plain_head_logits(model: torch.nn.Module, z: Tensor, targets: Tensor) -> lis
     def attention(attn: torch.nn.Module, x: Tensor) -> Tensor:
         q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)   # (N, heads, C, head_dim)
         scores = attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.head_dim**-0.5 + model.channel_mask
-        return attn.proj((scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2))
+        weights = F.dropout(scores.softmax(-1).to(v.dtype), attn.attn_dropout, model.training)
+        return attn.proj_drop(attn.proj((weights @ v).transpose(1, 2).flatten(2)))
     for block in model.channel_blocks:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block.adaLN_modulation(conditioning).chunk(6, dim=-1)
         x = x + gate_a * attention(block.attn, block.norm1(x) * (1 + scale_a) + shift_a)
@@ -185,7 +186,7 @@ def plain_loop(args: argparse.Namespace, device: torch.device, precision: str, b
     def gradients() -> None:
         moments, labels = batch
         latents = vae.scale(posterior_from_moments(moments).sample())
-        rng = np.random.default_rng([args.seed, done])
+        rng = np.random.default_rng([args.seed, done, 0])
         masked = num_masked_tokens(draw_mask_ratio(model.mask_ratio_min, float(rng.random())), model.num_tokens)          # as in draw_step
         mask = np.zeros((len(latents), model.num_tokens), dtype=bool)
         for row in mask:
