@@ -11,6 +11,7 @@ from util.lr_sched import base_learning_rate
 
 logger = get_logger()
 
+RECIPE = 2          # in a checkpoint's config; those of the first recipe have no such number, see `name_older_recipe`
 # Flags that decide the course of a training: all may change when it is resumed, and the log names those that do.
 RECIPE_FLAGS = ("epochs", "max_steps", "warmup_epochs", "min_lr", "lr_schedule", "batch_size", "accum_iter", "grad_clip", "ema_rate", "ema_warmup",
                 "precision", "seed", "data_path", "use_cached", "cached_path", "no_flip")
@@ -66,3 +67,10 @@ def warn_of_other_recipe(args: argparse.Namespace, content: dict, source: Path, 
         changed.append(f"peak learning rate {lr:g}, was {before:g} (--lr, --blr)")
     if changed:
         logger.warning("settings that differ from those of %s: %s", source, "; ".join(changed))
+
+
+def name_older_recipe(args: argparse.Namespace, content: dict, source: Path) -> None:
+    """Log how a training begun with an earlier version of this code continues; `args` holds the model's rates."""
+    if content.get("config") and "recipe" not in content["config"]:
+        logger.info("%s was begun without dropout in the head and with one mask ratio for all processes; it continues as published: --attn_dropout %g "
+                    "and --proj_dropout %g in the head too, a mask ratio for each micro-batch", source, args.attn_dropout, args.proj_dropout)

@@ -209,8 +209,8 @@ class TrainState:
             except (ValueError, KeyError, TypeError, RuntimeError) as error:
                 raise ValueError(f"the random state in {source} cannot be put back: {error}") from error
         elif content.get("rng"):
-            logger.info("%s is of %d processes, now there are %d: data and masks stay those of their step, dropout does not", source,
-                        len(content["rng"]), dist.world_size())
+            logger.info("%s is of %d processes, now there are %d: data, token orders and noise stay those of their step; mask ratios and "
+                        "dropout do where --batch_size is the same", source, len(content["rng"]), dist.world_size())
         changed = [f"{name} {now} instead of {content['versions'].get(name)}" for name, now in checkpoint.versions().items()
                    if isinstance(content.get("versions"), dict) and content["versions"].get(name) != now]
         if changed:

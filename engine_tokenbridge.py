@@ -53,9 +53,10 @@ class TrainSettings:
 
 @dataclass
 class StepDraws:
-    """All random draws of one optimizer step for this process; rows are images in the order of the global batch."""
+    """The random draws of one optimizer step for this process, dropout aside; rows are images in the order of the global batch."""
 
-    num_masked: int
+    counts: list[int]       # masked tokens of an image, for each micro-batch of the global batch; the same on every process
+    num_masked: list[int]   # (A,), those of this process's micro-batches
     masks: Tensor           # (A, B, L) bool
     label_drop: Tensor      # (A, B) bool
     noise: Tensor           # (A, B, C, h, w) for the posterior sample
@@ -64,20 +65,33 @@ class StepDraws:
 def draw_step(model: TokenBridge, settings: TrainSettings, step: int, device: torch.device) -> StepDraws:
     """Draws for step `step` from (seed, step) alone: the whole global batch is drawn on every process, which keeps its rows.
 
-    So resuming needs no random state, and any split of the global batch over processes or micro-batches draws the same. No host sync.
+    So resuming needs no random state. Micro-batches of the same size draw the same on any number of processes (8 x 1 as 4 x 2); of another
+    size, all but the mask ratio, of which each micro-batch has its own (SPEC 4.5). No host sync.
     """
     b, a, world, rank = settings.batch_size, settings.accum_iter, dist.world_size(), dist.rank()
-    ratio = draw_mask_ratio(model.mask_ratio_min, float(np.random.default_rng([settings.seed, step]).random()))
-    num_masked = num_masked_tokens(ratio, model.num_tokens)
+    counts = masked_counts(model, settings.seed, step, a * world)
+    num_masked = [counts[micro_batch_number(micro)] for micro in range(a)]
     generator = torch.Generator(device).manual_seed(mixed_seed(settings.seed, step))
     total = a * world * b
 
     def mine(x: Tensor) -> Tensor:
         return x.view(a, world, b, *x.shape[1:])[:, rank]
-    masks = mask_from_orders(mine(random_orders(total, model.num_tokens, generator, device)).flatten(0, 1), num_masked)
+    orders = mine(random_orders(total, model.num_tokens, generator, device))                 # (A, B, L)
+    masks = torch.stack([mask_from_orders(order, count) for order, count in zip(orders, num_masked, strict=True)])
     drop = torch.rand(total, generator=generator, device=device) < model.label_drop_prob
     noise = torch.randn(total, model.token_dim, model.grid_size, model.grid_size, generator=generator, device=device)
-    return StepDraws(num_masked, masks.view(a, b, -1), mine(drop), mine(noise))
+    return StepDraws(counts, num_masked, masks, mine(drop), mine(noise))
+
+
+def micro_batch_number(micro: int) -> int:
+    """Place of this process's micro-batch `micro` within the global batch, in which the processes stand side by side (GlobalBatchSampler)."""
+    return micro * dist.world_size() + dist.rank()
+
+
+def masked_counts(model: TokenBridge, seed: int, step: int, count: int) -> list[int]:
+    """Masked tokens of an image in each of the `count` micro-batches of a global batch, each from (seed, step, its number) alone (SPEC 4.5)."""
+    uniforms = (float(np.random.default_rng([seed, step, number]).random()) for number in range(count))
+    return [num_masked_tokens(draw_mask_ratio(model.mask_ratio_min, uniform), model.num_tokens) for uniform in uniforms]
 
 
 def mixed_seed(*parts: int) -> int:
@@ -139,7 +153,7 @@ def train_one_epoch(state: TrainState, vae: AutoencoderKL, loader: Iterable, set
         window.norms.append(norm)
         window.lrs.append(lr)
         window.details = details
-        window.flops += images * step_flops(model.config, draws.num_masked)
+        window.flops += s.batch_size * sum(step_flops(model.config, count) for count in draws.counts)
         stop = should_stop()
         save_now = save is not None and s.save_every_steps is not None and state.step % s.save_every_steps == 0
         if logged or stop or save_now or state.step == last or device.type == "cpu" and not math.isfinite(norm):
@@ -155,6 +169,7 @@ def accumulate(state: TrainState, vae: AutoencoderKL, batches: Iterator[tuple[Te
                device: torch.device, progress: Progress, detailed: bool) -> tuple[Tensor, Tensor | None]:
     """Gradients of one step's micro-batches, averaged over the processes at the last of them.
 
+    Each micro-batch counts alike, however many of its tokens are masked, as where processes average (published).
     Returns this process's mean loss and, if `detailed`, loss and accuracy of each dimension (2, C); all on the device.
     """
     losses, details = [], []
@@ -164,10 +179,10 @@ def accumulate(state: TrainState, vae: AutoencoderKL, batches: Iterator[tuple[Te
         progress.window.data_wait += time.perf_counter() - waiting
         latents = batch_latents(batch, vae, draws.noise[micro], state.model)
         state.hold_gradients(micro < s.accum_iter - 1)
-        torch.manual_seed(mixed_seed(s.seed, state.step, dist.rank(), 1 + micro))            # dropout; after the loader, which may draw too
+        torch.manual_seed(mixed_seed(s.seed, state.step, 1 + micro_batch_number(micro)))     # dropout; after the loader, which may draw too
         with dist.autocast(device, s.precision):
-            loss = state.wrapped(latents, labels, draws.masks[micro], num_masked=draws.num_masked, label_drop=draws.label_drop[micro],
-                                 return_metrics=detailed)
+            loss = state.wrapped(latents, labels, draws.masks[micro], num_masked=draws.num_masked[micro],
+                                 label_drop=draws.label_drop[micro], return_metrics=detailed)
         if detailed:
             loss, *parts = loss
             details.append(torch.stack(parts))

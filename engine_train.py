@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine_data import build_dataset
-from engine_recipe import warn_of_other_recipe
+from engine_recipe import RECIPE, name_older_recipe, warn_of_other_recipe
 from engine_sample import SampleSettings, generate, sample_settings
 from engine_state import TrainState
 from engine_tokenbridge import TrainSettings, train_one_epoch
@@ -103,9 +103,10 @@ def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, cont
                     steps_per_epoch)
         warn_of_other_data(content, data, source)
         warn_of_other_recipe(args, content, source, settings.lr)
+        name_older_recipe(args, content, source)
     elif args.start_epoch:
         state.step = args.start_epoch * steps_per_epoch
-    config = {"model_name": args.model, "model": model.config, "vae": vae.config, "vae_fingerprint": vae.latent_fingerprint(),
+    config = {"recipe": RECIPE, "model_name": args.model, "model": model.config, "vae": vae.config, "vae_fingerprint": vae.latent_fingerprint(),
               "classes": dataset.classes, "args": vars(args), "optimizer": optimizer_settings}
     if state.power_emas:
         config["run"] = ((content or {}).get("config") or {}).get("run") or posthoc_ema.run_name(config, data)

@@ -1,17 +1,22 @@
-"""The training loop: draws, groups, schedules, skipped steps; accumulation and two processes equal the big batch. Generation."""
+"""The training loop: draws, groups, schedules, skipped steps; processes and micro-batches stand for each other. Generation."""
 
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import train_tiny
 from conftest import REPO, run_processes, tiny_model, tiny_vae
+from scipy.stats import truncnorm
+from torch import Tensor
 
+import engine_tokenbridge
 from engine_sample import SampleSettings, balanced_labels, generate
 from engine_state import TrainState, weight_decay_groups
-from engine_tokenbridge import draw_step, mixed_seed, optimizer_step
+from engine_tokenbridge import draw_step, masked_counts, mixed_seed, optimizer_step
+from models.tokenbridge import TokenBridge
 from util import dist
 from util.log import JsonlLog
 from util.lr_sched import learning_rate
@@ -48,14 +53,14 @@ def test_draws_depend_on_seed_and_step_alone() -> None:
     assert not torch.equal(one.noise, next_step.noise) and not torch.equal(one.noise, other_seed.noise)
 
 
-def test_every_image_of_a_step_has_the_same_number_of_masked_tokens() -> None:
+def test_every_image_of_a_micro_batch_has_the_same_number_of_masked_tokens() -> None:
     model, s = tiny_model(), train_tiny.settings(6, 2, 10)
     counts = set()
     for step in range(40):
         draws = draw_step(model, s, step, CPU)
         assert draws.masks.shape == (2, 6, 16) and draws.noise.shape == (2, 6, 16, 4, 4)
-        assert (draws.masks.sum(-1) == draws.num_masked).all()
-        counts.add(draws.num_masked)
+        assert draws.masks.sum(-1).tolist() == [[count] * 6 for count in draws.num_masked] and draws.counts == draws.num_masked
+        counts.update(draws.num_masked)
     assert min(counts) >= math.ceil(16 * 0.7) and max(counts) <= 16 and len(counts) > 2
 
 
@@ -65,21 +70,68 @@ def test_labels_are_dropped_at_the_rate() -> None:
     assert abs(share - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 4800)
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("accum", [1, 3])
-def test_any_split_of_the_global_batch_draws_the_same(monkeypatch: pytest.MonkeyPatch, world: int, accum: int) -> None:
-    """Global batch of 24: rank r's micro-batch a is rows (a*world + r)*B to +B, as the sampler deals the images."""
-    model = tiny_model(label_drop_prob=0.3)
-    whole = draw_step(model, train_tiny.settings(24, 1, 10), 2, CPU)
-    size = 24 // (world * accum)
+def draws_of(monkeypatch: pytest.MonkeyPatch, model: TokenBridge, size: int, world: int, accum: int, step: int = 2) -> dict[int, tuple[int, list[Tensor]]]:
+    """Masked tokens and draws of every micro-batch of `size` images, by its number in the global batch."""
     monkeypatch.setattr(dist, "world_size", lambda: world)
+    found = {}
     for rank in range(world):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
-        mine = draw_step(model, train_tiny.settings(size, accum, 10, steps_per_epoch=2), 2, CPU)
+        draws = draw_step(model, train_tiny.settings(size, accum, 10, steps_per_epoch=2), step, CPU)
+        assert len(draws.counts) == world * accum
         for micro in range(accum):
-            rows = slice((micro * world + rank) * size, (micro * world + rank + 1) * size)
-            for name in ("masks", "label_drop", "noise"):
-                assert torch.equal(getattr(mine, name)[micro], getattr(whole, name)[0, rows])
+            number = micro * world + rank                                   # as GlobalBatchSampler deals the images
+            assert draws.num_masked[micro] == draws.counts[number] == int(draws.masks[micro, 0].sum())
+            found[number] = draws.num_masked[micro], [draws.masks[micro], draws.label_drop[micro], draws.noise[micro]]
+    return found
+
+
+@pytest.mark.parametrize("world, accum", [(4, 2), (2, 4), (1, 8)])
+def test_processes_and_micro_batches_draw_the_same(monkeypatch: pytest.MonkeyPatch, world: int, accum: int) -> None:
+    """8 processes x 1 micro-batch, 4 x 2, 2 x 4, 1 x 8: the same ratios, masks, dropped labels and noise for the same images."""
+    model = tiny_model(label_drop_prob=0.3)
+    eight, split = (draws_of(monkeypatch, model, 3, *layout) for layout in ((8, 1), (world, accum)))
+    assert eight.keys() == split.keys() == set(range(8))
+    for number, (count, tensors) in eight.items():
+        assert split[number][0] == count and all(torch.equal(a, b) for a, b in zip(tensors, split[number][1], strict=True))
+
+
+def test_the_size_of_the_micro_batches_changes_the_mask_ratios_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(label_drop_prob=0.3)
+    one, four = draws_of(monkeypatch, model, 24, 1, 1), draws_of(monkeypatch, model, 6, 4, 1)
+    for i, part in enumerate(("drop", "noise"), 1):
+        assert torch.equal(one[0][1][i], torch.cat([four[number][1][i] for number in range(4)])), part
+    masks = torch.cat([four[number][1][0] for number in range(4)])
+    common = torch.minimum(masks.sum(1), torch.tensor(one[0][0]))
+    assert torch.equal((masks & one[0][1][0]).sum(1), common)               # the same order: the smaller mask is a part of the larger
+    assert len({count for count, _ in four.values()}) > 1
+
+
+def test_32_ranks_draw_ratios_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over 60 steps: a truncated normal by the Kolmogorov-Smirnov test (bound of 0.1 %), its mean, and no correlation of neighbours.
+
+    With L = 256 tokens ceil(L * ratio) <= k is ratio <= k / L, so that the counts' distribution is exact at the multiples of 1 / L.
+    """
+    model = tiny_model(img_size=256)
+    assert model.num_tokens == 256
+    one_step = draws_of(monkeypatch, model, 1, 32, 1)
+    assert len({count for count, _ in one_step.values()}) > 16              # of 78 possible values
+    counts = np.array([masked_counts(model, 7, step, 32) for step in range(60)])
+    assert list(counts[2]) == [one_step[rank][0] for rank in range(32)]
+    law = truncnorm(-1.2, 0, loc=1, scale=0.25)
+    grid = np.arange(180, 257)
+    empirical = (counts.reshape(1, -1) <= grid[:, None]).mean(1)
+    assert np.abs(empirical - law.cdf(grid / 256)).max() < 1.95 / math.sqrt(counts.size)
+    assert abs((counts / 256).mean() - (law.mean() + 0.5 / 256)) < 4 * law.std() / math.sqrt(counts.size)
+    for a, b in ((counts[:, :-1], counts[:, 1:]), (counts[:-1], counts[1:])):                # of ranks, of steps
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / math.sqrt(a.size)
+
+
+def test_flops_count_every_micro_batch_of_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    monkeypatch.setattr(engine_tokenbridge, "step_flops", lambda _, num_masked: counted.append(num_masked) or 1.0)
+    train_tiny.run(4, 3, 2)
+    expected = [masked_counts(tiny_model(), 7, step, 3) for step in range(2)]
+    assert counted == expected[0] + expected[1] and len(set(counted)) > 1
 
 
 # ------------------------------------------------------------------------------------------------------- steps
@@ -131,10 +183,10 @@ def test_gradients_are_clipped_to_the_norm(clip: float, expected: float) -> None
 
 @pytest.fixture(scope="module")
 def big_batch(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainState, list[int], list[dict]]:
-    """Ten steps of 16 images in one process: state, samples seen, lines of the log."""
+    """Ten steps of 16 images in one process, two micro-batches each, with dropout: state, samples seen, lines of the log."""
     path = tmp_path_factory.mktemp("engine") / "log.jsonl"
     log = JsonlLog(path)
-    state, seen = train_tiny.run(16, 1, 10, log)
+    state, seen = train_tiny.run(8, 2, 10, log)
     log.close()
     return state, seen, [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -162,11 +214,14 @@ def test_the_loss_falls(big_batch: tuple) -> None:
 
 
 @pytest.mark.parametrize("batch, accum", [(8, 2), (4, 4)])
-def test_accumulated_micro_batches_are_the_big_batch(big_batch: tuple, batch: int, accum: int) -> None:
-    state, seen = train_tiny.run(batch, accum, 10)
-    assert seen == big_batch[1]
-    assert_close(state.model.state_dict(), big_batch[0].model.state_dict())
-    assert_close(state.ema.state_dict(), big_batch[0].ema.state_dict())
+def test_accumulated_micro_batches_are_the_big_batch(monkeypatch: pytest.MonkeyPatch, batch: int, accum: int) -> None:
+    """With one mask ratio for all of them and without dropout."""
+    monkeypatch.setattr(engine_tokenbridge, "draw_mask_ratio", lambda lowest, uniform: 0.8)
+    whole, seen = train_tiny.run(16, 1, 10, dropout=0)
+    state, seen_in_parts = train_tiny.run(batch, accum, 10, dropout=0)
+    assert seen_in_parts == seen
+    assert_close(state.model.state_dict(), whole.model.state_dict())
+    assert_close(state.ema.state_dict(), whole.ema.state_dict())
 
 
 def two_processes(tmp_path: Path, *arguments: object) -> tuple[object, Path]:
@@ -175,7 +230,7 @@ def two_processes(tmp_path: Path, *arguments: object) -> tuple[object, Path]:
     return result, out
 
 
-def test_two_processes_are_one_with_the_double_batch(big_batch: tuple, tmp_path: Path) -> None:
+def test_two_processes_are_one_with_two_micro_batches(big_batch: tuple, tmp_path: Path) -> None:
     result, out = two_processes(tmp_path, 8, 1, 10)
     assert result.returncode == 0, result.stderr[-2000:]
     content = torch.load(out, weights_only=True)

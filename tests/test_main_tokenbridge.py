@@ -14,6 +14,7 @@ import engine_train
 import main_cache
 from engine_evaluate import Evaluator
 from engine_load import load_generator_weights
+from engine_recipe import RECIPE
 from engine_sample import sample_settings
 from main_tokenbridge import main
 from models.tokenbridge import TokenBridge
@@ -151,6 +152,21 @@ def test_published_layout_without_our_keys_resumes_after_its_epoch(trained: Path
     assert [line["step"] for line in log_of(tmp_path / "new")] == [7, 8, 9]
     assert any("has no config: from the shapes of its weights it is tokenbridge_digits" in line and "(head_start official)" in line for line in messages)
     assert load(tmp_path / "new")["config"]["model"]["head_start"] == "official"
+
+
+def test_a_run_begun_without_dropout_in_the_head_continues_with_it_and_says_so(trained: Path, flags, tmp_path: Path,  # noqa: ANN001
+                                                                               messages: list[str]) -> None:
+    def said() -> list[str]:
+        return [line for line in messages if "was begun without dropout in the head" in line]
+    content = load(trained)
+    assert content["config"].pop("recipe") == RECIPE
+    (tmp_path / "old").mkdir()
+    torch.save(content, tmp_path / "old" / "checkpoint-last.pth")
+    main(flags(tmp_path / "new", resume=tmp_path / "old", epochs=3, proj_dropout=0.05))
+    assert len(said()) == 1 and "--attn_dropout 0.1 and --proj_dropout 0.05 in the head too, a mask ratio for each micro-batch" in said()[0]
+    assert load(tmp_path / "new")["config"]["recipe"] == RECIPE and load(tmp_path / "new")["config"]["model"]["proj_dropout"] == 0.05
+    main(flags(tmp_path / "new", resume=tmp_path / "new", epochs=4))
+    assert len(said()) == 1 and load(tmp_path / "new")["step"] == 12
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -145,18 +145,19 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(flags, whole: tuple
 
 @pytest.mark.slow
 def test_one_process_continues_as_two(flags, tmp_path: Path) -> None:  # noqa: ANN001
-    """Same global batch, no dropout: the same data order and draws, hence weights and losses equal up to the order of float sums."""
-    same = dict(attn_dropout=0, proj_dropout=0)
-    finish(flags(tmp_path / "one", max_steps=16, **same), tmp_path / "log.txt")
+    """Two micro-batches of one process or one of each of two: the same images, draws and dropout, hence weights and losses equal up to the
+    order of float sums."""
+    same = dict(max_steps=16, batch_size=2)
+    finish(flags(tmp_path / "one", accum_iter=2, **same), tmp_path / "log.txt")
     out = tmp_path / "two"
-    process = run_killed.start(flags(out, max_steps=16, save_every_steps=7, save_last_freq=1000, **same), tmp_path / "log.txt")
+    process = run_killed.start(flags(out, accum_iter=2, save_every_steps=7, save_last_freq=1000, **same), tmp_path / "log.txt")
     while not (out / LAST).exists():
         time.sleep(0.005)
     process.kill()
     process.join()
     step = load_latest(str(out))[1]["step"]
     assert step in (3, 7, 14)                                               # 3 ends epoch 0
-    result = run_processes([REPO / "main_tokenbridge.py", *flags(out, max_steps=16, batch_size=2, **same)], nproc=2)
+    result = run_processes([REPO / "main_tokenbridge.py", *flags(out, **same)], nproc=2)
     assert result.returncode == 0, result.stderr[-2000:]
     assert f"at step {step}" in result.stderr
     one, two = log_of(tmp_path / "one"), log_of(out)

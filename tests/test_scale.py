@@ -43,8 +43,17 @@ def assert_close(a: dict, b: dict, atol: float = 2e-5) -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Four steps of 16 images by one process, no tricks."""
-    return train_scaled.run(tmp_path_factory.mktemp("alone") / "a.pth", batch_size=16)
+    """Four steps of 2 micro-batches of 8 images by one process: what two processes with 8 images each do."""
+    return train_scaled.run(tmp_path_factory.mktemp("alone") / "a.pth", batch_size=8, accum_iter=2)
+
+
+DROPOUT = dict(attn_dropout=0.2, proj_dropout=0.2)
+
+
+@pytest.fixture(scope="module")
+def alone_with_dropout(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Four steps of 4 micro-batches of 4 images by one process, with dropout."""
+    return train_scaled.run(tmp_path_factory.mktemp("alone") / "a.pth", batch_size=4, accum_iter=4, **DROPOUT)
 
 
 def assert_same_training(found: dict, alone: dict, atol: float = 2e-5) -> None:
@@ -65,9 +74,16 @@ def test_the_averaged_model_has_the_ema_and_the_tables(alone: dict) -> None:
 
 
 @pytest.mark.slow
-def test_accumulation_and_checkpointing_under_ddp(alone: dict, tmp_path: Path) -> None:
-    """static_graph, held gradients and recomputation together: two processes x two micro-batches x 4 images are 16 images."""
-    assert_same_training(two_processes(tmp_path / "a.pth", batch_size=4, accum_iter=2, grad_checkpointing=True), alone)
+def test_accumulation_and_checkpointing_under_ddp(alone_with_dropout: dict, tmp_path: Path) -> None:
+    """Held gradients, recomputation and dropout together: two processes x two micro-batches x 4 images are 16 images."""
+    found = two_processes(tmp_path / "a.pth", batch_size=4, accum_iter=2, grad_checkpointing=True, **DROPOUT)
+    assert_same_training(found, alone_with_dropout)
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_drop_what_one_drops(tmp_path: Path, fsdp: bool) -> None:
+    one = train_scaled.run(tmp_path / "one.pth", batch_size=8, accum_iter=2, **DROPOUT)
+    assert_same_training(two_processes(tmp_path / "two.pth", batch_size=8, fsdp=fsdp, **DROPOUT), one)
 
 
 def test_sharded_training_is_the_same_and_its_checkpoint_too(alone: dict, tmp_path: Path) -> None:
@@ -83,20 +99,20 @@ def test_compiled_and_sharded_is_eager_alone_to_1e_4(alone: dict, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["sharded", "alone"])
-def test_sharded_and_plain_runs_continue_each_other(alone: dict, tmp_path: Path, first: str) -> None:
+def test_sharded_and_plain_runs_continue_each_other(tmp_path: Path, first: str) -> None:
     """Two steps one way, two the other, with accumulation and checkpointing where sharded."""
-    sharded = dict(batch_size=4, accum_iter=2, fsdp=True, grad_checkpointing=True)
+    sharded, plain = dict(batch_size=4, accum_iter=2, fsdp=True, grad_checkpointing=True, **DROPOUT), dict(batch_size=4, accum_iter=4, **DROPOUT)
     half, out = tmp_path / "half.pth", tmp_path / "a.pth"
     if first == "sharded":
         two_processes(half, steps=2, **sharded)
-        found = train_scaled.run(out, batch_size=16, resume=str(half))
+        found = train_scaled.run(out, resume=str(half), **plain)
         checkpoint.atomic_save(found, out)
     else:
-        checkpoint.atomic_save(train_scaled.run(half, batch_size=16, steps=2), half)
+        checkpoint.atomic_save(train_scaled.run(half, steps=2, **plain), half)
         two_processes(out, resume=str(half), **sharded)
-    reference = train_scaled.run(tmp_path / "b.pth", batch_size=16, steps=2)      # the schedule ends at max_steps: compare like with like
+    reference = train_scaled.run(tmp_path / "b.pth", steps=2, **plain)      # the schedule ends at max_steps: compare like with like
     checkpoint.atomic_save(reference, tmp_path / "b.pth")
-    assert_same_training(torch.load(out, weights_only=True), train_scaled.run(tmp_path / "c.pth", batch_size=16, resume=str(tmp_path / "b.pth")))
+    assert_same_training(torch.load(out, weights_only=True), train_scaled.run(tmp_path / "c.pth", resume=str(tmp_path / "b.pth"), **plain))
 
 
 @pytest.mark.slow

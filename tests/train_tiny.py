@@ -43,11 +43,13 @@ def settings(batch_size: int, accum_iter: int, steps: int, **more: object) -> Tr
                                  max_bad_steps=3) | more))
 
 
-def run(batch_size: int, accum_iter: int, steps: int, log: JsonlLog | None = None, spoil_from: int | None = None) -> tuple[TrainState, list[int]]:
-    """(state after `steps`, samples that this process saw)."""
+def run(batch_size: int, accum_iter: int, steps: int, log: JsonlLog | None = None, spoil_from: int | None = None,
+        dropout: float = 0.1) -> tuple[TrainState, list[int]]:
+    """(state after `steps`, samples that this process saw). dropout: in backbone and head."""
     torch.manual_seed(0)
     s, dataset = settings(batch_size, accum_iter, steps), Moments(spoil_from)
-    state = TrainState(tiny_model(label_drop_prob=0.2), weight_decay=0.02, ema_rate=0.9, precision="fp32", accumulates=accum_iter > 1)
+    model = tiny_model(label_drop_prob=0.2, attn_dropout=dropout, proj_dropout=dropout)
+    state = TrainState(model, weight_decay=0.02, ema_rate=0.9, precision="fp32", accumulates=accum_iter > 1)
     sampler = GlobalBatchSampler(IMAGES, batch_size, dist.rank(), dist.world_size(), s.seed)
     loader = DataLoader(dataset, batch_sampler=sampler)
     vae = tiny_vae()
