@@ -16,7 +16,9 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_isc import isc_features_to_metric
 
+from util import metrics
 from util.bench_eval import write_random_inception
+from util.dist import float32_precision
 from util.metrics import (
     FEATURE_DIM,
     SPATIAL_DIM,
@@ -238,6 +240,55 @@ def test_inception_score_of_known_logits() -> None:
     assert mean == pytest.approx(5.0, rel=1e-9) and std == 0
     with pytest.raises(ValueError, match="at least 10 images"):
         inception_score(uniform[:9])
+
+
+# ------------------------------------------------------------------------------------------------------------- precision of the arithmetic
+
+def allowed_tf32() -> set[object]:
+    """What the process lets float32 products be rounded to at this moment."""
+    convolutions = [getattr(torch.backends.cudnn, name).fp32_precision for name in ("conv", "rnn") if hasattr(torch.backends.cudnn, "conv")]
+    return {torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled("cpu"), *convolutions}
+
+
+@pytest.mark.parametrize("score, owner, function", [
+    (lambda x: fid(stats_of(x.numpy()), stats_of(x.numpy())), metrics, "fid_statistics_to_metric"),
+    (lambda x: precision_recall(x, x), metrics, "prc_features_to_metric"),
+    (lambda x: kid(x, x), metrics, "kid_features_to_metric"),
+    (lambda x: fid_infinity(x, stats_of(x.numpy())), np.linalg, "eigh"),
+    (lambda x: inception_score(x), torch.Tensor, "index_add_"),
+    (lambda x: FeatureStatistics(4).update(x), torch.Tensor, "addmm_"),
+], ids=["fid", "precision_recall", "kid", "fid_infinity", "inception_score", "statistics"])
+def test_scores_are_computed_without_tf32(score, owner: object, function: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+    """Whatever the process and its autocast allow; afterwards the settings are what they were."""
+    original, inside = getattr(owner, function), []
+
+    def recorded(*args: object, **more: object) -> object:
+        inside.append(allowed_tf32())
+        return original(*args, **more)
+    monkeypatch.setattr(owner, function, recorded)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        with torch.autocast("cpu", torch.bfloat16):
+            outside = allowed_tf32()
+            score(torch.randn(40, 4, generator=torch.Generator().manual_seed(0)))
+            assert allowed_tf32() == outside and "high" in outside
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert inside and all(one <= {"highest", False, "ieee"} for one in inside), inside
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch below 2.9 has no setting for all backends")
+def test_tf32_for_all_backends_does_not_reach_the_scores() -> None:
+    before = torch.backends.fp32_precision
+    try:
+        torch.backends.fp32_precision = "tf32"
+        with float32_precision(CPU):
+            assert allowed_tf32() == {"highest", False, "ieee"}
+        assert torch.backends.fp32_precision == "tf32"
+    finally:
+        torch.backends.fp32_precision = before
 
 
 # ------------------------------------------------------------------------------------------------------------- Inception

@@ -22,6 +22,7 @@ from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, p
 
 from util.dist import agree, all_reduce_sum, float32_precision
 
+CPU = torch.device("cpu")
 FEATURE_DIM = 2048
 SPATIAL_CHANNELS, SPATIAL_GRID = 7, 17
 SPATIAL_DIM = SPATIAL_GRID**2 * SPATIAL_CHANNELS          # ADM's sFID features: 2023
@@ -171,6 +172,7 @@ class FeatureStatistics:
         self.mean = torch.zeros(dim, dtype=torch.float64)
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64)          # sum of (x - mean)(x - mean)^T
 
+    @float32_precision(CPU)
     def update(self, features: Tensor) -> None:
         """Add features (B, F)."""
         x = features.detach().cpu().double()
@@ -224,6 +226,7 @@ class InceptionScoreSums:
         self.p = torch.zeros(splits, LOGITS_DIM, dtype=torch.float64)
         self.p_log_p = torch.zeros(splits, dtype=torch.float64)
 
+    @float32_precision(CPU)
     def update(self, numbers: Sequence[int], logits: Tensor) -> None:
         """Add the logits (B, 1008) of the images with these numbers."""
         logits, split = logits.detach().cpu().double(), self.split_of[torch.as_tensor(list(numbers), dtype=torch.long)]
@@ -252,7 +255,8 @@ class InceptionScoreSums:
 
 def fid(stats_1: dict[str, np.ndarray], stats_2: dict[str, np.ndarray]) -> float:
     """Frechet distance of two {"mu", "sigma"}, by torch-fidelity's formula."""
-    return fid_statistics_to_metric(stats_1, stats_2, False)[KEY_METRIC_FID]
+    with float32_precision(CPU):
+        return fid_statistics_to_metric(stats_1, stats_2, False)[KEY_METRIC_FID]
 
 
 def inception_score(logits: Tensor, splits: int = IS_SPLITS) -> tuple[float, float]:
@@ -269,17 +273,22 @@ def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
     """
     if min(len(generated), len(real)) <= PRC_NEIGHBOURS:
         raise ValueError(f"precision and recall need more than {PRC_NEIGHBOURS} images of each kind, got {len(generated)} and {len(real)}")
-    found = prc_features_to_metric(generated, real, prc_neighborhood=PRC_NEIGHBOURS, prc_batch_size=PRC_CHUNK, save_cpu_ram=True, verbose=False)
+    with float32_precision(generated.device):
+        found = prc_features_to_metric(
+            generated, real, prc_neighborhood=PRC_NEIGHBOURS, prc_batch_size=PRC_CHUNK, save_cpu_ram=True, verbose=False)
     return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
 
 
 def kid(generated: Tensor, real: Tensor) -> tuple[float, float]:
     """Kernel Inception Distance: mean and standard deviation over 100 subsets of 1000 images (of all, if there are fewer), by torch-fidelity."""
     size = min(KID_SUBSET_SIZE, len(generated), len(real))
-    found = kid_features_to_metric(generated, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=IS_SEED, verbose=False)
+    with float32_precision(generated.device):
+        found = kid_features_to_metric(
+            generated, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=IS_SEED, verbose=False)
     return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
 
 
+@float32_precision(CPU)
 def fid_infinity(features: Tensor, reference: dict[str, np.ndarray], points: int = 10) -> float:
     """FID extrapolated to infinitely many images (Chong and Forsyth 2020): the intercept of FID over 1/n, n from a tenth of the images to all.
 
