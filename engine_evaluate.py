@@ -24,11 +24,11 @@ from torch import Tensor
 from engine_sample import SampleSettings, balanced_labels, generate, sample_settings
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
-from util import dist
+from util import dist, download
 from util.cli import check_writable
 from util.eval_presets import EXPECTED, comparison
 from util.eval_store import SUSPICIOUS_SHARE, EvalStore, batches_of, image_flaws
-from util.fid_stats import Reference, load_reference, load_reference_stats
+from util.fid_stats import Reference, load_reference_stats, load_references
 from util.files import replacing, write_json
 from util.images import to_uint8
 from util.log import get_logger
@@ -40,6 +40,7 @@ from util.metrics import (
     fid,
     fid_infinity,
     file_sha256,
+    find_inception_weights,
     kid,
     precision_recall,
     psnr,
@@ -181,6 +182,28 @@ def vae_roundtrip(vae: AutoencoderKL, images: Tensor, quant_min: float, quant_ma
 
 # ------------------------------------------------------------------------------------------------------------- a run of --evaluate
 
+def provide_references(args: argparse.Namespace, img_size: int) -> None:
+    """Fetch the published references that --fid_stats and --pr_reference name, if they are missing; refuse what is still missing afterwards."""
+    for flag in ("fid_stats", "pr_reference"):
+        path = getattr(args, flag)
+        if path and img_size == download.PUBLISHED_SIZE:
+            download.provide(path, f"--{flag}", args.no_download)
+        if path and not Path(path).exists():
+            load_reference_stats(path, f"--{flag}")                        # says what to do, before Inception's weights are asked for
+    error = None
+    try:
+        if args.no_download:
+            find_inception_weights(args.inception_weights)
+    except FileNotFoundError as absent:
+        error = absent
+    dist.agree(error)
+
+
+def described(flag: str, path: str | None) -> dict[str, str | None]:
+    """What a record says of a reference: its path and, of a file, its hash."""
+    return {flag: path and str(path), f"{flag}_sha256": file_sha256(path) if path and Path(path).is_file() else None}
+
+
 def sweep_values(args: argparse.Namespace) -> list[tuple[float, float]]:
     """All pairs (guidance scale, temperature) of --cfg and --temperature; the flags then hold the first of each, one number.
 
@@ -226,15 +249,17 @@ class Evaluator:
 
     @classmethod
     def prepare(cls, args: argparse.Namespace, device: torch.device, img_size: int | None = None) -> "Evaluator":
-        """Read the Inception weights and the reference; every process calls it. ValueError or OSError for what does not fit."""
-        if not Path(args.fid_stats).exists():
-            load_reference_stats(args.fid_stats)                           # says what to do, before Inception's weights are asked for
+        """Read the Inception weights and the references; every process calls it. ValueError or OSError for what does not fit."""
+        img_size = img_size or args.img_size
+        provide_references(args, img_size)
         settings, features = sample_settings(args, device), InceptionFeatures(args.inception_weights, device)
-        reference = load_reference(args.fid_stats, features, img_size or args.img_size, batch_size=args.eval_bsz, num_workers=args.num_workers)
+        reference = load_references(args.fid_stats, args.pr_reference, features, img_size, batch_size=args.eval_bsz, num_workers=args.num_workers)
         output = check_writable(args.output_dir, "--output_dir")
-        stats = Path(args.fid_stats)
-        inputs = {"num_images": args.num_images, "fid_stats": str(args.fid_stats), "fid_stats_sha256": file_sha256(stats) if stats.is_file() else None,
+        inputs = {"num_images": args.num_images, **described("fid_stats", args.fid_stats), **described("pr_reference", args.pr_reference),
                   "inception_sha256": features.sha256}
+        if reference.features is None and dist.is_main():
+            logger.info("%s (--fid_stats) holds statistics alone, so precision, recall and KID are not computed: %s", args.fid_stats,
+                        download.PRECISION_RECALL_HINT if img_size == download.PUBLISHED_SIZE else "they need images or features (--pr_reference)")
         if args.num_images < FEW_IMAGES and dist.is_main():
             logger.warning("%d images make FID too high: compare with runs of as many only, or add --fid_infinity; published numbers use 50,000",
                            args.num_images)
@@ -275,7 +300,7 @@ class Evaluator:
         for cfg, temperature in pairs:
             settings = replace(self.settings, cfg=cfg, temperature=temperature)
             key = plain(settings) | self.inputs | about
-            key = {name: value for name, value in key.items() if name not in ("fid_stats", "fid_stats_sha256", "checkpoint")}
+            key = {name: value for name, value in key.items() if name != "checkpoint" and not name.startswith(("fid_stats", "pr_reference"))}
             digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
             folder = self.output / "eval" / f"cfg{cfg:g}-t{temperature:g}-{digest}"
             if dist.is_main():

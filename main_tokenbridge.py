@@ -131,7 +131,11 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation")
     group.add_argument("--fid_stats", default="fid_stats/adm_in256_stats.npz",
                        help="the real images: npz of statistics (ADM's, or of python -m util.fid_stats), npz of images (arr_0), or a folder of images")
+    group.add_argument("--pr_reference", default=None,
+                       help="real images for precision, recall and KID, if --fid_stats holds none: an npz or a folder as there")
     group.add_argument("--inception_weights", default=None, help="torch-fidelity's Inception weights; default: its download")
+    group.add_argument("--no_download", action="store_true",
+                       help="refuse a published file that is missing (weights, VAE, references, Inception) instead of fetching it")
     group.add_argument("--save_images", default="none", choices=SAVE_IMAGES, help="keep the images of --evaluate; npz is the format of ADM's evaluator")
     group.add_argument("--fid_infinity", action="store_true", help="also extrapolate FID to infinitely many images")
 
@@ -224,6 +228,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         device = dist.init(args.device, args.dist_url)
         if device.type == "cpu" and not args.evaluate:                     # the scores of many images need the memory more than the time
             keep_freed_memory()
+        download.provide(args.vae_path, "--vae_path", args.no_download)
+        if args.evaluate or args.sample:
+            download.provide(args.resume, "--resume", args.no_download)
         source, content = read_checkpoint(args)
         args.vae_path = download.local_path(args.vae_path, "--vae_path")
         vae = load_vae(args.vae_path, *(getattr(args, n) if n in given else None for n in ("vae_embed_dim", "vae_stride")))

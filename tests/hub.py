@@ -11,7 +11,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """Serves `files` (name -> bytes) of the repository `name`. Use as a context manager; `url` is its address.
+    """Serves `files` (name -> bytes) of the repository `name`, and each at /plain/NAME.SUFFIX. Use as a context manager; `url` is its address.
 
     cut: the first so many answers to GET end after half of what they announced. said: name -> what the hub says instead of the file's SHA-256.
     listed: extra names in the list. token: what every request must carry. requests: (method, path, Range) of each request, in order.
@@ -63,8 +63,9 @@ class Hub:
         match = re.fullmatch(rf"/{re.escape(self.name)}/resolve/[^/]+/(.+)", path)
         if match and match[1] in self.files:
             return self.send_file(request, match[1])
-        if path == "/plain/stats.npz" and "stats" in self.files:
-            return self.send_file(request, "stats")
+        plain = re.fullmatch(r"/plain/(\w+)\.\w+", path)
+        if plain and plain[1] in self.files:
+            return self.send_file(request, plain[1])
         if request.command == "POST":
             return self.accept(request, path, body)
         return self.send(request, 404, json.dumps({"error": "not found"}).encode(), {"X-Error-Code": "EntryNotFound"})

@@ -226,7 +226,7 @@ def command(files: dict[str, Path], out: Path, *more: object) -> list[str]:
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Features and a reference that need no weights; everything else is the command's own."""
     monkeypatch.setattr("engine_evaluate.InceptionFeatures", lambda weights, device: FewColours())
-    monkeypatch.setattr("engine_evaluate.load_reference", lambda *args, **kwargs: reference())
+    monkeypatch.setattr("engine_evaluate.load_references", lambda *args, **kwargs: reference())
 
 
 def records(out: Path) -> list[dict]:
@@ -355,7 +355,7 @@ import engine_evaluate, main_tokenbridge
 from test_evaluation import FewColours, reference
 from util.log import run_cli
 engine_evaluate.InceptionFeatures = lambda weights, device: FewColours()
-engine_evaluate.load_reference = lambda *args, **kwargs: reference()
+engine_evaluate.load_references = lambda *args, **kwargs: reference()
 rank, real, count = os.environ.get("RANK", "0"), engine_evaluate.generate, 0
 
 def generate(*args):

@@ -110,7 +110,7 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         for name, builder in sizes.items():
             monkeypatch.setitem(table, name, builder)
     monkeypatch.setattr("engine_evaluate.InceptionFeatures", lambda *_: FewColours())
-    monkeypatch.setattr("engine_evaluate.load_reference", lambda *_, **__: reference())
+    monkeypatch.setattr("engine_evaluate.load_references", lambda *_, **__: reference())
     monkeypatch.setattr("util.fid_stats.InceptionFeatures", lambda *_: Colours())
 
     def toy(module: str, argv: list[str]) -> list[str]:
@@ -176,7 +176,7 @@ def test_every_command_runs(run: Callable[[str], None], place: Path, monkeypatch
     monkeypatch.setattr("demo.app.build_page", lambda studio, title: type("P", (), {
         "queue": lambda self, **_: self, "launch": lambda self, **how: served.append(how["server_name"]), "block_thread": lambda self: None})())
     monkeypatch.setattr("demo.app.check_port", lambda *_: None)
-    monkeypatch.setattr("util.download.download_weights", lambda names, args: served.append(names))
+    monkeypatch.setattr("util.download.fetch_all", lambda names, args: served.append(names))
     failed = []
     for command, document in COMMANDS.items():
         try:

@@ -1,9 +1,13 @@
-"""Fetch what is published: weights from the Hugging Face hub, ADM's ImageNet statistics from the MAR repository.
+"""Fetch what is published: weights from the Hugging Face hub, ADM's ImageNet statistics and its reference batch.
 
-  python -m util.download vae|large|huge|stats|all [--dry_run]
+  python -m util.download vae|large|huge|stats|adm_batch|all [--dry_run]
 
-Files go where the published commands look for them, pretrained_models/... and fid_stats/. A download that was cut continues; size and hash
-are checked; a file appears under its name only when it is whole. HF_HOME, HF_ENDPOINT and HF_TOKEN mean what they mean to huggingface_hub.
+Files go where the published commands look for them, pretrained_models/... and fid_stats/. What cannot be fetched does not stop the rest: it is
+reported at the end, with exit status 2. Downloads resume; size and hash are checked; a file appears under its name only when it is complete.
+HF_HOME, HF_ENDPOINT and HF_TOKEN mean what they mean to huggingface_hub.
+
+stats are ADM's mu and sigma, for FID. adm_batch is ADM's reference batch (2 GB): the same kind of statistics, those of sFID, and 10,000 images, which
+precision and recall need.
 """
 
 import argparse
@@ -14,12 +18,13 @@ import shutil
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
+from util import dist
 from util.cli import make_parser
 from util.files import replacing
 from util.log import get_logger, run_cli
@@ -27,7 +32,6 @@ from util.log import get_logger, run_cli
 logger = get_logger()
 
 REPOSITORY = "Epiphqny/TokenBridge"
-STATS_URL = "https://github.com/LTH14/mar/raw/main/fid_stats/adm_in256_stats.npz"
 SCHEME = "hf://"
 PARTS_OF_FOLDER = ("checkpoint-last.pth",), ("model.safetensors", "config.json", "vae.safetensors", "vae.json")      # either, in this order
 CHUNK = 1 << 20
@@ -35,17 +39,36 @@ ATTEMPTS = 6                        # at one file, each of which continues the o
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A published file: where it goes, and how it is recognised among the hub repository's files."""
+class Published:
+    """A published file: where the commands look for it, and where it can be had.
+
+    pattern: how it is recognised among the files of the hub's repository, "" if it is not there. url: its own address; of the VAE, where to turn if
+    the hub lacks it. git_blob: git's hash of its content, where one is known.
+    """
 
     target: str
-    pattern: str
+    pattern: str = ""
+    url: str = ""
+    git_blob: str | None = None
 
 
-WANTED = {"vae": Wanted("pretrained_models/vae/kl16.ckpt", r"(^|/)kl16\.ckpt$"),
-          "large": Wanted("pretrained_models/tokenbridge/tokenbridge_large/checkpoint-last.pth", r"large[^/]*(/[^/]*)?\.pth$"),
-          "huge": Wanted("pretrained_models/tokenbridge/tokenbridge_huge/checkpoint-last.pth", r"huge[^/]*(/[^/]*)?\.pth$")}
-STATS_TARGET = "fid_stats/adm_in256_stats.npz"
+PUBLISHED = {
+    "vae": Published("pretrained_models/vae/kl16.ckpt", r"(^|/)kl16\.ckpt$",
+                     "https://www.dropbox.com/scl/fi/hhmuvaiacrarfg28qxhwz/kl16.ckpt?rlkey=l44xipsezc8atcffdp4q7mwmh&dl=1"),
+    "large": Published("pretrained_models/tokenbridge/tokenbridge_large/checkpoint-last.pth", r"large[^/]*(/[^/]*)?\.pth$"),
+    "huge": Published("pretrained_models/tokenbridge/tokenbridge_huge/checkpoint-last.pth", r"huge[^/]*(/[^/]*)?\.pth$"),
+    "stats": Published("fid_stats/adm_in256_stats.npz", url="https://github.com/LTH14/mar/raw/main/fid_stats/adm_in256_stats.npz",
+                       git_blob="1da4c17607fe959d54999fd098105649a0c05e15"),
+    "adm_batch": Published("fid_stats/VIRTUAL_imagenet256_labeled.npz", url="https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
+                           "ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz"),
+}
+PUBLISHED_SIZE = 256               # pixels of the images that the published files are about
+PRECISION_RECALL_HINT = ("precision, recall and KID need images or their features: python -m util.download adm_batch fetches ADM's reference batch, "
+                         f"--pr_reference {PUBLISHED['adm_batch'].target} takes it")
+
+
+class Unavailable(OSError):
+    """The server cannot be reached, or does not have the file."""
 
 
 @dataclass(frozen=True)
@@ -134,12 +157,12 @@ def place(cached: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
-def unreachable(error: Exception, what: str, where: str) -> OSError | ValueError:
-    """The error to show when the hub cannot give a file: what to put where by hand."""
+def unreachable(error: Exception, what: str, where: str) -> Unavailable:
+    """The error to show when a server cannot give a file: what to put where by hand."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    endpoint = os.environ.get("HF_ENDPOINT", "")
-    return OSError(f"cannot get {what}" + (f" from HF_ENDPOINT {endpoint}" if endpoint else "") + f" ({type(error).__name__}: {reason}). Without a "
-                   f"connection, download it on another machine and put it at {where}")
+    endpoint = "" if what.startswith("http") else os.environ.get("HF_ENDPOINT", "")
+    return Unavailable(f"cannot get {what}" + (f" from HF_ENDPOINT {endpoint}" if endpoint else "") + f" ({type(error).__name__}: {reason}). Without a "
+                       f"connection, download it on another machine and put it at {where}")
 
 
 def cut_errors() -> tuple[type[Exception], ...]:
@@ -186,10 +209,13 @@ def local_path(path: str, flag: str = "") -> str:
                      f"{', '.join(sorted(files)[:8])}")
 
 
-# ------------------------------------------------------------------------------------------------------------- statistics
+# ------------------------------------------------------------------------------------------------------------- other addresses
 
-def fetch_url(url: str, target: Path, sha256: str | None = None) -> None:
-    """Download `url` to `target`, continuing target.part if it is there. OSError or ValueError if it stays incomplete or is another file."""
+def fetch_url(url: str, target: Path, check: Callable[[Path], None]) -> None:
+    """Download `url` to `target`, resuming target.part if it is there; check(part) raises ValueError for another file, which is deleted.
+
+    OSError if the download stays incomplete.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     have = part.stat().st_size if part.is_file() else 0
@@ -210,92 +236,190 @@ def fetch_url(url: str, target: Path, sha256: str | None = None) -> None:
         raise
     if total is not None and part.stat().st_size != total:
         raise OSError(f"the connection ended after {part.stat().st_size:,} of {total:,} bytes; run the same command again to continue")
-    if sha256 and file_hash(part, sha256) != sha256:
+    try:
+        check(part)
+    except ValueError as error:
         part.unlink()
-        raise ValueError(f"{url} has another hash than --sha256 {sha256[:12]}...; what came was deleted")
+        raise ValueError(f"{url}: {error}; what came was deleted") from error
     os.replace(part, target)
 
 
-def check_stats(path: Path) -> None:
-    """ValueError (and the file is deleted) unless it holds mu and sigma of 2048 features."""
-    from util.fid_stats import load_reference_stats
+def check_content(name: str, path: Path, expected: str | None) -> None:
+    """ValueError unless the file at `path` can be the published one: by its hash, where one is expected, and by what it holds."""
+    if expected and file_hash(path, expected) != expected:
+        kind = "SHA-256" if len(expected) == 64 else "git blob"
+        raise ValueError(f"{path} has another hash than expected, {kind} {file_hash(path, expected)} instead of {expected}; --sha256 names "
+                         f"that of a file of your own (this one's is {file_hash(path, '0' * 64)})")
+    if name == "vae":
+        from util.checkpoint import load_file
+        if not isinstance(load_file(path, "vae", mmap=True).get("model"), dict):
+            raise ValueError(f"{path} holds no VAE: it has no weights under \"model\"")
+        return
+    from util.fid_stats import load_reference_stats, npz_shape  # imports torch-fidelity
+    reference = load_reference_stats(path, name)
+    if name == "adm_batch" and (npz_shape(path, name)[1] != PUBLISHED_SIZE or reference.spatial is None):
+        raise ValueError(f"{path} is not ADM's reference batch: expected mu_s, sigma_s and images of {PUBLISHED_SIZE} pixels")
+
+
+def fetch_address(name: str, url: str, args: argparse.Namespace) -> None:
+    """Fetch a file that has an address of its own into --root, unless it is there."""
+    target = Path(args.root) / PUBLISHED[name].target
+    expected = args.sha256 if name == "stats" and args.sha256 else PUBLISHED[name].git_blob
+    if target.is_file():
+        try:
+            check_content(name, target, expected)
+        except ValueError as error:
+            raise ValueError(f"{error}; delete it to fetch it again") from error
+        print(f"{name}: {target} is there and right")
+        return
+    if args.dry_run:
+        print(f"{name}: would fetch {url} to {target}")
+        return
     try:
-        load_reference_stats(path, "stats")
-    except ValueError:
-        path.unlink()
-        raise
+        fetch_url(url, target, lambda part: check_content(name, part, expected))
+    except OSError as error:
+        raise unreachable(error, url, str(target)) from error
+    print(f"{name}: wrote {target}, " + ("hash is right" if expected else f"no hash is published, SHA-256 {file_hash(target, '0' * 64)}"))
 
 
 # ------------------------------------------------------------------------------------------------------------- the command
 
 def choose(files: Sequence[RemoteFile], name: str, pattern: str, repository: str) -> RemoteFile:
-    """The one file that matches; ValueError that lists what there is if none or several do."""
+    """The one file that matches; Unavailable if none does, ValueError if several do, both listing what there is."""
     found = [file for file in files if re.search(pattern, file.name)]
-    if len(found) != 1:
-        raise ValueError(f"{SCHEME}{repository} has {len(found) or 'no'} files that could be {name}: {', '.join(f.name for f in found or files[:12])}; "
-                         "name it with --file")
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    message = (f"{SCHEME}{repository} has {len(found) or 'no'} files that could be {name}: {', '.join(f.name for f in found or files[:12])}; "
+               "name it with --file")
+    raise ValueError(message) if found else Unavailable(message)
 
 
-def download_weights(names: Sequence[str], args: argparse.Namespace) -> None:
-    """Fetch the weights named into --root; what is there and right is left alone."""
-    wanted = {name: WANTED[name] for name in names}
-    by_hand = "; ".join(f"{name}: {Path(args.root) / w.target}" for name, w in wanted.items())
+@dataclass
+class HubRepository:
+    """The list of a repository's files, asked for once; so is the reason why there is none."""
+
+    name: str
+    revision: str | None
+    _answer: list[RemoteFile] | Exception | None = field(default=None, repr=False)
+
+    def files(self) -> list[RemoteFile]:
+        if self._answer is None:
+            try:
+                self._answer = list_files(self.name, self.revision)
+            except hub_errors() as error:
+                self._answer = error
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return self._answer
+
+
+def fetch_from_hub(name: str, repository: HubRepository, args: argparse.Namespace) -> None:
+    """Fetch weights from the hub into --root, unless they are there and right. Unavailable if the hub cannot give them."""
+    target, pattern = Path(args.root) / PUBLISHED[name].target, f"^{re.escape(args.file)}$" if args.file else PUBLISHED[name].pattern
     try:
-        files = list_files(args.repository, args.revision)
-        for name, w in wanted.items():
-            remote, target = choose(files, name, f"^{re.escape(args.file)}$" if args.file else w.pattern, args.repository), Path(args.root) / w.target
-            size = "?" if remote.size is None else f"{remote.size / 1e6:,.1f} MB"
-            if target.is_file() and not problem(target, remote):
-                print(f"{name}: {target} is there and right ({size})")
-            elif args.dry_run:
-                print(f"{name}: would fetch {SCHEME}{args.repository}/{remote.name} ({size}) to {target}")
-            else:
-                print(f"{name}: {SCHEME}{args.repository}/{remote.name} ({size})", flush=True)
-                place(fetch(args.repository, remote), target)
-                print(f"{name}: wrote {target}, {'hash ' + remote.hash[:12] + '... is right' if remote.hash else 'the hub gives no hash'}")
-    except ValueError:
+        remote = choose(repository.files(), name, pattern, args.repository)
+        size = "?" if remote.size is None else f"{remote.size / 1e6:,.1f} MB"
+        if target.is_file() and not problem(target, remote):
+            print(f"{name}: {target} is there and right ({size})")
+        elif args.dry_run:
+            print(f"{name}: would fetch {SCHEME}{args.repository}/{remote.name} ({size}) to {target}")
+        else:
+            print(f"{name}: {SCHEME}{args.repository}/{remote.name} ({size})", flush=True)
+            place(fetch(args.repository, remote), target)
+            print(f"{name}: wrote {target}, {'hash ' + remote.hash[:12] + '... is right' if remote.hash else 'the hub gives no hash'}")
+    except (ValueError, Unavailable):
         raise
     except hub_errors() as error:
-        raise unreachable(error, f"the files of {args.repository}", f"({by_hand})") from error
+        raise unreachable(error, f"{name} of {args.repository}", str(target)) from error
 
 
-def download_stats(args: argparse.Namespace) -> None:
-    """Fetch ADM's ImageNet 256 statistics into --root, unless they are there."""
-    target = Path(args.root) / STATS_TARGET
-    if target.is_file():
-        check_stats_there(target, args.sha256)
-        print(f"stats: {target} is there and right")
-        return
-    if args.dry_run:
-        print(f"stats: would fetch {args.stats_url} to {target}")
-        return
+def fetch_published(name: str, repository: HubRepository, args: argparse.Namespace) -> None:
+    """Fetch one published file. ValueError or OSError, with what to do, if it cannot be had."""
+    url = getattr(args, f"{name}_url", "")
+    if not PUBLISHED[name].pattern:
+        return fetch_address(name, url, args)
     try:
-        fetch_url(args.stats_url, target, args.sha256)
-    except ValueError:
-        raise
-    except OSError as error:
-        raise unreachable(error, args.stats_url, str(target)) from error
-    check_stats(target)
-    print(f"stats: wrote {target}, SHA-256 {file_hash(target, '0' * 64)}")
+        return fetch_from_hub(name, repository, args)
+    except Unavailable as absent:
+        if (target := Path(args.root) / PUBLISHED[name].target).is_file():
+            print(f"{name}: {target} is there, and could not be compared with the hub's ({absent})")
+            return None
+        another = (args.repository, args.revision, args.file) != (REPOSITORY, None, "")
+        if not url or another:                                             # another repository's VAE is another VAE
+            raise
+        print(f"{name}: {absent}; trying {url}")
+        try:
+            return fetch_address(name, url, args)
+        except (ValueError, OSError) as error:
+            raise OSError(f"{absent}; nor from its second address: {error}") from error
 
 
-def check_stats_there(target: Path, sha256: str | None) -> None:
-    from util.fid_stats import load_reference_stats
-    load_reference_stats(target, "stats; delete it to fetch it again")
-    if sha256 and file_hash(target, sha256) != sha256:
-        raise ValueError(f"{target} has another hash than --sha256 {sha256[:12]}...; delete it to fetch it again")
+def fetch_all(names: Sequence[str], args: argparse.Namespace) -> None:
+    """Fetch all of the names that can be had. The error of a single one, or an OSError that names all that could not."""
+    repository, failed = HubRepository(args.repository, args.revision), {}
+    for name in names:
+        try:
+            fetch_published(name, repository, args)
+        except (ValueError, OSError) as error:
+            failed[name] = error
+            if len(names) > 1:
+                print(f"{name}: not fetched: {error}")
+    if len(names) == 1 and failed:
+        raise failed[names[0]]
+    if failed:
+        raise OSError(f"{len(failed)} of {len(names)} files could not be fetched: " + "; ".join(f"{name} ({error})" for name, error in failed.items()))
 
+
+# ------------------------------------------------------------------------------------------------------------- on demand
+
+def published_name(path: str | Path) -> str | None:
+    """Which published file a path of the command line means (the file itself, or the folder of a checkpoint), None if none."""
+    paths = {os.path.abspath(path), os.path.abspath(Path(path) / PARTS_OF_FOLDER[0][0])}
+    return next((name for name, file in PUBLISHED.items() if os.path.abspath(file.target) in paths), None)
+
+
+def provide(path: str | Path, flag: str, no_download: bool = False) -> None:
+    """Fetch the published file that `path` means if it is not there; nothing for any other path. Every process must call it.
+
+    Rank 0 downloads, then one process of each machine on whose disk the file is still missing; the others wait. FileNotFoundError that names the
+    command to fetch it with `no_download`; ValueError or OSError on every process if it cannot be had.
+    """
+    name = published_name(path)
+    if name is None:
+        return
+    target = Path(PUBLISHED[name].target)
+    exported = target.with_name(PARTS_OF_FOLDER[1][0])                     # a checkpoint's folder may hold this instead
+
+    def missing() -> bool:
+        return not target.is_file() and not exported.is_file()
+    if no_download:
+        hint = f"no {target} ({flag}), and --no_download is given: python -m util.download {name} fetches it"
+        return dist.agree(FileNotFoundError(hint) if missing() else None)
+    for downloads in (dist.is_main(), int(os.environ.get("LOCAL_RANK", "0")) == 0):
+        error = None
+        if downloads and missing():
+            logger.info("%s (%s) is not there: fetching it; --no_download refuses instead", target, flag)
+            try:
+                fetch_all([name], build_parser().parse_args([name]))
+            except (ValueError, OSError) as caught:
+                error = caught
+        dist.agree(error)
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------- flags
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("what", nargs="+", choices=[*WANTED, "stats", "all"], help="what to fetch")
+    parser.add_argument("what", nargs="+", choices=[*PUBLISHED, "all"], help="what to fetch")
     parser.add_argument("--root", default=".", help="folder under which pretrained_models/ and fid_stats/ are made")
     parser.add_argument("--repository", default=REPOSITORY, help="hub repository of the weights")
     parser.add_argument("--revision", default=None, help="its branch, tag or commit")
-    parser.add_argument("--file", default="", help="name of the file in the repository, where it cannot be told which one is meant")
-    parser.add_argument("--stats_url", default=STATS_URL, help="where adm_in256_stats.npz is")
-    parser.add_argument("--sha256", default=None, help="the hash that the statistics must have; none is published")
+    parser.add_argument("--file", default="", help="name of the file in the repository, where the name does not say which one is meant")
+    parser.add_argument("--vae_url", default=PUBLISHED["vae"].url, help="where the VAE is if the hub lacks it")
+    parser.add_argument("--stats_url", default=PUBLISHED["stats"].url, help="where adm_in256_stats.npz is")
+    parser.add_argument("--adm_batch_url", default=PUBLISHED["adm_batch"].url, help="where VIRTUAL_imagenet256_labeled.npz is")
+    parser.add_argument("--sha256", default=None, help="SHA-256 of other statistics than the published ones, whose hash is known here")
     parser.add_argument("--dry_run", action="store_true", help="say what would be fetched, and how much; write nothing")
     return parser
 
@@ -303,20 +427,18 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse and fetch. ValueError or OSError, with what to do, for what cannot be had."""
     args = build_parser().parse_args(argv)
-    what = [*WANTED, "stats"] if "all" in args.what else list(dict.fromkeys(args.what))
-    weights = [name for name in what if name != "stats"]
+    what = [*PUBLISHED] if "all" in args.what else list(dict.fromkeys(args.what))
+    weights = [name for name in what if PUBLISHED[name].pattern]
     if args.file and len(weights) != 1:
         raise ValueError(f"--file names one file, but {len(weights)} are wanted: {', '.join(weights)}")
     if args.sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", args.sha256):
         raise ValueError(f"--sha256 must be 64 hexadecimal digits, got {args.sha256!r}")
     if args.sha256 is not None and "stats" not in what:
         raise ValueError("--sha256 is the hash of the statistics, which are not wanted; the hub itself says the hashes of the weights")
-    if not args.stats_url.startswith(("http://", "https://")):
-        raise ValueError(f"--stats_url must begin with http:// or https://, got {args.stats_url!r}")
-    if weights:
-        download_weights(weights, args)
-    if "stats" in what:
-        download_stats(args)
+    for name in ("vae_url", "stats_url", "adm_batch_url"):
+        if not getattr(args, name).startswith(("http://", "https://")):
+            raise ValueError(f"--{name} must begin with http:// or https://, got {getattr(args, name)!r}")
+    fetch_all(what, args)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from util import dist
-from util.download import file_hash
+from util.download import PRECISION_RECALL_HINT, PUBLISHED, file_hash
 from util.log import get_logger
 from util.presets import KL16, differences, flag_text
 
@@ -31,8 +31,7 @@ _REST = dict(vae_path=KL16, img_size=256, class_num=1000, quant_min=-5.0, quant_
              reuse_guidance=1, device="cuda", tf32=False)
 # ... and what only decides which images are drawn from it, or how fast.
 _NEUTRAL = dict(seed=1, eval_bsz=256, processes=8, compile=False)
-FID_STATS, PR_REFERENCE = "fid_stats/adm_in256_stats.npz", "fid_stats/VIRTUAL_imagenet256_labeled.npz"       # ADM's, by name
-STATS_BLOB = "1da4c17607fe959d54999fd098105649a0c05e15"        # git's hash of the published statistics file (SPEC 9)
+FID_STATS, PR_REFERENCE, STATS_BLOB = PUBLISHED["stats"].target, PUBLISHED["adm_batch"].target, PUBLISHED["stats"].git_blob     # ADM's
 INCEPTION_SHA256 = "6726825d"                                  # torch-fidelity's weights: the beginning, as in their file name
 
 
@@ -106,4 +105,6 @@ def comparison(preset: str, record: Mapping[str, object]) -> str:
     if neutral:
         lines.append(f"differs, but the images are drawn from the same distribution: {'; '.join(neutral)}")
     lines.append("always different (docs/differences.md): the random numbers, and the VAE decodes in float32")
+    if any(record.get(key) is None for key in ("precision", "recall")):
+        lines.append(PRECISION_RECALL_HINT)
     return "\n".join(lines)

@@ -127,7 +127,7 @@ def make_reference(source: str | Path, extractor: InceptionFeatures, *, img_size
                    keep_features: int = KEEP_FEATURES, batch_size: int = 32, num_workers: int = 0, flag: str = "--data_path") -> Reference:
     """Statistics of a folder of images or of an npz with arr_0; every process calls it, each reads its share of the batches.
 
-    The result is the same for any number of processes. features: of the first `keep_features` images, on rank 0 only. ValueError or
+    The result is the same for any number of processes, on each of them. features: of the first `keep_features` images. ValueError or
     FileNotFoundError naming file and flag for what does not fit.
     """
     source = Path(source)
@@ -165,10 +165,9 @@ def make_reference(source: str | Path, extractor: InceptionFeatures, *, img_size
         error = caught
     dist.agree(error)
     pool.merge(), spatial.merge()
-    parts = dist.gather_to_main(kept)
     features = None
-    if parts is not None and keep_features:
-        everything = {first: part for one in parts for first, part in one.items()}
+    if keep_features:
+        everything = {first: part for one in dist.gather_objects(kept) for first, part in one.items()}
         features = torch.cat([everything[first] for first in sorted(everything)])[:keep_features]
     return Reference(pool.mu, pool.sigma, spatial.mu, spatial.sigma, features, size, crop, total, extractor.sha256)
 
@@ -188,7 +187,7 @@ def load_reference_stats(path: str | Path, flag: str = "--fid_stats", dim: int =
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no FID reference statistics at {path} ({flag}); python -m util.download stats fetches adm_in256_stats.npz, "
-                                "python -m util.fid_stats makes them from images")
+                                "adm_batch VIRTUAL_imagenet256_labeled.npz; python -m util.fid_stats makes a file of images of yours")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             missing = [key for key in ("mu", "sigma") if key not in arrays]
@@ -247,6 +246,22 @@ def load_reference(path: str | Path, extractor: InceptionFeatures, img_size: int
         raise ValueError(f"{path} ({flag}) was made with other Inception weights than --inception_weights; make it anew with these")
     if reference.img_size is None:
         logger.info("%s does not say which size its images had: that it is %d is taken on trust", path, img_size)
+    return reference
+
+
+def load_references(fid_stats: str | Path, pr_reference: str | Path | None, extractor: InceptionFeatures, img_size: int,
+                    **more: int) -> Reference:
+    """The reference of --fid_stats, with the features for precision, recall and KID from --pr_reference where that is given.
+
+    Arguments and errors as `load_reference`; ValueError too if --pr_reference holds statistics alone.
+    """
+    reference = load_reference(fid_stats, extractor, img_size, **more)
+    if pr_reference:
+        features = load_reference(pr_reference, extractor, img_size, flag="--pr_reference", **more).features
+        if features is None:
+            raise ValueError(f"{pr_reference} (--pr_reference) holds neither images (arr_0) nor features of them; "
+                             "python -m util.download adm_batch fetches ADM's reference batch of ImageNet 256")
+        reference.features = features
     return reference
 
 
