@@ -37,10 +37,10 @@ from util.metrics import (
     FeatureStatistics,
     InceptionFeatures,
     InceptionScoreSums,
+    fetch_inception_weights,
     fid,
     fid_infinity,
     file_sha256,
-    find_inception_weights,
     kid,
     precision_recall,
     psnr,
@@ -190,13 +190,8 @@ def provide_references(args: argparse.Namespace, img_size: int) -> None:
             download.provide(path, f"--{flag}", args.no_download)
         if path and not Path(path).exists():
             load_reference_stats(path, f"--{flag}")                        # says what to do, before Inception's weights are asked for
-    error = None
-    try:
-        if args.no_download:
-            find_inception_weights(args.inception_weights)
-    except FileNotFoundError as absent:
-        error = absent
-    dist.agree(error)
+    if args.no_download:
+        fetch_inception_weights(args.inception_weights, download=False)
 
 
 def described(flag: str, path: str | None) -> dict[str, str | None]:

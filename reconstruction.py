@@ -1,10 +1,14 @@
 """How much the quantizer costs: reconstruct images through VAE and quantizer; PSNR, SSIM, rate and, where weights are there, rFID, IS and LPIPS.
 
-  one setting   python reconstruction.py --bits 6 --range 5.0 --image_dir DIR
+  one setting   python reconstruction.py --bits 6 --range 5.0 --image_dir DIR          (of an ImageNet folder with train/ in it: DIR/train)
   a sweep       python reconstruction.py --bits 3 4 5 6 --range 2 3 4 5 --image_dir DIR          (all pairs)
   many GPUs     torchrun --nproc_per_node=8 reconstruction.py --bits 6 --range 5.0 --image_dir DIR
 
 DIR holds <class>/<image>, training or validation images alike; the first --images_per_class images of each class are used, or all, ADM-cropped.
+FID is taken against two references. "FID" is against --fid_stats, at 256 px by default ADM's ImageNet statistics, beside the published 1.11: that
+of 50 training images of each class, whose pixels the published script truncates, as --pixels does here by default where published figures stand
+beside. "rFID" is against the images' own originals, beside the published 0.53 of the VAE alone on the validation images.
+
 Each image is encoded once; every pair and "VAE alone" decode the same latents. Prints a table and writes to OUT: results.json, results.csv,
 rate_distortion.png, grid.png and worst_median.png (the images that the first pair, the first of --bits with the first of --range, harms most, and
 those in the middle). The columns of both grids are original | VAE alone | quantized with the first pair.
@@ -31,7 +35,7 @@ from util import dist, download
 from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
 from util.fid_stats import Reference, load_reference
 from util.files import write_json
-from util.images import save_grid, save_png, to_uint8
+from util.images import PIXELS, save_grid, save_png, to_uint8
 from util.loader import BAD_IMAGE_CHOICES, ImageFolderDataset, build_loader
 from util.log import get_logger, run_cli
 from util.metrics import (
@@ -47,12 +51,13 @@ from util.metrics import (
     psnr,
     ssim,
 )
-from util.reconstruction_report import PUBLISHED_RFID, draw_rate_distortion, table, worst_and_median, write_csv
+from util.reconstruction_report import PUBLISHED_IS_ABOUT, draw_rate_distortion, published_figures, table, worst_and_median, write_csv
 
 logger = get_logger()
 
 FITTED_IMAGES = 256         # --quantizer lloyd is fitted to the latents of so many images
 FEW_IMAGES = 10_000         # with fewer, FID's bias is larger than the differences between the rows
+ADM_STATS = download.PUBLISHED["stats"].target
 
 
 def as_list(value: object) -> list:
@@ -70,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help="VAE checkpoint (weights under \"model\")")
     parser.add_argument("--vae_embed_dim", type=int, default=None, help="latent channels, to be checked against the VAE's")
-    parser.add_argument("--image_dir", default="./data/imagenet/train", help="folder with <class>/<image>")
+    parser.add_argument("--image_dir", default="./data/imagenet/train", help="folder with <class>/<image>, or with train/<class>/<image>")
     parser.add_argument("--images_per_class", type=images_per_class, default=50, help="the first so many images of each class, or all")
     parser.add_argument("--num_images", type=int, default=None, help="at most so many images in all, spread evenly over the classes")
     parser.add_argument("--img_size", type=int, default=256, help="side of the images, pixels")
@@ -84,7 +89,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=16, help="images per process decoded together")
     parser.add_argument("--precision", default="fp32", choices=dist.PRECISIONS, help="of the VAE; the quantizer is float32 always")
     parser.add_argument("--inception_weights", default=None, help="torch-fidelity's Inception weights; default: its download folder")
-    parser.add_argument("--fid_stats", default=None, help="also the FID to these images' statistics (see python -m util.fid_stats), not the originals'")
+    parser.add_argument("--fid_stats", default=None, help="also the FID to these images' statistics (see python -m util.fid_stats), not the originals'; "
+                        f"default at {download.PUBLISHED_SIZE} px: {ADM_STATS}, fetched if it is missing; none for no such FID")
+    parser.add_argument("--no_download", action="store_true", help="fetch no published file that is missing (VAE, statistics, Inception weights)")
+    parser.add_argument("--pixels", default=None, choices=PIXELS, help="how reconstructions become bytes; default: truncate, as the published script, "
+                        "where published figures stand beside, otherwise round")
     parser.add_argument("--lpips_weights", default=None, help="torchvision's AlexNet weights, for LPIPS; default: where torch keeps downloads")
     parser.add_argument("--no_rfid", action="store_true", help="no rFID and Inception Score even if the weights are there")
     parser.add_argument("--grid_images", type=int, default=8, help="rows of grid.png, spread evenly over the classes; 0 for no grid")
@@ -102,14 +111,33 @@ def check_arguments(args: argparse.Namespace) -> None:
     for half_width in as_list(args.range):
         if not (half_width > 0 and math.isfinite(half_width)):
             raise ValueError(f"--range must be finite and greater than 0, got {half_width}")
-    if args.no_rfid and args.fid_stats:
+    if args.no_rfid and args.fid_stats not in (None, "none"):
         raise ValueError("--no_rfid and --fid_stats contradict each other; leave one out")
     if args.lpips_weights and args.img_size < SMALLEST_FOR_LPIPS:
         raise ValueError(f"--lpips_weights: LPIPS needs images of at least {SMALLEST_FOR_LPIPS} pixels, --img_size is {args.img_size}")
-    if (Path(args.image_dir) / "train").is_dir() and (Path(args.image_dir) / "val").is_dir():
-        raise ValueError(f"{args.image_dir} (--image_dir) holds train and val, which are no classes: give {args.image_dir}/train or {args.image_dir}/val")
     if args.no_rfid and args.inception_weights:
         raise ValueError("--no_rfid and --inception_weights contradict each other; leave one out")
+
+
+def fill_in_defaults(args: argparse.Namespace) -> None:
+    """Set --image_dir, --fid_stats and --pixels to what they mean. ValueError if --image_dir holds val/ but no train/."""
+    root = Path(args.image_dir)
+    if (root / "train").is_dir():
+        args.image_dir = str(root / "train")
+        logger.info("%s (--image_dir) holds train/: the images are those of %s", root, args.image_dir)
+    elif (root / "val").is_dir():
+        raise ValueError(f"{root} (--image_dir) holds val/, which is no class: give {root / 'val'}")
+    args.fid_stats_given = args.fid_stats not in (None, "none")
+    if args.fid_stats is None and args.img_size == download.PUBLISHED_SIZE and not args.no_rfid:
+        args.fid_stats = ADM_STATS
+    elif args.fid_stats == "none":
+        args.fid_stats = None
+    args.pixels = args.pixels or ("truncate" if beside_published(args) else "round")
+
+
+def beside_published(args: argparse.Namespace) -> bool:
+    """Whether the published figures stand beside ours: those of 256 px, against ADM's statistics."""
+    return args.img_size == download.PUBLISHED_SIZE and args.fid_stats is not None and Path(args.fid_stats).name == Path(ADM_STATS).name
 
 
 # ------------------------------------------------------------------------------------------------------------- images
@@ -284,7 +312,7 @@ def reconstruct(vae: AutoencoderKL, rows: Sequence[Row], folder: ImageFolderData
         for row in rows:
             with dist.autocast(device, args.precision):
                 decoded = vae.decode(vae.unscale(row.quantized(latents)))
-            version = to_uint8(finite(decoded, numbers, "pixels", args.precision))
+            version = to_uint8(finite(decoded, numbers, "pixels", args.precision), args.pixels)
             measured = [psnr(version, originals), ssim(version, originals)] + ([lpips(version, originals)] if lpips is not None else [])
             row.scores.update(zip(numbers, zip(*(values.tolist() for values in measured), strict=True), strict=True))
             if features is not None:
@@ -309,14 +337,14 @@ def gathered(mine: dict[int, object]) -> dict[int, object]:
     return {number: everything[number] for number in sorted(everything)}
 
 
-def summarise(row: Row, out: Outcome, reference: dict | None, num_images: int, other: Reference | None = None) -> dict:
+def summarise(row: Row, out: Outcome, reference: dict | None, num_images: int, other: Reference | None = None, published: bool = False) -> dict:
     """A row's figures over all processes' images; every process must call it, rFID, FID and Inception Score are on rank 0 only."""
     scores = list(zip(*gathered(row.scores).values(), strict=True))
     means = [math.fsum(values) / len(values) for values in scores] + [None] * (3 - len(scores))
     figures = {"name": row.name, "bits": row.pair and row.pair[0], "range": row.pair and row.pair[1], "quantizer": row.kind,
                **dict(zip(("psnr", "ssim", "lpips"), means, strict=True)), "rfid": None, "fid": None, "inception_score": None, "inception_score_std": None,
                "clamped_share": None, "indices_used": None, "bits_per_image": None, "entropy_bits_per_image": None, "entropy_per_dimension": None,
-               "published_rfid": PUBLISHED_RFID.get(row.pair) if row.kind in (None, "gaussian") else None}
+               **published_figures(row.pair, published and row.kind in (None, "gaussian"))}
     if row.quantizer is not None:
         used, counts = dist.all_reduce_sum(row.used), dist.all_reduce_sum(torch.stack([row.outside, row.outside.new_tensor(out.num_latents)]))
         p = used.double() / used.sum(1, keepdim=True)                                        # (C, K)
@@ -353,12 +381,25 @@ def load_features(args: argparse.Namespace, device: torch.device) -> tuple[Incep
     if args.no_rfid:
         return None, "--no_rfid was given"
     try:
-        fetch_inception_weights(args.inception_weights)
+        fetch_inception_weights(args.inception_weights, download=not args.no_download)
     except (FileNotFoundError, ValueError) as error:                   # ValueError: another process could not
-        if args.inception_weights or args.fid_stats:
+        if args.inception_weights or args.fid_stats_given:
             raise
         return None, str(error)
     return InceptionFeatures(args.inception_weights, device), None
+
+
+def load_other(args: argparse.Namespace, features: InceptionFeatures | None, no_rfid: str | None) -> tuple[Reference | None, str | None]:
+    """(the reference of --fid_stats, None), or (None, why there is no FID to it). One that was asked for and is absent is an error."""
+    if features is None or args.fid_stats is None:
+        return None, no_rfid or "no --fid_stats"
+    try:
+        download.provide(args.fid_stats, "--fid_stats", args.no_download)
+    except (OSError, ValueError) as error:                             # ValueError: another process could not
+        if args.fid_stats_given:
+            raise
+        return None, str(error)
+    return load_reference(args.fid_stats, features, args.img_size, batch_size=args.batch_size), None
 
 
 def load_lpips(args: argparse.Namespace, device: torch.device) -> tuple[Lpips | None, str | None]:
@@ -376,6 +417,7 @@ def load_lpips(args: argparse.Namespace, device: torch.device) -> tuple[Lpips | 
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """Check and load everything, reconstruct, write and print (rank 0). ValueError or OSError for bad input."""
     args.vae_path = download.local_path(args.vae_path, "--vae_path")
+    download.provide(args.vae_path, "--vae_path", args.no_download)
     vae = load_vae(args.vae_path, args.vae_embed_dim)
     if args.img_size % vae.stride:
         raise ValueError(f"--img_size {args.img_size} is not a multiple of {vae.stride}, the stride of {args.vae_path}")
@@ -383,16 +425,18 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     chosen = first_of_each_class(folder.labels, args.images_per_class, args.num_images)
     features, no_rfid = load_features(args, device)
     lpips, no_lpips = load_lpips(args, device)
-    other = None if args.fid_stats is None else load_reference(args.fid_stats, features, args.img_size, batch_size=args.batch_size)
+    other, no_fid = load_other(args, features, no_rfid)
     output = check_writable(args.output_dir, "--output_dir")
     vae, kinds = vae.to(device), as_list(args.quantizer)
     fitted_to = latents_to_fit(vae, folder, chosen, args, device) if "lloyd" in kinds else None
     rows = build_rows(kinds, as_list(args.bits), as_list(args.range), device, vae.embed_dim, fitted_to,
                       None if features is None else len(chosen))
-    logger.info("%d images of %d classes from %s, %d px; VAE %s, scale %s; %s; %s on %s", len(chosen), len(folder.classes), args.image_dir,
-                args.img_size, args.vae_path, vae.scale_factor, "posterior mean" if args.mode else "posterior samples", args.precision, device)
+    logger.info("%d images of %d classes from %s, %d px; VAE %s, scale %s; %s; %s on %s; --pixels %s", len(chosen), len(folder.classes), args.image_dir, args.img_size,
+                args.vae_path, vae.scale_factor, "posterior mean" if args.mode else "posterior samples", args.precision, device, args.pixels)
     if no_rfid and dist.is_main():
         logger.warning("rFID and Inception Score are not computed: %s", no_rfid)
+    if no_fid and not no_rfid and args.fid_stats and dist.is_main():
+        logger.warning("the FID against %s is not computed: %s", args.fid_stats, no_fid)
     if no_lpips and dist.is_main():
         logger.info("LPIPS is not computed: %s", no_lpips)
 
@@ -409,19 +453,21 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     if features is not None and len(done) < 2:
         no_rfid = f"it needs at least two images, there is {len(done)}"
     reference = out.originals.merge().as_dict() if features is not None and no_rfid is None else None
-    figures = [summarise(row, out, reference, len(done), other) for row in rows]
+    if reference is None:
+        no_fid = no_rfid
+    figures = [summarise(row, out, reference, len(done), other, beside_published(args)) for row in rows]
     pictures, first_pair = gathered(out.pictures), gathered(rows[1].scores)
     if not dist.is_main():
         return
     write_json(output / "results.json", {
-        "settings": vars(args), "num_images": len(done), "num_classes": len({folder.labels[n] for n in done}),
+        "settings": {name: value for name, value in vars(args).items() if name != "fid_stats_given"}, "num_images": len(done), "num_classes": len({folder.labels[n] for n in done}),
         "bad_images": [folder.samples[n][0] for n in bad], "world_size": dist.world_size(), "device": str(device),
         "vae": {"path": str(args.vae_path), "scale_factor": vae.scale_factor, "shift": vae.shift, "stride": vae.stride,
                 "fingerprint": vae.latent_fingerprint()},
         "inception_sha256": None if features is None else features.sha256, "rfid_not_computed": no_rfid,
-        "lpips_not_computed": no_lpips, "fid_stats": args.fid_stats,
-        "published_rfid_is": "published, ImageNet, KL-16, 256 px", "rows": figures})
-    write_csv(output / "results.csv", figures)
+        "lpips_not_computed": no_lpips, "fid_stats": args.fid_stats, "fid_not_computed": no_fid, "pixels": args.pixels,
+        "published_is_about": PUBLISHED_IS_ABOUT if beside_published(args) else None, "rows": figures})
+    write_csv(output / "results.csv", figures, args.pixels)
     draw_rate_distortion(output / "rate_distortion.png", figures)
     if args.grid_images >= 2:
         save_grid(output / "worst_median.png", worst_median_grid(vae, rows, folder, {n: scores[0] for n, scores in first_pair.items()}, args, device), 3)
@@ -432,6 +478,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     print(table(figures))
     print(f"rFID, IS: not computed ({no_rfid})" if no_rfid else f"rFID over {len(done)} images"
           + (f"; fewer than {FEW_IMAGES}, so too high: compare rows with each other, not with published numbers" if len(done) < FEW_IMAGES else ""))
+    if args.fid_stats and not no_rfid:
+        print(f"FID against {args.fid_stats}: not computed ({no_fid})" if no_fid else f"FID against {args.fid_stats}, pixels: {args.pixels}")
     logger.info("wrote %s and, with columns original | VAE alone | %s, %s", output / "results.json", rows[1].name, output / "grid.png")
 
 
@@ -439,6 +487,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, run. Raises ValueError or OSError for bad input."""
     args, _ = parse(build_parser(), argv)
     check_arguments(args)
+    fill_in_defaults(args)
     try:
         run(args, dist.init(args.device, args.dist_url))
     finally:

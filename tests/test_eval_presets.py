@@ -14,8 +14,17 @@ from engine_sample import sample_settings
 from main_tokenbridge import build_parser, sweep_values
 from util import dist
 from util.cli import parse
-from util.download import file_hash
-from util.eval_presets import EVAL_PRESETS, EXPECTED, INCEPTION_SHA256, STATS_BLOB, apply_eval_preset, comparison, published_settings
+from util.download import PRECISION_RECALL_HINT, file_hash
+from util.eval_presets import (
+    EVAL_PRESETS,
+    EXPECTED,
+    INCEPTION_SHA256,
+    PR_REFERENCE,
+    STATS_BLOB,
+    apply_eval_preset,
+    comparison,
+    published_settings,
+)
 
 ALWAYS = "always different (docs/differences.md): the random numbers, and the VAE decodes in float32"
 
@@ -86,7 +95,9 @@ def test_the_comparison_of_a_published_run(preset: str, with_cuda: None) -> None
     assert lines[1].split() == ["FID", f"{published['fid']}", "1.6", f"{1.6 - published['fid']:+.4g}"]
     assert lines[2].split()[:4] == ["Inception", "Score", f"{published['inception_score']}", "310.3"]
     assert lines[3].split()[-2:] == ["not", "computed"]
-    assert lines[5:] == ["settings are the published ones", ALWAYS]
+    assert lines[5:] == ["settings are the published ones", ALWAYS, PRECISION_RECALL_HINT]
+    assert "python -m util.download adm_batch" in lines[-1] and f"--pr_reference {PR_REFERENCE}" in lines[-1]
+    assert "adm_batch" not in comparison(preset, record | {"precision": 0.8})
     assert published_settings(preset).keys() - {"precision"} <= record.keys()                # nothing published goes unchecked
 
 
@@ -117,7 +128,7 @@ def test_speed_and_seed_do_not_make_figures_incomparable(with_cuda: None) -> Non
     record = record_of(arguments("large_eval", "--eval_bsz", "32", "--seed", "7")[0], world_size=4)
     assert comparison("large_eval", record).splitlines()[5:] == [
         "settings are the published ones", "differs, but the images are drawn from the same distribution: seed 7 instead of 1; "
-        "eval_bsz 32 instead of 256; processes 4 instead of 8", ALWAYS]
+        "eval_bsz 32 instead of 256; processes 4 instead of 8", ALWAYS, PRECISION_RECALL_HINT]
 
 
 def test_a_statistics_file_of_the_right_name_and_another_content(with_cuda: None, tmp_path: Path) -> None:

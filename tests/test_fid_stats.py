@@ -9,7 +9,7 @@ from conftest import Explosive, photographs, run_processes
 from PIL import Image
 
 from util import fid_stats
-from util.fid_stats import Reference, UintImages, load_reference, load_reference_stats, main, make_reference, npz_batches
+from util.fid_stats import Reference, UintImages, load_reference, load_reference_stats, load_references, main, make_reference, npz_batches
 from util.metrics import FEATURE_DIM, SPATIAL_DIM
 
 SIZE = 24
@@ -103,6 +103,25 @@ def test_adms_kinds_of_file(tmp_path: Path) -> None:
     np.testing.assert_allclose(alone.mu, batch.features.double().numpy().mean(0), rtol=1e-6)
 
 
+def test_adms_batch_beside_other_statistics(tmp_path: Path) -> None:
+    """--pr_reference gives the features for precision and recall, and nothing else; the batch alone, as --fid_stats, gives everything."""
+    stats = write_stats(tmp_path / "stats.npz", **adm())
+    labelled = adm() | {"mu": np.full(FEATURE_DIM, 2, np.float32), "arr_0": crops(5), "arr_1": np.arange(5)}
+    batch = write_stats(tmp_path / "VIRTUAL_labeled.npz", **labelled)
+    both, one = load_references(stats, batch, Colours(), SIZE), load_references(batch, None, Colours(), SIZE)
+    expected = Colours()(torch.from_numpy(crops(5)).permute(0, 3, 1, 2))["2048"]
+    torch.testing.assert_close(both.features, expected)
+    torch.testing.assert_close(one.features, expected)
+    assert not both.mu.any() and (one.mu == 2).all() and one.spatial["mu"].shape == (SPATIAL_DIM,)
+    assert load_references(stats, None, Colours(), SIZE).features is None
+    fid_stats.save_reference(tmp_path / "mine.npz", make_reference(write_folder(tmp_path / "p", crops(6)), Colours(), img_size=SIZE, keep_features=4))
+    assert len(load_references(batch, tmp_path / "mine.npz", Colours(), SIZE).features) == 4
+    with pytest.raises(ValueError, match=r"stats\.npz \(--pr_reference\) holds neither images \(arr_0\) nor features.*util\.download adm_batch"):
+        load_references(batch, stats, Colours(), SIZE)
+    with pytest.raises(FileNotFoundError, match=r"none\.npz \(--pr_reference\).*adm_batch"):
+        load_references(stats, tmp_path / "none.npz", Colours(), SIZE)
+
+
 # ------------------------------------------------------------------------------------------------------------- refusing
 
 def test_bad_statistics_files(tmp_path: Path) -> None:
@@ -190,6 +209,7 @@ from util import dist
 from util.fid_stats import make_reference, save_reference
 dist.init("cpu")
 made = make_reference(sys.argv[1], Colours(), img_size=SIZE, keep_features=7, batch_size=3)
+print("features", len(made.features), flush=True)
 if dist.is_main():
     save_reference(sys.argv[2], made)
 dist.shutdown()
@@ -202,6 +222,7 @@ def test_two_processes_make_the_same_statistics(tmp_path: Path) -> None:
     script.write_text(TWO)
     result = run_processes([script, folder, tmp_path / "two.npz"], nproc=2, timeout=400)
     assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("features 7") == 2, "every process has them, or knows that there are some"
     one, two = make_reference(folder, Colours(), img_size=SIZE, keep_features=7, batch_size=3), load_reference_stats(tmp_path / "two.npz")
     np.testing.assert_allclose(two.sigma, one.sigma, rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(two.mu_s, one.mu_s, rtol=1e-12)

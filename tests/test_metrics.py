@@ -318,6 +318,9 @@ def test_inception_weights_absent_or_wrong(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(FileNotFoundError, match="download https://.*--inception_weights.*the download failed: .*no route"):
         InceptionFeatures(None, CPU)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("a download that was ruled out"))
+    with pytest.raises(FileNotFoundError, match="no Inception weights at"):
+        fetch_inception_weights(None, download=False)
     cached = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
     cached.parent.mkdir(parents=True, exist_ok=True)
     cached.touch()

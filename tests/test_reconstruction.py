@@ -18,14 +18,14 @@ from torch import Tensor
 import reconstruction
 from models.quantizer import GaussianQuantizer, build_quantizer
 from models.vae import AutoencoderKL, load_vae
-from reconstruction import as_list, build_parser, first_of_each_class, main, posterior_noise, spread_evenly
+from reconstruction import as_list, build_parser, fill_in_defaults, first_of_each_class, main, posterior_noise, spread_evenly
 from util.bench_eval import write_random_inception
 from util.crop import center_crop_adm
 from util.fid_stats import Reference
 from util.images import read_image, to_tensor, to_uint8
 from util.log import run_cli
 from util.metrics import FeatureStatistics, Lpips, fid, psnr, ssim
-from util.reconstruction_report import worst_and_median
+from util.reconstruction_report import published_figures, worst_and_median
 from util.vae_stats import latent_scale
 
 
@@ -182,7 +182,7 @@ def test_quantizers_side_by_side(run, vae_path: Path, image_root: Path) -> None:
             assert row["psnr"] == pytest.approx(psnr(to_uint8(vae.decode(vae.unscale(found))), images).mean().item(), abs=1e-3)
     assert errors[2] < min(errors[:2])
     assert rows[0]["psnr"] > rows[3]["psnr"]
-    assert all(row["published_rfid"] is None for row in rows[1:]) and rows[0]["published_rfid"] == 1.11
+    assert all(row["published_fid"] is row["published_rfid"] is None for row in rows)                  # nothing is published at 32 px
 
 
 def test_batch_size_changes_nothing(run) -> None:  # noqa: ANN001
@@ -217,14 +217,22 @@ def test_fewer_images_are_those_of_the_full_run(run, monkeypatch: pytest.MonkeyP
             assert scores == pytest.approx(everything[number], abs=1e-3)
 
 
-def test_table_shows_published_numbers(run, capsys: pytest.CaptureFixture) -> None:  # noqa: ANN001
+def test_the_table_without_published_numbers(run, capsys: pytest.CaptureFixture) -> None:  # noqa: ANN001
     results = run("--bits", "3", "6", "--range", "5", "7")
-    lines = capsys.readouterr().out.splitlines()
-    assert "published*" in lines[0] and "published, ImageNet, KL-16" in lines[-2]
+    out = capsys.readouterr().out
+    lines = out.splitlines()
     assert [line.split()[4] for line in lines[2:6]] == [f"{results['rows'][i]['ssim']:.4f}" for i in range(1, 5)]
-    assert {row["name"]: row["published_rfid"] for row in results["rows"]} == {
-        "VAE alone": 1.11, "3 bits, ±5": 3.69, "3 bits, ±7": None, "6 bits, ±5": 1.11, "6 bits, ±7": None}
-    assert "3.69" in lines[2] and "not computed (--no_rfid was given)" in lines[-1]
+    assert "published" not in out and "not computed (--no_rfid was given)" in lines[-1]
+    assert results["pixels"] == results["settings"]["pixels"] == "round" and results["published_is_about"] is None
+
+
+def test_published_figures_by_bits_and_range() -> None:
+    pairs = [None, (3, 5.0), (4, 5.0), (5, 5.0), (6, 5.0), (6, 4.0), (6, 3.0), (6, 2.0), (6, 7.0)]
+    found = [published_figures(pair, True) for pair in pairs]
+    assert [one["published_fid"] for one in found] == [1.11, 3.69, 1.33, 1.12, 1.11, 1.13, 1.22, 2.26, None]
+    assert [one["published_rfid"] for one in found] == [0.53] + [None] * 8
+    assert [one["published_inception_score"] for one in found] == [None] * 4 + [305] + [None] * 4
+    assert set(published_figures((6, 5.0), False).values()) == {None}
 
 
 @pytest.mark.parametrize("nproc", [2])
@@ -329,7 +337,7 @@ class SmallFeatures:
 
 def run_with_features(vae_path: Path, image_dir: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> tuple[dict, SmallFeatures]:
     extractor = SmallFeatures(None, torch.device("cpu"))
-    monkeypatch.setattr(reconstruction, "fetch_inception_weights", lambda path: Path("weights.pth"))
+    monkeypatch.setattr(reconstruction, "fetch_inception_weights", lambda path, download: Path("weights.pth"))
     monkeypatch.setattr(reconstruction, "InceptionFeatures", lambda path, device: extractor)
     monkeypatch.setattr(reconstruction, "FeatureStatistics", partial(FeatureStatistics, 6))
     main(["--vae_path", str(vae_path), "--image_dir", str(image_dir), "--img_size", "32", "--num_workers", "0", "--device", "cpu", "--mode",
@@ -365,6 +373,100 @@ def test_fid_to_other_statistics_stands_beside_rfid(vae_path: Path, image_root: 
         made = stats_of(extractor(to_uint8(vae.decode(vae.encode(images).mode())))["2048"].numpy())
     assert results["rows"][0]["fid"] == pytest.approx(fid(made, other.pool), rel=1e-3)
     assert results["rows"][0]["fid"] != results["rows"][0]["rfid"] and "FID" in capsys.readouterr().out.split("\n")[0].split()
+
+
+@pytest.fixture
+def adm_stats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reference:
+    """Stands in for ADM's statistics of ImageNet, in a folder of its own; the file is there."""
+    reference = Reference(np.full(6, 100.0), 500 * np.eye(6))
+    monkeypatch.setattr(reconstruction, "load_reference", lambda path, *rest, **more: reference)
+    (tmp_path / "fid_stats").mkdir()
+    (tmp_path / "fid_stats" / "adm_in256_stats.npz").touch()
+    monkeypatch.chdir(tmp_path)
+    return reference
+
+
+def columns(line: str) -> list[str]:
+    return line.replace(" dB", "").replace("VAE alone", "alone").replace("6 bits, ", "6bits").split()
+
+
+def test_published_figures_stand_beside_those_that_they_are_about(vae_path: Path, image_root: Path, tmp_path: Path, adm_stats: Reference,
+                                                                  monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """At 256 px the FID is against ADM's statistics, with 1.11 and 305 beside; the FID against the originals has 0.53; pixels are truncated."""
+    flags = ["--img_size", "256", "--num_images", "10", "--grid_images", "0"]
+    results, extractor = run_with_features(vae_path, image_root / "train", tmp_path / "out", monkeypatch, *flags)
+    assert results["fid_stats"] == "fid_stats/adm_in256_stats.npz" and results["pixels"] == "truncate" and results["fid_not_computed"] is None
+    assert "pixels truncated" in results["published_is_about"]["published_fid"] and "fid_stats_given" not in results["settings"]
+    vae, chosen = load_vae(vae_path), spread_evenly(sorted((image_root / "train").glob("*/*.png")), 10)
+    images = torch.stack([to_tensor(center_crop_adm(read_image(f), 256)) for f in chosen])
+    with torch.no_grad():
+        decoded = to_uint8(vae.decode(vae.encode(images).mode()), "truncate")
+    found = [stats_of(extractor(x)["2048"].numpy()) for x in (decoded, to_uint8(images))]
+    alone = results["rows"][0]
+    assert alone["fid"] == pytest.approx(fid(found[0], adm_stats.pool), rel=1e-3) and alone["rfid"] == pytest.approx(fid(*found), rel=1e-3)
+    lines = capsys.readouterr().out.splitlines()
+    head, first, second = (columns(line) for line in lines[:3])
+    assert head[:8] == ["PSNR", "SSIM", "FID", "published*", "IS", "published*", "rFID", "published+"]
+    assert (first[4], first[6], first[8]) == ("1.11", "-", "0.53") and (second[4], second[6], second[8]) == ("1.11", "305", "-")
+    assert lines[-1] == "FID against fid_stats/adm_in256_stats.npz, pixels: truncate"
+    table = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    assert [(row["pixels"], row["published_fid"], row["published_rfid"]) for row in table] == [("truncate", "1.11", "0.53"), ("truncate", "1.11", "")]
+
+
+@pytest.mark.parametrize("flags, pixels, reference", [
+    (["--img_size", "256"], "truncate", "fid_stats/adm_in256_stats.npz"), (["--img_size", "256", "--pixels", "round"], "round", "fid_stats/adm_in256_stats.npz"),
+    (["--img_size", "256", "--fid_stats", "none"], "round", None), (["--img_size", "256", "--fid_stats", "mine.npz"], "round", "mine.npz"),
+    (["--img_size", "256", "--no_rfid"], "round", None), (["--img_size", "128"], "round", None),
+    (["--img_size", "128", "--pixels", "truncate"], "truncate", None),
+    (["--fid_stats", "elsewhere/adm_in256_stats.npz"], "truncate", "elsewhere/adm_in256_stats.npz"),
+])
+def test_defaults_of_reference_and_pixels(flags: list[str], pixels: str, reference: str | None, tmp_path: Path) -> None:
+    args = build_parser().parse_args([*flags, "--image_dir", str(tmp_path)])
+    fill_in_defaults(args)
+    assert (args.pixels, args.fid_stats) == (pixels, reference)
+
+
+def test_truncated_pixels_are_the_published_ones() -> None:
+    """(x * 255) cast to uint8 after clipping, against rounding; images that come from bytes lose nothing by rounding."""
+    x = torch.tensor([-1.5, -1.0, 0.0, 0.5, 0.999, 1.0, 1.5])
+    expected = (((x.double() + 1) / 2).clip(0, 1).numpy() * 255)
+    assert to_uint8(x, "truncate").tolist() == expected.astype(np.uint8).tolist() == [0, 0, 127, 191, 254, 255, 255]
+    assert to_uint8(x).tolist() == np.round(expected).astype(np.uint8).tolist() == [0, 0, 128, 191, 255, 255, 255]
+    every = torch.arange(256, dtype=torch.float32)
+    assert torch.equal(to_uint8(every / 127.5 - 1), every.to(torch.uint8))
+
+
+def test_missing_statistics_are_said(vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str],
+                                     capsys: pytest.CaptureFixture) -> None:
+    """By default the rest is computed and the reason stands in the log before the work, in the output and in the file; asked for, it is an error."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--img_size", "256", "--num_images", "2", "--grid_images", "0", "--no_download"]
+    results, _ = run_with_features(vae_path, image_root / "train", tmp_path / "out", monkeypatch, *flags)
+    assert "python -m util.download stats fetches it" in results["fid_not_computed"]
+    assert results["rows"][0]["fid"] is None and results["rows"][0]["rfid"] is not None and results["rows"][0]["published_fid"] == 1.11
+    assert any(line.startswith("the FID against fid_stats/adm_in256_stats.npz is not computed: no fid_stats/") for line in messages)
+    assert "FID against fid_stats/adm_in256_stats.npz: not computed (no fid_stats/adm_in256_stats.npz" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="python -m util.download stats fetches it"):
+        run_with_features(vae_path, image_root / "train", tmp_path / "out", monkeypatch, *flags, "--fid_stats", "fid_stats/adm_in256_stats.npz")
+
+
+def test_the_default_statistics_are_fetched(vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                            adm_stats: Reference) -> None:
+    (tmp_path / "fid_stats" / "adm_in256_stats.npz").unlink()
+    fetched = []
+    monkeypatch.setattr("util.download.fetch_all", lambda names, args: fetched.append(names))
+    results, _ = run_with_features(vae_path, image_root / "train", tmp_path / "out", monkeypatch, "--img_size", "256", "--num_images", "2",
+                                   "--grid_images", "0")
+    assert fetched == [["stats"]] * 2 and results["rows"][0]["fid"] is not None   # the stand-in wrote nothing: rank 0, then this machine's disk
+
+
+def test_train_is_a_folder_of_classes(run, image_root: Path, tmp_path: Path, messages: list[str]) -> None:  # noqa: ANN001
+    """--image_dir DIR with train/ in it, as the published command gives it, means DIR/train."""
+    results = run("--grid_images", 0, "--save_images", "--bits", 1, image_dir=image_root)
+    assert results["num_images"] == 12 and results["num_classes"] == 2 and results["settings"]["image_dir"] == str(image_root / "train")
+    assert f"{image_root} (--image_dir) holds train/: the images are those of {image_root / 'train'}" in messages
+    assert {path.name for path in (tmp_path / "out" / "images").iterdir()} == {"china", "flower"}
+    assert results["rows"] == run("--grid_images", 0, "--bits", 1, out="same")["rows"]
 
 
 def test_too_few_images_for_a_score(vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,7 +530,8 @@ def test_rfid_with_inception_on_two_processes(vae_path: Path, image_root: Path, 
     (["--lpips_weights", "{tmp}/text.pth"], "--lpips_weights: LPIPS needs images of at least 64 pixels, --img_size is 32"),
     (["--lpips_weights", "{tmp}/none.pth", "--img_size", "64"], "no AlexNet weights at {tmp}/none.pth"),
     (["--lpips_weights", "{tmp}/text.pth", "--img_size", "64"], "{tmp}/text.pth (--lpips_weights) does not hold torchvision's AlexNet"),
-    (["--image_dir", "{tmp}/root"], "{tmp}/root (--image_dir) holds train and val, which are no classes: give {tmp}/root/train or {tmp}/root/val"),
+    (["--image_dir", "{tmp}/root"], "{tmp}/root/train (--image_dir) holds no class folders"),
+    (["--image_dir", "{tmp}/held_out"], "{tmp}/held_out (--image_dir) holds val/, which is no class: give {tmp}/held_out/val"),
     (["--inception_weights", "x", "--no_rfid"], "--no_rfid and --inception_weights contradict each other"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_bad_input(flags: list[str], message: str, vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -440,6 +543,7 @@ def test_bad_input(flags: list[str], message: str, vae_path: Path, image_root: P
     (tmp_path / "classes" / "a").mkdir(parents=True)
     (tmp_path / "root" / "train").mkdir(parents=True)
     (tmp_path / "root" / "val").mkdir()
+    (tmp_path / "held_out" / "val" / "a").mkdir(parents=True)
     (tmp_path / "text.pth").write_text("no weights")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.json").write_text("earlier")

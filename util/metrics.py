@@ -87,7 +87,7 @@ def find_inception_weights(path: str | None) -> Path:
     return found
 
 
-def fetch_inception_weights(path: str | None) -> Path:
+def fetch_inception_weights(path: str | None, download: bool = True) -> Path:
     """As `find_inception_weights`, but torch-fidelity's file is downloaded if it is not there yet; every process must call it.
 
     One process per machine downloads, the others wait. FileNotFoundError with what to do by hand if that fails, as without a network.
@@ -97,9 +97,9 @@ def fetch_inception_weights(path: str | None) -> Path:
         find_inception_weights(path)
     except FileNotFoundError as absent:
         error = absent
-        if not path and int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            error = _download(absent)
-    agree(None if error is not None and not path and int(os.environ.get("LOCAL_RANK", "0")) else error)
+        if download and not path:
+            error = _download(absent) if int(os.environ.get("LOCAL_RANK", "0")) == 0 else None
+    agree(error)
     return find_inception_weights(path)
 
 
