@@ -183,13 +183,15 @@ def vae_roundtrip(vae: AutoencoderKL, images: Tensor, quant_min: float, quant_ma
 # ------------------------------------------------------------------------------------------------------------- a run of --evaluate
 
 def provide_references(args: argparse.Namespace, img_size: int) -> None:
-    """Fetch the published references that --fid_stats and --pr_reference name, if they are missing; refuse what is still missing afterwards."""
+    """Fetch the published references that --fid_stats and --pr_reference name, if they are missing; refuse what is
+    still missing afterwards.
+    """
     for flag in ("fid_stats", "pr_reference"):
         path = getattr(args, flag)
         if path and img_size == download.PUBLISHED_SIZE:
             download.provide(path, f"--{flag}", args.no_download)
         if path and not Path(path).exists():
-            load_reference_stats(path, f"--{flag}")                        # says what to do, before Inception's weights are asked for
+            load_reference_stats(path, f"--{flag}")  # says what to do, before Inception's weights are asked for
     if args.no_download:
         fetch_inception_weights(args.inception_weights, download=False)
 
@@ -244,17 +246,35 @@ class Evaluator:
 
     @classmethod
     def prepare(cls, args: argparse.Namespace, device: torch.device, img_size: int | None = None) -> "Evaluator":
-        """Read the Inception weights and the references; every process calls it. ValueError or OSError for what does not fit."""
+        """Read the Inception weights and the references; every process calls it. ValueError or OSError for what does
+        not fit.
+        """
         img_size = img_size or args.img_size
         provide_references(args, img_size)
         settings, features = sample_settings(args, device), InceptionFeatures(args.inception_weights, device)
-        reference = load_references(args.fid_stats, args.pr_reference, features, img_size, batch_size=args.eval_bsz, num_workers=args.num_workers)
+        reference = load_references(
+            args.fid_stats,
+            args.pr_reference,
+            features,
+            img_size,
+            batch_size=args.eval_bsz,
+            num_workers=args.num_workers,
+        )
         output = check_writable(args.output_dir, "--output_dir")
-        inputs = {"num_images": args.num_images, **described("fid_stats", args.fid_stats), **described("pr_reference", args.pr_reference),
-                  "inception_sha256": features.sha256}
+        inputs = {
+            "num_images": args.num_images,
+            **described("fid_stats", args.fid_stats),
+            **described("pr_reference", args.pr_reference),
+            "inception_sha256": features.sha256,
+        }
         if reference.features is None and dist.is_main():
-            logger.info("%s (--fid_stats) holds statistics alone, so precision, recall and KID are not computed: %s", args.fid_stats,
-                        download.PRECISION_RECALL_HINT if img_size == download.PUBLISHED_SIZE else "they need images or features (--pr_reference)")
+            logger.info(
+                "%s (--fid_stats) holds statistics alone, so precision, recall and KID are not computed: %s",
+                args.fid_stats,
+                download.PRECISION_RECALL_HINT
+                if img_size == download.PUBLISHED_SIZE
+                else "they need images or features (--pr_reference)",
+            )
         if args.num_images < FEW_IMAGES and dist.is_main():
             logger.warning("%d images make FID too high: compare with runs of as many only, or add --fid_infinity; published numbers use 50,000",
                            args.num_images)
@@ -295,7 +315,11 @@ class Evaluator:
         for cfg, temperature in pairs:
             settings = replace(self.settings, cfg=cfg, temperature=temperature)
             key = plain(settings) | self.inputs | about
-            key = {name: value for name, value in key.items() if name != "checkpoint" and not name.startswith(("fid_stats", "pr_reference"))}
+            key = {
+                name: value
+                for name, value in key.items()
+                if name != "checkpoint" and not name.startswith(("fid_stats", "pr_reference"))
+            }
             digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
             folder = self.output / "eval" / f"cfg{cfg:g}-t{temperature:g}-{digest}"
             if dist.is_main():

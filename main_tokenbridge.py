@@ -131,11 +131,17 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation")
     group.add_argument("--fid_stats", default="fid_stats/adm_in256_stats.npz",
                        help="the real images: npz of statistics (ADM's, or of python -m util.fid_stats), npz of images (arr_0), or a folder of images")
-    group.add_argument("--pr_reference", default=None,
-                       help="real images for precision, recall and KID, if --fid_stats holds none: an npz or a folder as there")
+    group.add_argument(
+        "--pr_reference",
+        default=None,
+        help="real images for precision, recall and KID, if --fid_stats holds none: an npz or a folder as there",
+    )
     group.add_argument("--inception_weights", default=None, help="torch-fidelity's Inception weights; default: its download")
-    group.add_argument("--no_download", action="store_true",
-                       help="refuse a published file that is missing (weights, VAE, references, Inception) instead of fetching it")
+    group.add_argument(
+        "--no_download",
+        action="store_true",
+        help="refuse a published file that is missing (weights, VAE, references, Inception) instead of fetching it",
+    )
     group.add_argument("--save_images", default="none", choices=SAVE_IMAGES, help="keep the images of --evaluate; npz is the format of ADM's evaluator")
     group.add_argument("--fid_infinity", action="store_true", help="also extrapolate FID to infinitely many images")
 

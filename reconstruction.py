@@ -1,13 +1,15 @@
 """How much the quantizer costs: reconstruct images through VAE and quantizer; PSNR, SSIM, rate and, where weights are there, rFID, IS and LPIPS.
 
-  one setting   python reconstruction.py --bits 6 --range 5.0 --image_dir DIR          (of an ImageNet folder with train/ in it: DIR/train)
+  one setting   python reconstruction.py --bits 6 --range 5.0 --image_dir DIR          (if DIR holds train/: DIR/train)
   a sweep       python reconstruction.py --bits 3 4 5 6 --range 2 3 4 5 --image_dir DIR          (all pairs)
   many GPUs     torchrun --nproc_per_node=8 reconstruction.py --bits 6 --range 5.0 --image_dir DIR
 
 DIR holds <class>/<image>, training or validation images alike; the first --images_per_class images of each class are used, or all, ADM-cropped.
-FID is taken against two references. "FID" is against --fid_stats, at 256 px by default ADM's ImageNet statistics, beside the published 1.11: that
-of 50 training images of each class, whose pixels the published script truncates, as --pixels does here by default where published figures stand
-beside. "rFID" is against the images' own originals, beside the published 0.53 of the VAE alone on the validation images.
+
+FID is taken against two references. "FID" is against --fid_stats, at 256 px by default ADM's ImageNet statistics,
+beside the published 1.11: that of 50 training images of each class, whose pixels the published script truncates, as
+--pixels does here by default where published figures stand beside. "rFID" is against the images' own originals, beside
+the published 0.53 of the VAE alone on the validation images.
 
 Each image is encoded once; every pair and "VAE alone" decode the same latents. Prints a table and writes to OUT: results.json, results.csv,
 rate_distortion.png, grid.png and worst_median.png (the images that the first pair, the first of --bits with the first of --range, harms most, and
@@ -51,7 +53,14 @@ from util.metrics import (
     psnr,
     ssim,
 )
-from util.reconstruction_report import PUBLISHED_IS_ABOUT, draw_rate_distortion, published_figures, table, worst_and_median, write_csv
+from util.reconstruction_report import (
+    PUBLISHED_IS_ABOUT,
+    draw_rate_distortion,
+    published_figures,
+    table,
+    worst_and_median,
+    write_csv,
+)
 
 logger = get_logger()
 
@@ -75,7 +84,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help="VAE checkpoint (weights under \"model\")")
     parser.add_argument("--vae_embed_dim", type=int, default=None, help="latent channels, to be checked against the VAE's")
-    parser.add_argument("--image_dir", default="./data/imagenet/train", help="folder with <class>/<image>, or with train/<class>/<image>")
+    parser.add_argument(
+        "--image_dir",
+        default="./data/imagenet/train",
+        help="folder with <class>/<image>, or with train/<class>/<image>",
+    )
     parser.add_argument("--images_per_class", type=images_per_class, default=50, help="the first so many images of each class, or all")
     parser.add_argument("--num_images", type=int, default=None, help="at most so many images in all, spread evenly over the classes")
     parser.add_argument("--img_size", type=int, default=256, help="side of the images, pixels")
@@ -89,11 +102,24 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=16, help="images per process decoded together")
     parser.add_argument("--precision", default="fp32", choices=dist.PRECISIONS, help="of the VAE; the quantizer is float32 always")
     parser.add_argument("--inception_weights", default=None, help="torch-fidelity's Inception weights; default: its download folder")
-    parser.add_argument("--fid_stats", default=None, help="also the FID to these images' statistics (see python -m util.fid_stats), not the originals'; "
-                        f"default at {download.PUBLISHED_SIZE} px: {ADM_STATS}, fetched if it is missing; none for no such FID")
-    parser.add_argument("--no_download", action="store_true", help="fetch no published file that is missing (VAE, statistics, Inception weights)")
-    parser.add_argument("--pixels", default=None, choices=PIXELS, help="how reconstructions become bytes; default: truncate, as the published script, "
-                        "where published figures stand beside, otherwise round")
+    parser.add_argument(
+        "--fid_stats",
+        default=None,
+        help="also the FID to these images' statistics (see python -m util.fid_stats), not the originals'; "
+        f"default at {download.PUBLISHED_SIZE} px: {ADM_STATS}, fetched if it is missing; none for no such FID",
+    )
+    parser.add_argument(
+        "--no_download",
+        action="store_true",
+        help="fetch no published file that is missing (VAE, statistics, Inception weights)",
+    )
+    parser.add_argument(
+        "--pixels",
+        default=None,
+        choices=PIXELS,
+        help="how reconstructions become bytes; default: truncate, as the published script, "
+        "where published figures stand beside, otherwise round",
+    )
     parser.add_argument("--lpips_weights", default=None, help="torchvision's AlexNet weights, for LPIPS; default: where torch keeps downloads")
     parser.add_argument("--no_rfid", action="store_true", help="no rFID and Inception Score even if the weights are there")
     parser.add_argument("--grid_images", type=int, default=8, help="rows of grid.png, spread evenly over the classes; 0 for no grid")
@@ -120,7 +146,10 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def fill_in_defaults(args: argparse.Namespace) -> None:
-    """Set --image_dir, --fid_stats and --pixels to what they mean. ValueError if --image_dir holds val/ but no train/."""
+    """Set --image_dir, --fid_stats and --pixels to what they mean.
+
+    ValueError if --image_dir holds val/ but no train/.
+    """
     root = Path(args.image_dir)
     if (root / "train").is_dir():
         args.image_dir = str(root / "train")
@@ -137,7 +166,11 @@ def fill_in_defaults(args: argparse.Namespace) -> None:
 
 def beside_published(args: argparse.Namespace) -> bool:
     """Whether the published figures stand beside ours: those of 256 px, against ADM's statistics."""
-    return args.img_size == download.PUBLISHED_SIZE and args.fid_stats is not None and Path(args.fid_stats).name == Path(ADM_STATS).name
+    return (
+        args.img_size == download.PUBLISHED_SIZE
+        and args.fid_stats is not None
+        and Path(args.fid_stats).name == Path(ADM_STATS).name
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- images
@@ -337,7 +370,14 @@ def gathered(mine: dict[int, object]) -> dict[int, object]:
     return {number: everything[number] for number in sorted(everything)}
 
 
-def summarise(row: Row, out: Outcome, reference: dict | None, num_images: int, other: Reference | None = None, published: bool = False) -> dict:
+def summarise(
+    row: Row,
+    out: Outcome,
+    reference: dict | None,
+    num_images: int,
+    other: Reference | None = None,
+    published: bool = False,
+) -> dict:
     """A row's figures over all processes' images; every process must call it, rFID, FID and Inception Score are on rank 0 only."""
     scores = list(zip(*gathered(row.scores).values(), strict=True))
     means = [math.fsum(values) / len(values) for values in scores] + [None] * (3 - len(scores))
@@ -389,8 +429,13 @@ def load_features(args: argparse.Namespace, device: torch.device) -> tuple[Incep
     return InceptionFeatures(args.inception_weights, device), None
 
 
-def load_other(args: argparse.Namespace, features: InceptionFeatures | None, no_rfid: str | None) -> tuple[Reference | None, str | None]:
-    """(the reference of --fid_stats, None), or (None, why there is no FID to it). One that was asked for and is absent is an error."""
+def load_other(
+    args: argparse.Namespace, features: InceptionFeatures | None, no_rfid: str | None
+) -> tuple[Reference | None, str | None]:
+    """(the reference of --fid_stats, None), or (None, why there is no FID to it).
+
+    One that was asked for and is absent is an error.
+    """
     if features is None or args.fid_stats is None:
         return None, no_rfid or "no --fid_stats"
     try:
@@ -399,7 +444,12 @@ def load_other(args: argparse.Namespace, features: InceptionFeatures | None, no_
         if args.fid_stats_given:
             raise
         return None, str(error)
-    return load_reference(args.fid_stats, features, args.img_size, batch_size=args.batch_size), None
+    reference = load_reference(args.fid_stats, features, args.img_size, batch_size=args.batch_size)
+    published = download.PUBLISHED["stats"].git_blob
+    if beside_published(args) and download.file_hash(args.fid_stats, published) != published and dist.is_main():
+        logger.warning("%s (--fid_stats) has another content than ADM's published file: FID is not comparable with the "
+                       "published figures", args.fid_stats)
+    return reference, None
 
 
 def load_lpips(args: argparse.Namespace, device: torch.device) -> tuple[Lpips | None, str | None]:
@@ -412,6 +462,21 @@ def load_lpips(args: argparse.Namespace, device: torch.device) -> tuple[Lpips | 
         if args.lpips_weights:
             raise ValueError(str(error)) from error
         return None, str(error)
+
+
+def run_record(
+    args: argparse.Namespace, vae: AutoencoderKL, folder: ImageFolderDataset, done: Sequence[int], bad: Sequence[int]
+) -> dict:
+    """What results.json says of the run: settings, images, VAE, reference, pixels, what the published figures are."""
+    return {
+        "settings": {name: value for name, value in vars(args).items() if name != "fid_stats_given"},
+        "num_images": len(done), "num_classes": len({folder.labels[n] for n in done}),
+        "bad_images": [folder.samples[n][0] for n in bad], "world_size": dist.world_size(),
+        "vae": {"path": str(args.vae_path), "scale_factor": vae.scale_factor, "shift": vae.shift, "stride": vae.stride,
+                "fingerprint": vae.latent_fingerprint()},
+        "fid_stats": args.fid_stats, "pixels": args.pixels,
+        "published_is_about": PUBLISHED_IS_ABOUT if beside_published(args) else None,
+    }
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
@@ -431,8 +496,19 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     fitted_to = latents_to_fit(vae, folder, chosen, args, device) if "lloyd" in kinds else None
     rows = build_rows(kinds, as_list(args.bits), as_list(args.range), device, vae.embed_dim, fitted_to,
                       None if features is None else len(chosen))
-    logger.info("%d images of %d classes from %s, %d px; VAE %s, scale %s; %s; %s on %s; --pixels %s", len(chosen), len(folder.classes), args.image_dir, args.img_size,
-                args.vae_path, vae.scale_factor, "posterior mean" if args.mode else "posterior samples", args.precision, device, args.pixels)
+    logger.info(
+        "%d images of %d classes from %s, %d px; VAE %s, scale %s; %s; %s on %s; --pixels %s",
+        len(chosen),
+        len(folder.classes),
+        args.image_dir,
+        args.img_size,
+        args.vae_path,
+        vae.scale_factor,
+        "posterior mean" if args.mode else "posterior samples",
+        args.precision,
+        device,
+        args.pixels,
+    )
     if no_rfid and dist.is_main():
         logger.warning("rFID and Inception Score are not computed: %s", no_rfid)
     if no_fid and not no_rfid and args.fid_stats and dist.is_main():
@@ -459,14 +535,9 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     pictures, first_pair = gathered(out.pictures), gathered(rows[1].scores)
     if not dist.is_main():
         return
-    write_json(output / "results.json", {
-        "settings": {name: value for name, value in vars(args).items() if name != "fid_stats_given"}, "num_images": len(done), "num_classes": len({folder.labels[n] for n in done}),
-        "bad_images": [folder.samples[n][0] for n in bad], "world_size": dist.world_size(), "device": str(device),
-        "vae": {"path": str(args.vae_path), "scale_factor": vae.scale_factor, "shift": vae.shift, "stride": vae.stride,
-                "fingerprint": vae.latent_fingerprint()},
-        "inception_sha256": None if features is None else features.sha256, "rfid_not_computed": no_rfid,
-        "lpips_not_computed": no_lpips, "fid_stats": args.fid_stats, "fid_not_computed": no_fid, "pixels": args.pixels,
-        "published_is_about": PUBLISHED_IS_ABOUT if beside_published(args) else None, "rows": figures})
+    write_json(output / "results.json", run_record(args, vae, folder, done, bad) | {
+        "device": str(device), "inception_sha256": None if features is None else features.sha256,
+        "rfid_not_computed": no_rfid, "fid_not_computed": no_fid, "lpips_not_computed": no_lpips, "rows": figures})
     write_csv(output / "results.csv", figures, args.pixels)
     draw_rate_distortion(output / "rate_distortion.png", figures)
     if args.grid_images >= 2:
@@ -479,7 +550,11 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     print(f"rFID, IS: not computed ({no_rfid})" if no_rfid else f"rFID over {len(done)} images"
           + (f"; fewer than {FEW_IMAGES}, so too high: compare rows with each other, not with published numbers" if len(done) < FEW_IMAGES else ""))
     if args.fid_stats and not no_rfid:
-        print(f"FID against {args.fid_stats}: not computed ({no_fid})" if no_fid else f"FID against {args.fid_stats}, pixels: {args.pixels}")
+        print(
+            f"FID against {args.fid_stats}: not computed ({no_fid})"
+            if no_fid
+            else f"FID against {args.fid_stats}, pixels: {args.pixels}"
+        )
     logger.info("wrote %s and, with columns original | VAE alone | %s, %s", output / "results.json", rows[1].name, output / "grid.png")
 
 

@@ -11,7 +11,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """Serves `files` (name -> bytes) of the repository `name`, and each at /plain/NAME.SUFFIX. Use as a context manager; `url` is its address.
+    """Serves `files` (name -> bytes) of the repository `name`, and each at /plain/NAME.SUFFIX. Use as a context
+    manager; `url` is its address.
 
     cut: the first so many answers to GET end after half of what they announced. said: name -> what the hub says instead of the file's SHA-256.
     listed: extra names in the list. token: what every request must carry. requests: (method, path, Range) of each request, in order.

@@ -53,8 +53,10 @@ def run(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))           # read from HF_HOME when the package is imported
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50_000)
-    for name in ("vae", "stats", "adm_batch"):                                               # no test goes to the network
-        monkeypatch.setitem(download.PUBLISHED, name, replace(download.PUBLISHED[name], url=f"{hub.url}/plain/{name}.bin"))
+    for name in ("vae", "stats", "adm_batch"):  # no test goes to the network
+        monkeypatch.setitem(
+            download.PUBLISHED, name, replace(download.PUBLISHED[name], url=f"{hub.url}/plain/{name}.bin")
+        )
 
     def start(*arguments: str, **environment: str) -> Result:
         with monkeypatch.context() as patch:
@@ -113,8 +115,12 @@ def test_a_file_that_is_there_but_wrong_is_replaced(run: Run, tmp_path: Path) ->
 def test_dry_run_says_all_and_writes_nothing(run: Run, hub: Hub, tmp_path: Path) -> None:
     result = run("all", "--dry_run")
     assert result.returncode == 0, result.stderr
-    for text in (f"vae: would fetch hf://{REPOSITORY}/kl16.ckpt (0.3 MB) to {KL16}", "huge: would fetch", f"stats: would fetch {hub.url}/plain/stats.bin to fid_stats/",
-                 "adm_batch: would fetch"):
+    for text in (
+        f"vae: would fetch hf://{REPOSITORY}/kl16.ckpt (0.3 MB) to {KL16}",
+        "huge: would fetch",
+        f"stats: would fetch {hub.url}/plain/stats.bin to fid_stats/",
+        "adm_batch: would fetch",
+    ):
         assert text in result.stdout
     assert not written(tmp_path) and not any("resolve" in path for _, path, _ in hub.requests)
 
@@ -124,8 +130,15 @@ def test_offline_says_which_file_to_put_where(run: Run, tmp_path: Path, how: dic
     result = run("vae", "large", "--root", "here", **how)
     assert result.returncode == 2 and not written(tmp_path)
     line = result.stderr.splitlines()[-1]
-    assert line.startswith("error: 2 of 2 files could not be fetched: vae (cannot get vae of") and line.count("another machine") >= 2
-    assert f"put it at here/{KL16}" in line and f"cannot get large of {REPOSITORY}" in line and f"put it at here/{LARGE}" in line
+    assert (
+        line.startswith("error: 2 of 2 files could not be fetched: vae (cannot get vae of")
+        and line.count("another machine") >= 2
+    )
+    assert (
+        f"put it at here/{KL16}" in line
+        and f"cannot get large of {REPOSITORY}" in line
+        and f"put it at here/{LARGE}" in line
+    )
     result = run("stats", "--stats_url", "http://127.0.0.1:9/x.npz")
     assert result.returncode == 2 and "put it at fid_stats/adm_in256_stats.npz" in result.stderr
 
@@ -236,27 +249,49 @@ def test_another_file_of_statistics_is_refused_unless_named(run: Run, hub: Hub, 
     """Also from an address of one's own the published file is expected; --sha256 names another."""
     url, target = f"{hub.url}/plain/stats.npz", tmp_path / "fid_stats" / "adm_in256_stats.npz"
     result = run("stats", "--stats_url", url)
-    assert result.returncode == 2 and "instead of 1da4c17607fe959d54999fd098105649a0c05e15; --sha256 names" in result.stderr and not written(tmp_path)
+    assert (
+        result.returncode == 2
+        and "instead of 1da4c17607fe959d54999fd098105649a0c05e15; --sha256 names" in result.stderr
+        and not written(tmp_path)
+    )
     sha256 = hashlib.sha256(stats).hexdigest()
-    assert sha256 in result.stderr and run("stats", "--stats_url", url, "--sha256", sha256).returncode == 0 and target.read_bytes() == stats
+    assert (
+        sha256 in result.stderr
+        and run("stats", "--stats_url", url, "--sha256", sha256).returncode == 0
+        and target.read_bytes() == stats
+    )
     result = run("stats")
     assert result.returncode == 2 and "delete it to fetch it again" in result.stderr and target.read_bytes() == stats
 
 
 def test_wrong_statistics(run: Run, hub: Hub, tmp_path: Path, stats: bytes) -> None:
-    assert f"SHA-256 {hashlib.sha256(stats).hexdigest()} instead of {'0' * 64}" in run("stats", "--sha256", "0" * 64).stderr
+    assert (
+        f"SHA-256 {hashlib.sha256(stats).hexdigest()} instead of {'0' * 64}"
+        in run("stats", "--sha256", "0" * 64).stderr
+    )
     hub.files["stats"] = page = b"<html>log in first</html>"
     result = run("stats", "--sha256", hashlib.sha256(page).hexdigest())
-    assert result.returncode == 2 and "is not a file of FID statistics" in result.stderr and "what came was deleted" in result.stderr
+    assert (
+        result.returncode == 2
+        and "is not a file of FID statistics" in result.stderr
+        and "what came was deleted" in result.stderr
+    )
     assert not written(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------- ADM's reference batch
+# ------------------------------------------------------------------------------------------------ ADM's reference batch
+
 
 def reference_batch(path: Path, size: int = 256, count: int = 5, **more: np.ndarray) -> bytes:
     """The format of VIRTUAL_imagenet256_labeled.npz with few images, its statistics of nothing."""
-    arrays = {"mu": np.zeros(2048, np.float32), "sigma": np.eye(2048, dtype=np.float32), "mu_s": np.zeros(2023, np.float32),
-              "sigma_s": np.eye(2023, dtype=np.float32), "arr_0": np.zeros((count, size, size, 3), np.uint8), "arr_1": np.arange(count)} | more
+    arrays = {
+        "mu": np.zeros(2048, np.float32),
+        "sigma": np.eye(2048, dtype=np.float32),
+        "mu_s": np.zeros(2023, np.float32),
+        "sigma_s": np.eye(2023, dtype=np.float32),
+        "arr_0": np.zeros((count, size, size, 3), np.uint8),
+        "arr_1": np.arange(count),
+    } | more
     np.savez_compressed(path, **{key: value for key, value in arrays.items() if value is not None})
     return path.read_bytes()
 
@@ -266,42 +301,69 @@ def test_the_reference_batch(run: Run, hub: Hub, tmp_path: Path, tmp_path_factor
     hub.files["adm_batch"] = reference_batch(source)
     result, target = run("adm_batch"), tmp_path / "fid_stats" / "VIRTUAL_imagenet256_labeled.npz"
     assert result.returncode == 0 and target.read_bytes() == hub.files["adm_batch"], result.stderr
-    assert f"SHA-256 {hashlib.sha256(hub.files['adm_batch']).hexdigest()}" in result.stdout and "is there and right" in run("adm_batch").stdout
+    assert (
+        f"SHA-256 {hashlib.sha256(hub.files['adm_batch']).hexdigest()}" in result.stdout
+        and "is there and right" in run("adm_batch").stdout
+    )
     target.unlink()
-    for changes, words in (({"size": 64}, "images of 256 pixels"), ({"mu_s": None, "sigma_s": None}, "expected mu_s"), ({"arr_0": None}, "no array arr_0")):
+    for changes, words in (
+        ({"size": 64}, "images of 256 pixels"),
+        ({"mu_s": None, "sigma_s": None}, "expected mu_s"),
+        ({"arr_0": None}, "no array arr_0"),
+    ):
         hub.files["adm_batch"] = reference_batch(source, **changes)
         result = run("adm_batch", "--adm_batch_url", f"{hub.url}/plain/adm_batch.npz")
         assert result.returncode == 2 and words in result.stderr and not written(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------- what can be had, and the rest
+# ---------------------------------------------------------------------------------------- what can be had, and the rest
+
 
 @pytest.mark.usefixtures("pinned")
 def test_all_fetches_what_can_be_had_and_reports_the_rest(run: Run, hub: Hub, tmp_path: Path) -> None:
     del hub.files["tokenbridge_large/checkpoint-last.pth"]
-    result = run("all")                                                          # the server has no reference batch either
+    result = run("all")  # the server has no reference batch either
     assert result.returncode == 2
     assert written(tmp_path) == {str(KL16), str(LARGE).replace("large", "huge"), "fid_stats/adm_in256_stats.npz"}
     line = result.stderr.splitlines()[-1]
-    assert line.startswith(f"error: 2 of 5 files could not be fetched: large (hf://{REPOSITORY} has no files that could be large") and "adm_batch (" in line
+    assert (
+        line.startswith(
+            f"error: 2 of 5 files could not be fetched: large (hf://{REPOSITORY} has no files that could be large"
+        )
+        and "adm_batch (" in line
+    )
     assert "large: not fetched: " in result.stdout
-    hub.name = "moved/away"                                                      # the hub lacks all; what is there is no failure
+    hub.name = "moved/away"  # the hub lacks all; what is there is no failure
     result = run("all")
-    assert result.returncode == 2 and f"vae: {KL16} is there, and could not be compared" in result.stdout and "2 of 5" in result.stderr
+    assert (
+        result.returncode == 2
+        and f"vae: {KL16} is there, and could not be compared" in result.stdout
+        and "2 of 5" in result.stderr
+    )
 
 
-def test_the_vae_has_a_second_address(run: Run, hub: Hub, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_vae_has_a_second_address(
+    run: Run, hub: Hub, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     path = tmp_path_factory.mktemp("vae") / "kl16.ckpt"
     torch.save({"model": {"quant_conv.weight": torch.zeros(3)}}, path)
     del hub.files["kl16.ckpt"]
     hub.files["vae"] = b"<html>log in first</html>"
     result = run("vae")
-    assert result.returncode == 2 and "has no files that could be vae" in result.stderr and "nor from its second address" in result.stderr
+    assert (
+        result.returncode == 2
+        and "has no files that could be vae" in result.stderr
+        and "nor from its second address" in result.stderr
+    )
     assert not written(tmp_path)
     hub.files["vae"] = path.read_bytes()
     assert f"would fetch {hub.url}/plain/vae.bin to {KL16}" in run("vae", "--dry_run").stdout and not written(tmp_path)
     result = run("vae")
-    assert result.returncode == 0 and (tmp_path / KL16).read_bytes() == path.read_bytes() and "no hash is published, SHA-256" in result.stdout
+    assert (
+        result.returncode == 0
+        and (tmp_path / KL16).read_bytes() == path.read_bytes()
+        and "no hash is published, SHA-256" in result.stdout
+    )
     (tmp_path / KL16).unlink()
     result = run("vae", "--repository", "somebody/else")                         # whose VAE would be another one
     assert result.returncode == 2 and "plain" not in result.stderr and not written(tmp_path)
@@ -311,18 +373,36 @@ def test_the_vae_has_a_second_address(run: Run, hub: Hub, tmp_path: Path, tmp_pa
 
 def test_paths_of_published_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for path, name in ((KL16, "vae"), (f"./{KL16}", "vae"), (tmp_path / KL16, "vae"), (LARGE, "large"), (LARGE.parent, "large"),
-                       ("fid_stats/adm_in256_stats.npz", "stats"), ("fid_stats/VIRTUAL_imagenet256_labeled.npz", "adm_batch"),
-                       ("kl16.ckpt", None), ("", None), ("hf://a/b/pretrained_models/vae/kl16.ckpt", None), ("/elsewhere" / KL16, None)):
+    for path, name in (
+        (KL16, "vae"),
+        (f"./{KL16}", "vae"),
+        (tmp_path / KL16, "vae"),
+        (LARGE, "large"),
+        (LARGE.parent, "large"),
+        ("fid_stats/adm_in256_stats.npz", "stats"),
+        ("fid_stats/VIRTUAL_imagenet256_labeled.npz", "adm_batch"),
+        ("kl16.ckpt", None),
+        ("", None),
+        ("hf://a/b/pretrained_models/vae/kl16.ckpt", None),
+        ("/elsewhere" / KL16, None),
+    ):
         assert download.published_name(path) == name, path
 
 
 @pytest.mark.usefixtures("pinned")
 def test_provide_fetches_what_is_missing_once(run: Run, hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=rf"no {LARGE} \(--resume\), and --no_download is given: python -m util.download large fetches it"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=rf"no {LARGE} \(--resume\), and --no_download is given: python -m util.download large fetches it",
+    ):
         download.provide(LARGE.parent, "--resume", no_download=True)
     assert not hub.requests and not written(tmp_path)
-    for path, flag in ((LARGE.parent, "--resume"), (KL16, "--vae_path"), ("fid_stats/adm_in256_stats.npz", "--fid_stats"), ("own.npz", "--fid_stats")):
+    for path, flag in (
+        (LARGE.parent, "--resume"),
+        (KL16, "--vae_path"),
+        ("fid_stats/adm_in256_stats.npz", "--fid_stats"),
+        ("own.npz", "--fid_stats"),
+    ):
         download.provide(path, flag)
     assert written(tmp_path) == {str(LARGE), str(KL16), "fid_stats/adm_in256_stats.npz"}
     hub.requests.clear()
@@ -331,7 +411,9 @@ def test_provide_fetches_what_is_missing_once(run: Run, hub: Hub, tmp_path: Path
         download.provide(KL16, "--vae_path", no_download)
         download.provide(LARGE.parent, "--resume", no_download)
     assert not hub.requests and (tmp_path / KL16).read_bytes() == b"my own"
-    with pytest.raises(OSError, match=r"cannot get .*/plain/adm_batch\.bin .* put it at fid_stats/VIRTUAL_imagenet256_labeled\.npz"):
+    with pytest.raises(
+        OSError, match=r"cannot get .*/plain/adm_batch\.bin .* put it at fid_stats/VIRTUAL_imagenet256_labeled\.npz"
+    ):
         download.provide("fid_stats/VIRTUAL_imagenet256_labeled.npz", "--pr_reference")
 
 
@@ -357,7 +439,9 @@ def test_one_process_downloads_and_the_others_wait(hub: Hub, tmp_path: Path, the
     (tmp_path / "provide.py").write_text(PROVIDE)
     if not there:
         del hub.files["kl16.ckpt"]
-    result = run_processes([tmp_path / "provide.py", tmp_path], 2, env={"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")})
+    result = run_processes(
+        [tmp_path / "provide.py", tmp_path], 2, env={"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.count("size 300000" if there else "refused True") == 2
     got = [path for method, path, _ in hub.requests if method == "GET" and ("resolve" in path or "plain" in path)]

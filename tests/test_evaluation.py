@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -347,27 +348,44 @@ def test_flags_of_evaluation_are_refused_elsewhere(tmp_path: Path) -> None:
             main(["--sample", "--classes", "0", *flags])
 
 
-# ------------------------------------------------------------------------------------------------------------- published files
+# ------------------------------------------------------------------------------------------------------ published files
 
-def test_precision_comes_from_a_second_reference(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]) -> None:
-    """--fid_stats of statistics alone and --pr_reference in ADM's format, in one run; without it the log names the way to it."""
+
+def test_precision_comes_from_a_second_reference(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]
+) -> None:
+    """--fid_stats of statistics alone and --pr_reference in ADM's format, in one run; without it the log names the way
+    to it.
+    """
     monkeypatch.setattr("engine_evaluate.InceptionFeatures", lambda weights, device: Colours())
     monkeypatch.setattr("engine_evaluate.fid", lambda *_: 1.0)                     # of 2048 dimensions: minutes
     batch = write_stats(tmp_path / "batch.npz", arr_0=crops(12, size=32), **adm())
     main(command(files, tmp_path / "out"))
-    assert any("holds statistics alone, so precision, recall and KID are not computed: they need images or features (--pr_reference)" in line
-               for line in messages)
+    assert any(
+        "holds statistics alone, so precision, recall and KID are not computed: they need images or features"
+        in line
+        for line in messages
+    )
     main(command(files, tmp_path / "out", "--pr_reference", batch))
     main(command(files | {"stats": batch}, tmp_path / "out"))
     without, beside, alone = records(tmp_path / "out")
-    assert without["precision"] is without["recall"] is None and without["pr_reference"] is None and without["sfid"] is not None
-    assert 0 <= beside["precision"] <= 1 and (beside["precision"], beside["recall"]) == (alone["precision"], alone["recall"])
+    assert (
+        without["precision"] is without["recall"] is None
+        and without["pr_reference"] is None
+        and without["sfid"] is not None
+    )
+    assert 0 <= beside["precision"] <= 1 and (beside["precision"], beside["recall"]) == (
+        alone["precision"],
+        alone["recall"],
+    )
     assert beside["pr_reference"] == str(batch) and len(beside["pr_reference_sha256"]) == 64
     assert without["folder"] == beside["folder"] == alone["folder"], "another reference needs no other images"
 
 
 def test_the_published_command_fetches_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights, VAE and statistics from their addresses to where the command looks for them; --no_download refuses and names the command."""
+    """Weights, VAE and statistics from their addresses to where the command looks for them; --no_download refuses and
+    names the command.
+    """
     model, vae, fetched = tiny_model(img_size=256, class_num=10), tiny_vae(), []
     contents = {"large": {"model": model.state_dict(), "model_ema": dict(model.named_parameters()), "epoch": 799,
                           "config": {"model_name": "tokenbridge_large", "model": model.config, "vae": vae.config,
@@ -384,14 +402,22 @@ def test_the_published_command_fetches_what_is_missing(tmp_path: Path, monkeypat
     monkeypatch.setattr("util.download.fetch_all", fetch)
     monkeypatch.setattr("engine_evaluate.InceptionFeatures", lambda weights, device: FewColours())
     monkeypatch.setattr("engine_evaluate.load_references", lambda *args, **kwargs: reference())
-    flags = ("--model tokenbridge_large --eval_bsz 256 --num_images 10 --num_iter 1 --cfg 3.1 --quant_bits 4 --cfg_schedule linear --temperature 0.96 "
-             "--output_dir OUT --resume pretrained_models/tokenbridge/tokenbridge_large --data_path DIR --evaluate --device cpu").split()
-    with pytest.raises(FileNotFoundError, match=r"kl16\.ckpt \(--vae_path\), and --no_download is given: python -m util.download vae fetches it"):
+    flags = shlex.split(
+        "--model tokenbridge_large --eval_bsz 256 --num_images 10 --num_iter 1 --cfg 3.1 --quant_bits 4 --cfg_schedule linear "
+        "--temperature 0.96 --output_dir OUT --resume pretrained_models/tokenbridge/tokenbridge_large --data_path DIR "
+        "--evaluate --device cpu"
+    )
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"kl16\.ckpt \(--vae_path\), and --no_download is given: python -m util.download vae fetches it",
+    ):
         main([*flags, "--no_download"])
     assert not fetched
     main(flags)
     assert fetched == ["vae", "large", "stats"] and records(tmp_path / "OUT")[0]["num_images"] == 10
-    monkeypatch.setattr("engine_evaluate.fetch_inception_weights", lambda path, download: fetched.append(("inception", download)))
+    monkeypatch.setattr(
+        "engine_evaluate.fetch_inception_weights", lambda path, download: fetched.append(("inception", download))
+    )
     main([*flags, "--no_download"])
     assert fetched[3:] == [("inception", False)]
 

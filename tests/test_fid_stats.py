@@ -9,7 +9,16 @@ from conftest import Explosive, photographs, run_processes
 from PIL import Image
 
 from util import fid_stats
-from util.fid_stats import Reference, UintImages, load_reference, load_reference_stats, load_references, main, make_reference, npz_batches
+from util.fid_stats import (
+    Reference,
+    UintImages,
+    load_reference,
+    load_reference_stats,
+    load_references,
+    main,
+    make_reference,
+    npz_batches,
+)
 from util.metrics import FEATURE_DIM, SPATIAL_DIM
 
 SIZE = 24
@@ -104,7 +113,9 @@ def test_adms_kinds_of_file(tmp_path: Path) -> None:
 
 
 def test_adms_batch_beside_other_statistics(tmp_path: Path) -> None:
-    """--pr_reference gives the features for precision and recall, and nothing else; the batch alone, as --fid_stats, gives everything."""
+    """--pr_reference gives the features for precision and recall, and nothing else; the batch alone, as --fid_stats,
+    gives everything.
+    """
     stats = write_stats(tmp_path / "stats.npz", **adm())
     labelled = adm() | {"mu": np.full(FEATURE_DIM, 2, np.float32), "arr_0": crops(5), "arr_1": np.arange(5)}
     batch = write_stats(tmp_path / "VIRTUAL_labeled.npz", **labelled)
@@ -114,9 +125,15 @@ def test_adms_batch_beside_other_statistics(tmp_path: Path) -> None:
     torch.testing.assert_close(one.features, expected)
     assert not both.mu.any() and (one.mu == 2).all() and one.spatial["mu"].shape == (SPATIAL_DIM,)
     assert load_references(stats, None, Colours(), SIZE).features is None
-    fid_stats.save_reference(tmp_path / "mine.npz", make_reference(write_folder(tmp_path / "p", crops(6)), Colours(), img_size=SIZE, keep_features=4))
+    fid_stats.save_reference(
+        tmp_path / "mine.npz",
+        make_reference(write_folder(tmp_path / "p", crops(6)), Colours(), img_size=SIZE, keep_features=4),
+    )
     assert len(load_references(batch, tmp_path / "mine.npz", Colours(), SIZE).features) == 4
-    with pytest.raises(ValueError, match=r"stats\.npz \(--pr_reference\) holds neither images \(arr_0\) nor features.*util\.download adm_batch"):
+    with pytest.raises(
+        ValueError,
+        match=r"stats\.npz \(--pr_reference\) holds neither images \(arr_0\) nor features.*util\.download adm_batch",
+    ):
         load_references(batch, stats, Colours(), SIZE)
     with pytest.raises(FileNotFoundError, match=r"none\.npz \(--pr_reference\).*adm_batch"):
         load_references(stats, tmp_path / "none.npz", Colours(), SIZE)

@@ -1,6 +1,7 @@
 """util/metrics.py and util/vae_stats.py: PSNR, SSIM, FID, sFID, Inception Score, precision, recall, KID against scikit-image, SciPy, NumPy and
 torch-fidelity. test_fid_stats.py has the reference files."""
 
+from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
 
@@ -242,12 +243,22 @@ def test_inception_score_of_known_logits() -> None:
         inception_score(uniform[:9])
 
 
-# ------------------------------------------------------------------------------------------------------------- precision of the arithmetic
+# ------------------------------------------------------------------------------------------ precision of the arithmetic
+
 
 def allowed_tf32() -> set[object]:
     """What the process lets float32 products be rounded to at this moment."""
-    convolutions = [getattr(torch.backends.cudnn, name).fp32_precision for name in ("conv", "rnn") if hasattr(torch.backends.cudnn, "conv")]
-    return {torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled("cpu"), *convolutions}
+    convolutions = [
+        getattr(torch.backends.cudnn, name).fp32_precision
+        for name in ("conv", "rnn")
+        if hasattr(torch.backends.cudnn, "conv")
+    ]
+    return {
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.is_autocast_enabled("cpu"),
+        *convolutions,
+    }
 
 
 @pytest.mark.parametrize("score, owner, function", [
@@ -258,7 +269,9 @@ def allowed_tf32() -> set[object]:
     (lambda x: inception_score(x), torch.Tensor, "index_add_"),
     (lambda x: FeatureStatistics(4).update(x), torch.Tensor, "addmm_"),
 ], ids=["fid", "precision_recall", "kid", "fid_infinity", "inception_score", "statistics"])
-def test_scores_are_computed_without_tf32(score, owner: object, function: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+def test_scores_are_computed_without_tf32(
+    score: Callable[[Tensor], object], owner: object, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever the process and its autocast allow; afterwards the settings are what they were."""
     original, inside = getattr(owner, function), []
 
@@ -279,7 +292,9 @@ def test_scores_are_computed_without_tf32(score, owner: object, function: str, m
     assert inside and all(one <= {"highest", False, "ieee"} for one in inside), inside
 
 
-@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch below 2.9 has no setting for all backends")
+@pytest.mark.skipif(
+    not hasattr(torch.backends, "fp32_precision"), reason="torch below 2.9 has no setting for all backends"
+)
 def test_tf32_for_all_backends_does_not_reach_the_scores() -> None:
     before = torch.backends.fp32_precision
     try:
@@ -318,7 +333,9 @@ def test_inception_weights_absent_or_wrong(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(FileNotFoundError, match="download https://.*--inception_weights.*the download failed: .*no route"):
         InceptionFeatures(None, CPU)
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("a download that was ruled out"))
+    monkeypatch.setattr(
+        torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("a download that was ruled out")
+    )
     with pytest.raises(FileNotFoundError, match="no Inception weights at"):
         fetch_inception_weights(None, download=False)
     cached = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"

@@ -30,6 +30,7 @@ import engine_load
 import main_tokenbridge
 import models
 from models.tokenbridge import TokenBridge
+from util.download import PUBLISHED
 
 DOCUMENTS = {path: path.read_text() for path in (REPO / "README.md", *sorted((REPO / "docs").glob("*.md")))}
 README = DOCUMENTS[REPO / "README.md"]
@@ -96,6 +97,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
                root / "demo" / "out" / "model" / "checkpoint-last.pth")
     (root / "fid_stats").mkdir()
     np.savez(root / "fid_stats" / "adm_in256_stats.npz", mu=np.zeros(2048, np.float32), sigma=np.eye(2048, dtype=np.float32))
+    (root / "fid_stats" / "VIRTUAL_imagenet256_labeled.npz").touch()
     return root
 
 
@@ -184,7 +186,7 @@ def test_every_command_runs(run: Callable[[str], None], place: Path, monkeypatch
         except (Exception, SystemExit) as error:                            # all of them are wanted, not the first
             failed.append(f"{document}: {command[:90]}: {type(error).__name__}: {error}")
     assert not failed, "\n".join(failed)
-    assert sorted(map(str, served)) == ["127.0.0.1", *[str(["vae", "large", "huge"])] * 2]
+    assert sorted(map(str, served)) == sorted(["127.0.0.1", "['stats', 'adm_batch']", *[str([*PUBLISHED])] * 2])
     for written in ("OUT/vae/vae.pth", "OUT/cache/cache.json", "OUT/model/checkpoint-last.pth", "OUT/pictures/grid.png", "OUT/export/model.safetensors",
                     "OUT/imagenet/grid.png", "OUT/edit/grid.png", "OUT/mix/grid.png", "OUT/large/eval.jsonl", "OUT/huge/eval.jsonl",
                     "OUT/train/checkpoint-last.pth", "demo/out/sweep/sweep.png", "quantization_results/results.json", "OUT/node/checkpoint-last.pth",

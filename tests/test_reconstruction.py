@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,15 @@ from torch import Tensor
 import reconstruction
 from models.quantizer import GaussianQuantizer, build_quantizer
 from models.vae import AutoencoderKL, load_vae
-from reconstruction import as_list, build_parser, fill_in_defaults, first_of_each_class, main, posterior_noise, spread_evenly
+from reconstruction import (
+    as_list,
+    build_parser,
+    fill_in_defaults,
+    first_of_each_class,
+    main,
+    posterior_noise,
+    spread_evenly,
+)
 from util.bench_eval import write_random_inception
 from util.crop import center_crop_adm
 from util.fid_stats import Reference
@@ -182,7 +191,7 @@ def test_quantizers_side_by_side(run, vae_path: Path, image_root: Path) -> None:
             assert row["psnr"] == pytest.approx(psnr(to_uint8(vae.decode(vae.unscale(found))), images).mean().item(), abs=1e-3)
     assert errors[2] < min(errors[:2])
     assert rows[0]["psnr"] > rows[3]["psnr"]
-    assert all(row["published_fid"] is row["published_rfid"] is None for row in rows)                  # nothing is published at 32 px
+    assert all(row["published_fid"] is row["published_rfid"] is None for row in rows)  # nothing is published at 32 px
 
 
 def test_batch_size_changes_nothing(run) -> None:  # noqa: ANN001
@@ -390,36 +399,68 @@ def columns(line: str) -> list[str]:
     return line.replace(" dB", "").replace("VAE alone", "alone").replace("6 bits, ", "6bits").split()
 
 
-def test_published_figures_stand_beside_those_that_they_are_about(vae_path: Path, image_root: Path, tmp_path: Path, adm_stats: Reference,
-                                                                  monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """At 256 px the FID is against ADM's statistics, with 1.11 and 305 beside; the FID against the originals has 0.53; pixels are truncated."""
+def test_published_figures_stand_beside_those_that_they_are_about(
+    vae_path: Path,
+    image_root: Path,
+    tmp_path: Path,
+    adm_stats: Reference,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    messages: list[str],
+) -> None:
+    """At 256 px the FID is against ADM's statistics, with 1.11 and 305 beside; the FID against the originals has 0.53;
+    pixels are truncated.
+    """
     flags = ["--img_size", "256", "--num_images", "10", "--grid_images", "0"]
     results, extractor = run_with_features(vae_path, image_root / "train", tmp_path / "out", monkeypatch, *flags)
-    assert results["fid_stats"] == "fid_stats/adm_in256_stats.npz" and results["pixels"] == "truncate" and results["fid_not_computed"] is None
-    assert "pixels truncated" in results["published_is_about"]["published_fid"] and "fid_stats_given" not in results["settings"]
+    assert (
+        results["fid_stats"] == "fid_stats/adm_in256_stats.npz"
+        and results["pixels"] == "truncate"
+        and results["fid_not_computed"] is None
+    )
+    assert (
+        "pixels truncated" in results["published_is_about"]["published_fid"]
+        and "fid_stats_given" not in results["settings"]
+    )
     vae, chosen = load_vae(vae_path), spread_evenly(sorted((image_root / "train").glob("*/*.png")), 10)
     images = torch.stack([to_tensor(center_crop_adm(read_image(f), 256)) for f in chosen])
     with torch.no_grad():
         decoded = to_uint8(vae.decode(vae.encode(images).mode()), "truncate")
     found = [stats_of(extractor(x)["2048"].numpy()) for x in (decoded, to_uint8(images))]
     alone = results["rows"][0]
-    assert alone["fid"] == pytest.approx(fid(found[0], adm_stats.pool), rel=1e-3) and alone["rfid"] == pytest.approx(fid(*found), rel=1e-3)
+    assert alone["fid"] == pytest.approx(fid(found[0], adm_stats.pool), rel=1e-3) and alone["rfid"] == pytest.approx(
+        fid(*found), rel=1e-3
+    )
     lines = capsys.readouterr().out.splitlines()
     head, first, second = (columns(line) for line in lines[:3])
     assert head[:8] == ["PSNR", "SSIM", "FID", "published*", "IS", "published*", "rFID", "published+"]
-    assert (first[4], first[6], first[8]) == ("1.11", "-", "0.53") and (second[4], second[6], second[8]) == ("1.11", "305", "-")
+    assert (first[4], first[6], first[8]) == ("1.11", "-", "0.53") and (second[4], second[6], second[8]) == (
+        "1.11",
+        "305",
+        "-",
+    )
     assert lines[-1] == "FID against fid_stats/adm_in256_stats.npz, pixels: truncate"
+    assert any("adm_in256_stats.npz (--fid_stats) has another content than ADM's published file" in m for m in messages)
     table = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
-    assert [(row["pixels"], row["published_fid"], row["published_rfid"]) for row in table] == [("truncate", "1.11", "0.53"), ("truncate", "1.11", "")]
+    assert [(row["pixels"], row["published_fid"], row["published_rfid"]) for row in table] == [
+        ("truncate", "1.11", "0.53"),
+        ("truncate", "1.11", ""),
+    ]
 
 
-@pytest.mark.parametrize("flags, pixels, reference", [
-    (["--img_size", "256"], "truncate", "fid_stats/adm_in256_stats.npz"), (["--img_size", "256", "--pixels", "round"], "round", "fid_stats/adm_in256_stats.npz"),
-    (["--img_size", "256", "--fid_stats", "none"], "round", None), (["--img_size", "256", "--fid_stats", "mine.npz"], "round", "mine.npz"),
-    (["--img_size", "256", "--no_rfid"], "round", None), (["--img_size", "128"], "round", None),
-    (["--img_size", "128", "--pixels", "truncate"], "truncate", None),
-    (["--fid_stats", "elsewhere/adm_in256_stats.npz"], "truncate", "elsewhere/adm_in256_stats.npz"),
-])
+@pytest.mark.parametrize(
+    "flags, pixels, reference",
+    [
+        (["--img_size", "256"], "truncate", "fid_stats/adm_in256_stats.npz"),
+        (["--img_size", "256", "--pixels", "round"], "round", "fid_stats/adm_in256_stats.npz"),
+        (["--img_size", "256", "--fid_stats", "none"], "round", None),
+        (["--img_size", "256", "--fid_stats", "mine.npz"], "round", "mine.npz"),
+        (["--img_size", "256", "--no_rfid"], "round", None),
+        (["--img_size", "128"], "round", None),
+        (["--img_size", "128", "--pixels", "truncate"], "truncate", None),
+        (["--fid_stats", "elsewhere/adm_in256_stats.npz"], "truncate", "elsewhere/adm_in256_stats.npz"),
+    ],
+)
 def test_defaults_of_reference_and_pixels(flags: list[str], pixels: str, reference: str | None, tmp_path: Path) -> None:
     args = build_parser().parse_args([*flags, "--image_dir", str(tmp_path)])
     fill_in_defaults(args)
@@ -427,7 +468,8 @@ def test_defaults_of_reference_and_pixels(flags: list[str], pixels: str, referen
 
 
 def test_truncated_pixels_are_the_published_ones() -> None:
-    """(x * 255) cast to uint8 after clipping, against rounding; images that come from bytes lose nothing by rounding."""
+    """(x * 255) cast to uint8 after clipping, against rounding; images that come from bytes lose nothing by rounding.
+    """
     x = torch.tensor([-1.5, -1.0, 0.0, 0.5, 0.999, 1.0, 1.5])
     expected = (((x.double() + 1) / 2).clip(0, 1).numpy() * 255)
     assert to_uint8(x, "truncate").tolist() == expected.astype(np.uint8).tolist() == [0, 0, 127, 191, 254, 255, 255]
@@ -436,34 +478,71 @@ def test_truncated_pixels_are_the_published_ones() -> None:
     assert torch.equal(to_uint8(every / 127.5 - 1), every.to(torch.uint8))
 
 
-def test_missing_statistics_are_said(vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str],
-                                     capsys: pytest.CaptureFixture) -> None:
-    """By default the rest is computed and the reason stands in the log before the work, in the output and in the file; asked for, it is an error."""
+def test_missing_statistics_are_said(
+    vae_path: Path,
+    image_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    messages: list[str],
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """By default the rest is computed and the reason stands in the log before the work, in the output and in the file;
+    asked for, it is an error.
+    """
     monkeypatch.chdir(tmp_path)
     flags = ["--img_size", "256", "--num_images", "2", "--grid_images", "0", "--no_download"]
     results, _ = run_with_features(vae_path, image_root / "train", tmp_path / "out", monkeypatch, *flags)
     assert "python -m util.download stats fetches it" in results["fid_not_computed"]
-    assert results["rows"][0]["fid"] is None and results["rows"][0]["rfid"] is not None and results["rows"][0]["published_fid"] == 1.11
-    assert any(line.startswith("the FID against fid_stats/adm_in256_stats.npz is not computed: no fid_stats/") for line in messages)
-    assert "FID against fid_stats/adm_in256_stats.npz: not computed (no fid_stats/adm_in256_stats.npz" in capsys.readouterr().out
+    assert (
+        results["rows"][0]["fid"] is None
+        and results["rows"][0]["rfid"] is not None
+        and results["rows"][0]["published_fid"] == 1.11
+    )
+    assert any(
+        line.startswith("the FID against fid_stats/adm_in256_stats.npz is not computed: no fid_stats/")
+        for line in messages
+    )
+    assert (
+        "FID against fid_stats/adm_in256_stats.npz: not computed (no fid_stats/adm_in256_stats.npz"
+        in capsys.readouterr().out
+    )
     with pytest.raises(FileNotFoundError, match="python -m util.download stats fetches it"):
-        run_with_features(vae_path, image_root / "train", tmp_path / "out", monkeypatch, *flags, "--fid_stats", "fid_stats/adm_in256_stats.npz")
+        run_with_features(
+            vae_path,
+            image_root / "train",
+            tmp_path / "out",
+            monkeypatch,
+            *flags,
+            "--fid_stats",
+            "fid_stats/adm_in256_stats.npz",
+        )
 
 
-def test_the_default_statistics_are_fetched(vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                            adm_stats: Reference) -> None:
-    (tmp_path / "fid_stats" / "adm_in256_stats.npz").unlink()
-    fetched = []
-    monkeypatch.setattr("util.download.fetch_all", lambda names, args: fetched.append(names))
-    results, _ = run_with_features(vae_path, image_root / "train", tmp_path / "out", monkeypatch, "--img_size", "256", "--num_images", "2",
-                                   "--grid_images", "0")
-    assert fetched == [["stats"]] * 2 and results["rows"][0]["fid"] is not None   # the stand-in wrote nothing: rank 0, then this machine's disk
+def test_the_default_statistics_are_fetched(
+    vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adm_stats: Reference
+) -> None:
+    path, fetched = tmp_path / "fid_stats" / "adm_in256_stats.npz", []
+    path.unlink()
+
+    def fetch(names: list[str], args: object) -> None:
+        fetched.append(names)
+        path.touch()
+    monkeypatch.setattr("util.download.fetch_all", fetch)
+    flags = ["--img_size", "256", "--num_images", "2", "--grid_images", "0"]
+    results, _ = run_with_features(vae_path, image_root / "train", tmp_path / "out", monkeypatch, *flags)
+    assert fetched == [["stats"]] and results["rows"][0]["fid"] is not None
 
 
-def test_train_is_a_folder_of_classes(run, image_root: Path, tmp_path: Path, messages: list[str]) -> None:  # noqa: ANN001
+def test_train_is_a_folder_of_classes(
+    run: Callable[..., dict], image_root: Path, tmp_path: Path, messages: list[str]
+) -> None:
     """--image_dir DIR with train/ in it, as the published command gives it, means DIR/train."""
     results = run("--grid_images", 0, "--save_images", "--bits", 1, image_dir=image_root)
-    assert results["num_images"] == 12 and results["num_classes"] == 2 and results["settings"]["image_dir"] == str(image_root / "train")
+    assert (
+        results["num_images"] == 12
+        and results["num_classes"] == 2
+        and results["settings"]["image_dir"] == str(image_root / "train")
+    )
     assert f"{image_root} (--image_dir) holds train/: the images are those of {image_root / 'train'}" in messages
     assert {path.name for path in (tmp_path / "out" / "images").iterdir()} == {"china", "flower"}
     assert results["rows"] == run("--grid_images", 0, "--bits", 1, out="same")["rows"]
@@ -505,35 +584,48 @@ def test_rfid_with_inception_on_two_processes(vae_path: Path, image_root: Path, 
 
 # ------------------------------------------------------------------------------------------------------------- bad input
 
-@pytest.mark.parametrize("flags, message", [
-    (["--bits", "0"], "--bits must be from 1 to 12, got 0"),
-    (["--bits", "6", "13"], "--bits must be from 1 to 12, got 13"),
-    (["--range", "0"], "--range must be finite and greater than 0, got 0.0"),
-    (["--range", "5", "-2"], "--range must be finite and greater than 0, got -2.0"),
-    (["--range", "nan"], "--range must be finite"),
-    (["--img_size", "33"], "--img_size 33 is not a multiple of 2"),
-    (["--img_size", "8"], "--img_size must be at least 11"),
-    (["--images_per_class", "0"], "--images_per_class must be at least 1"),
-    (["--batch_size", "0"], "--batch_size must be at least 1"),
-    (["--image_dir", "{tmp}/none"], "no folder {tmp}/none (--image_dir)"),
-    (["--image_dir", "{tmp}/empty"], "{tmp}/empty (--image_dir) holds no class folders"),
-    (["--image_dir", "{tmp}/classes"], "{tmp}/classes (--image_dir) holds class folders but no"),
-    (["--vae_path", "{tmp}/none.pth"], "no VAE weights at {tmp}/none.pth (--vae_path)"),
-    (["--vae_path", "{tmp}/text.pth"], "{tmp}/text.pth (--vae_path) cannot be read"),
-    (["--vae_embed_dim", "16"], "--vae_embed_dim 16 contradicts"),
-    (["--device", "cuda"], "--device cuda was asked for"),
-    (["--device", "gpu"], "--device 'gpu' is not one of"),
-    (["--output_dir", "{tmp}/text.pth/out"], "cannot write to {tmp}/text.pth/out (--output_dir)"),
-    (["--inception_weights", "{tmp}/none.pth"], "no Inception weights at {tmp}/none.pth"),
-    (["--inception_weights", "{tmp}/text.pth"], "{tmp}/text.pth (--inception_weights) does not hold"),
-    (["--fid_stats", "x", "--no_rfid"], "--no_rfid and --fid_stats contradict each other"),
-    (["--lpips_weights", "{tmp}/text.pth"], "--lpips_weights: LPIPS needs images of at least 64 pixels, --img_size is 32"),
-    (["--lpips_weights", "{tmp}/none.pth", "--img_size", "64"], "no AlexNet weights at {tmp}/none.pth"),
-    (["--lpips_weights", "{tmp}/text.pth", "--img_size", "64"], "{tmp}/text.pth (--lpips_weights) does not hold torchvision's AlexNet"),
-    (["--image_dir", "{tmp}/root"], "{tmp}/root/train (--image_dir) holds no class folders"),
-    (["--image_dir", "{tmp}/held_out"], "{tmp}/held_out (--image_dir) holds val/, which is no class: give {tmp}/held_out/val"),
-    (["--inception_weights", "x", "--no_rfid"], "--no_rfid and --inception_weights contradict each other"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--bits", "0"], "--bits must be from 1 to 12, got 0"),
+        (["--bits", "6", "13"], "--bits must be from 1 to 12, got 13"),
+        (["--range", "0"], "--range must be finite and greater than 0, got 0.0"),
+        (["--range", "5", "-2"], "--range must be finite and greater than 0, got -2.0"),
+        (["--range", "nan"], "--range must be finite"),
+        (["--img_size", "33"], "--img_size 33 is not a multiple of 2"),
+        (["--img_size", "8"], "--img_size must be at least 11"),
+        (["--images_per_class", "0"], "--images_per_class must be at least 1"),
+        (["--batch_size", "0"], "--batch_size must be at least 1"),
+        (["--image_dir", "{tmp}/none"], "no folder {tmp}/none (--image_dir)"),
+        (["--image_dir", "{tmp}/empty"], "{tmp}/empty (--image_dir) holds no class folders"),
+        (["--image_dir", "{tmp}/classes"], "{tmp}/classes (--image_dir) holds class folders but no"),
+        (["--vae_path", "{tmp}/none.pth"], "no VAE weights at {tmp}/none.pth (--vae_path)"),
+        (["--vae_path", "{tmp}/text.pth"], "{tmp}/text.pth (--vae_path) cannot be read"),
+        (["--vae_embed_dim", "16"], "--vae_embed_dim 16 contradicts"),
+        (["--device", "cuda"], "--device cuda was asked for"),
+        (["--device", "gpu"], "--device 'gpu' is not one of"),
+        (["--output_dir", "{tmp}/text.pth/out"], "cannot write to {tmp}/text.pth/out (--output_dir)"),
+        (["--inception_weights", "{tmp}/none.pth"], "no Inception weights at {tmp}/none.pth"),
+        (["--inception_weights", "{tmp}/text.pth"], "{tmp}/text.pth (--inception_weights) does not hold"),
+        (["--fid_stats", "x", "--no_rfid"], "--no_rfid and --fid_stats contradict each other"),
+        (
+            ["--lpips_weights", "{tmp}/text.pth"],
+            "--lpips_weights: LPIPS needs images of at least 64 pixels, --img_size is 32",
+        ),
+        (["--lpips_weights", "{tmp}/none.pth", "--img_size", "64"], "no AlexNet weights at {tmp}/none.pth"),
+        (
+            ["--lpips_weights", "{tmp}/text.pth", "--img_size", "64"],
+            "{tmp}/text.pth (--lpips_weights) does not hold torchvision's AlexNet",
+        ),
+        (["--image_dir", "{tmp}/root"], "{tmp}/root/train (--image_dir) holds no class folders"),
+        (
+            ["--image_dir", "{tmp}/held_out"],
+            "{tmp}/held_out (--image_dir) holds val/, which is no class: give {tmp}/held_out/val",
+        ),
+        (["--inception_weights", "x", "--no_rfid"], "--no_rfid and --inception_weights contradict each other"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
 def test_bad_input(flags: list[str], message: str, vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                    capsys: pytest.CaptureFixture) -> None:
     """A clear error, exit status 2, before any work, and the results of an earlier run stay as they are."""

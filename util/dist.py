@@ -224,15 +224,17 @@ def allows_tf32(device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def float32_precision(device: torch.device) -> Iterator[None]:
-    """Full float32 within the block: no autocast, no TF32 in matrix products and convolutions, whatever the process's settings.
+    """Full float32 within the block: no autocast, no TF32 in matrix products and convolutions, whatever the process's
+    settings.
 
-    Every score is computed within it, so that scores do not depend on how the images were made. The settings are restored at the end.
+    Every score is computed within it, so that scores do not depend on how the images were made. The settings are
+    restored at the end.
     """
     matmul, convolutions = torch.get_float32_matmul_precision(), _convolutions()
     saved = [part.fp32_precision for part in convolutions] or torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    for part in convolutions:                                   # allow_tf32 = False leaves them to torch.backends.fp32_precision
+    for part in convolutions:  # allow_tf32 = False leaves them to torch.backends.fp32_precision
         part.fp32_precision = "ieee"
     try:
         with torch.autocast(device.type, enabled=False):

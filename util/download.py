@@ -2,12 +2,13 @@
 
   python -m util.download vae|large|huge|stats|adm_batch|all [--dry_run]
 
-Files go where the published commands look for them, pretrained_models/... and fid_stats/. What cannot be fetched does not stop the rest: it is
-reported at the end, with exit status 2. Downloads resume; size and hash are checked; a file appears under its name only when it is complete.
-HF_HOME, HF_ENDPOINT and HF_TOKEN mean what they mean to huggingface_hub.
+Files go where the published commands look for them, pretrained_models/... and fid_stats/. What cannot be fetched does
+not stop the rest: it is reported at the end, with exit status 2. Downloads resume; size and hash are checked; a file
+appears under its name only when it is complete. HF_HOME, HF_ENDPOINT and HF_TOKEN mean what they mean to
+huggingface_hub.
 
-stats are ADM's mu and sigma, for FID. adm_batch is ADM's reference batch (2 GB): the same kind of statistics, those of sFID, and 10,000 images, which
-precision and recall need.
+stats are ADM's mu and sigma, for FID. adm_batch is ADM's reference batch (2 GB): the same kind of statistics, those of
+sFID, and 10,000 images, which precision and recall need.
 """
 
 import argparse
@@ -42,8 +43,8 @@ ATTEMPTS = 6                        # at one file, each of which continues the o
 class Published:
     """A published file: where the commands look for it, and where it can be had.
 
-    pattern: how it is recognised among the files of the hub's repository, "" if it is not there. url: its own address; of the VAE, where to turn if
-    the hub lacks it. git_blob: git's hash of its content, where one is known.
+    pattern: how it is recognised among the files of the hub's repository, "" if it is not there. url: its own address;
+    of the VAE, where to turn if the hub lacks it. git_blob: git's hash of its content, where one is known.
     """
 
     target: str
@@ -53,18 +54,33 @@ class Published:
 
 
 PUBLISHED = {
-    "vae": Published("pretrained_models/vae/kl16.ckpt", r"(^|/)kl16\.ckpt$",
-                     "https://www.dropbox.com/scl/fi/hhmuvaiacrarfg28qxhwz/kl16.ckpt?rlkey=l44xipsezc8atcffdp4q7mwmh&dl=1"),
-    "large": Published("pretrained_models/tokenbridge/tokenbridge_large/checkpoint-last.pth", r"large[^/]*(/[^/]*)?\.pth$"),
-    "huge": Published("pretrained_models/tokenbridge/tokenbridge_huge/checkpoint-last.pth", r"huge[^/]*(/[^/]*)?\.pth$"),
-    "stats": Published("fid_stats/adm_in256_stats.npz", url="https://github.com/LTH14/mar/raw/main/fid_stats/adm_in256_stats.npz",
-                       git_blob="1da4c17607fe959d54999fd098105649a0c05e15"),
-    "adm_batch": Published("fid_stats/VIRTUAL_imagenet256_labeled.npz", url="https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
-                           "ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz"),
+    "vae": Published(
+        "pretrained_models/vae/kl16.ckpt",
+        r"(^|/)kl16\.ckpt$",
+        "https://www.dropbox.com/scl/fi/hhmuvaiacrarfg28qxhwz/kl16.ckpt?rlkey=l44xipsezc8atcffdp4q7mwmh&dl=1",
+    ),
+    "large": Published(
+        "pretrained_models/tokenbridge/tokenbridge_large/checkpoint-last.pth", r"large[^/]*(/[^/]*)?\.pth$"
+    ),
+    "huge": Published(
+        "pretrained_models/tokenbridge/tokenbridge_huge/checkpoint-last.pth", r"huge[^/]*(/[^/]*)?\.pth$"
+    ),
+    "stats": Published(
+        "fid_stats/adm_in256_stats.npz",
+        url="https://github.com/LTH14/mar/raw/main/fid_stats/adm_in256_stats.npz",
+        git_blob="1da4c17607fe959d54999fd098105649a0c05e15",
+    ),
+    "adm_batch": Published(
+        "fid_stats/VIRTUAL_imagenet256_labeled.npz",
+        url="https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
+        "ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz",
+    ),
 }
 PUBLISHED_SIZE = 256               # pixels of the images that the published files are about
-PRECISION_RECALL_HINT = ("precision, recall and KID need images or their features: python -m util.download adm_batch fetches ADM's reference batch, "
-                         f"--pr_reference {PUBLISHED['adm_batch'].target} takes it")
+PRECISION_RECALL_HINT = (
+    "precision, recall and KID need images or their features: python -m util.download adm_batch fetches ADM's "
+    f"reference batch, --pr_reference {PUBLISHED['adm_batch'].target} takes it"
+)
 
 
 class Unavailable(OSError):
@@ -161,8 +177,12 @@ def unreachable(error: Exception, what: str, where: str) -> Unavailable:
     """The error to show when a server cannot give a file: what to put where by hand."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     endpoint = "" if what.startswith("http") else os.environ.get("HF_ENDPOINT", "")
-    return Unavailable(f"cannot get {what}" + (f" from HF_ENDPOINT {endpoint}" if endpoint else "") + f" ({type(error).__name__}: {reason}). Without a "
-                       f"connection, download it on another machine and put it at {where}")
+    return Unavailable(
+        f"cannot get {what}"
+        + (f" from HF_ENDPOINT {endpoint}" if endpoint else "")
+        + f" ({type(error).__name__}: {reason}). Without a "
+        f"connection, download it on another machine and put it at {where}"
+    )
 
 
 def cut_errors() -> tuple[type[Exception], ...]:
@@ -209,10 +229,12 @@ def local_path(path: str, flag: str = "") -> str:
                      f"{', '.join(sorted(files)[:8])}")
 
 
-# ------------------------------------------------------------------------------------------------------------- other addresses
+# ------------------------------------------------------------------------------------------------------ other addresses
+
 
 def fetch_url(url: str, target: Path, check: Callable[[Path], None]) -> None:
-    """Download `url` to `target`, resuming target.part if it is there; check(part) raises ValueError for another file, which is deleted.
+    """Download `url` to `target`, resuming target.part if it is there; check(part) raises ValueError for another file,
+    which is deleted.
 
     OSError if the download stays incomplete.
     """
@@ -245,11 +267,15 @@ def fetch_url(url: str, target: Path, check: Callable[[Path], None]) -> None:
 
 
 def check_content(name: str, path: Path, expected: str | None) -> None:
-    """ValueError unless the file at `path` can be the published one: by its hash, where one is expected, and by what it holds."""
+    """ValueError unless the file at `path` can be the published one: by its hash, where one is expected, and by what it
+    holds.
+    """
     if expected and file_hash(path, expected) != expected:
         kind = "SHA-256" if len(expected) == 64 else "git blob"
-        raise ValueError(f"{path} has another hash than expected, {kind} {file_hash(path, expected)} instead of {expected}; --sha256 names "
-                         f"that of a file of your own (this one's is {file_hash(path, '0' * 64)})")
+        raise ValueError(
+            f"{path} has another hash than expected, {kind} {file_hash(path, expected)} instead of {expected}; "
+            f"--sha256 names that of a file of your own (this one's is {file_hash(path, '0' * 64)})"
+        )
     if name == "vae":
         from util.checkpoint import load_file
         if not isinstance(load_file(path, "vae", mmap=True).get("model"), dict):
@@ -258,7 +284,9 @@ def check_content(name: str, path: Path, expected: str | None) -> None:
     from util.fid_stats import load_reference_stats, npz_shape  # imports torch-fidelity
     reference = load_reference_stats(path, name)
     if name == "adm_batch" and (npz_shape(path, name)[1] != PUBLISHED_SIZE or reference.spatial is None):
-        raise ValueError(f"{path} is not ADM's reference batch: expected mu_s, sigma_s and images of {PUBLISHED_SIZE} pixels")
+        raise ValueError(
+            f"{path} is not ADM's reference batch: expected mu_s, sigma_s and images of {PUBLISHED_SIZE} pixels"
+        )
 
 
 def fetch_address(name: str, url: str, args: argparse.Namespace) -> None:
@@ -279,7 +307,10 @@ def fetch_address(name: str, url: str, args: argparse.Namespace) -> None:
         fetch_url(url, target, lambda part: check_content(name, part, expected))
     except OSError as error:
         raise unreachable(error, url, str(target)) from error
-    print(f"{name}: wrote {target}, " + ("hash is right" if expected else f"no hash is published, SHA-256 {file_hash(target, '0' * 64)}"))
+    print(
+        f"{name}: wrote {target}, "
+        + ("hash is right" if expected else f"no hash is published, SHA-256 {file_hash(target, '0' * 64)}")
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- the command
@@ -289,8 +320,10 @@ def choose(files: Sequence[RemoteFile], name: str, pattern: str, repository: str
     found = [file for file in files if re.search(pattern, file.name)]
     if len(found) == 1:
         return found[0]
-    message = (f"{SCHEME}{repository} has {len(found) or 'no'} files that could be {name}: {', '.join(f.name for f in found or files[:12])}; "
-               "name it with --file")
+    message = (
+        f"{SCHEME}{repository} has {len(found) or 'no'} files that could be {name}: "
+        f"{', '.join(f.name for f in found or files[:12])}; name it with --file"
+    )
     raise ValueError(message) if found else Unavailable(message)
 
 
@@ -314,8 +347,14 @@ class HubRepository:
 
 
 def fetch_from_hub(name: str, repository: HubRepository, args: argparse.Namespace) -> None:
-    """Fetch weights from the hub into --root, unless they are there and right. Unavailable if the hub cannot give them."""
-    target, pattern = Path(args.root) / PUBLISHED[name].target, f"^{re.escape(args.file)}$" if args.file else PUBLISHED[name].pattern
+    """Fetch weights from the hub into --root, unless they are there and right.
+
+    Unavailable if the hub cannot give them.
+    """
+    target, pattern = (
+        Path(args.root) / PUBLISHED[name].target,
+        f"^{re.escape(args.file)}$" if args.file else PUBLISHED[name].pattern,
+    )
     try:
         remote = choose(repository.files(), name, pattern, args.repository)
         size = "?" if remote.size is None else f"{remote.size / 1e6:,.1f} MB"
@@ -326,7 +365,10 @@ def fetch_from_hub(name: str, repository: HubRepository, args: argparse.Namespac
         else:
             print(f"{name}: {SCHEME}{args.repository}/{remote.name} ({size})", flush=True)
             place(fetch(args.repository, remote), target)
-            print(f"{name}: wrote {target}, {'hash ' + remote.hash[:12] + '... is right' if remote.hash else 'the hub gives no hash'}")
+            print(
+                f"{name}: wrote {target}, "
+                + (f"hash {remote.hash[:12]}... is right" if remote.hash else "the hub gives no hash")
+            )
     except (ValueError, Unavailable):
         raise
     except hub_errors() as error:
@@ -355,7 +397,10 @@ def fetch_published(name: str, repository: HubRepository, args: argparse.Namespa
 
 
 def fetch_all(names: Sequence[str], args: argparse.Namespace) -> None:
-    """Fetch all of the names that can be had. The error of a single one, or an OSError that names all that could not."""
+    """Fetch all of the names that can be had.
+
+    The error of a single one, or an OSError that names all that could not.
+    """
     repository, failed = HubRepository(args.repository, args.revision), {}
     for name in names:
         try:
@@ -367,22 +412,30 @@ def fetch_all(names: Sequence[str], args: argparse.Namespace) -> None:
     if len(names) == 1 and failed:
         raise failed[names[0]]
     if failed:
-        raise OSError(f"{len(failed)} of {len(names)} files could not be fetched: " + "; ".join(f"{name} ({error})" for name, error in failed.items()))
+        raise OSError(
+            f"{len(failed)} of {len(names)} files could not be fetched: "
+            + "; ".join(f"{name} ({error})" for name, error in failed.items())
+        )
 
 
-# ------------------------------------------------------------------------------------------------------------- on demand
+# ------------------------------------------------------------------------------------------------------------ on demand
+
 
 def published_name(path: str | Path) -> str | None:
-    """Which published file a path of the command line means (the file itself, or the folder of a checkpoint), None if none."""
+    """Which published file a path of the command line means (the file itself, or the folder of a checkpoint), None if
+    none.
+    """
     paths = {os.path.abspath(path), os.path.abspath(Path(path) / PARTS_OF_FOLDER[0][0])}
     return next((name for name, file in PUBLISHED.items() if os.path.abspath(file.target) in paths), None)
 
 
 def provide(path: str | Path, flag: str, no_download: bool = False) -> None:
-    """Fetch the published file that `path` means if it is not there; nothing for any other path. Every process must call it.
+    """Fetch the published file that `path` means if it is not there; nothing for any other path. Every process must
+    call it.
 
-    Rank 0 downloads, then one process of each machine on whose disk the file is still missing; the others wait. FileNotFoundError that names the
-    command to fetch it with `no_download`; ValueError or OSError on every process if it cannot be had.
+    Rank 0 downloads, then one process of each machine on whose disk the file is still missing; the others wait.
+    FileNotFoundError that names the command to fetch it with `no_download`; ValueError or OSError on every process if
+    it cannot be had.
     """
     name = published_name(path)
     if name is None:
@@ -415,11 +468,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--root", default=".", help="folder under which pretrained_models/ and fid_stats/ are made")
     parser.add_argument("--repository", default=REPOSITORY, help="hub repository of the weights")
     parser.add_argument("--revision", default=None, help="its branch, tag or commit")
-    parser.add_argument("--file", default="", help="name of the file in the repository, where the name does not say which one is meant")
+    parser.add_argument(
+        "--file", default="", help="name of the file in the repository, where the name does not say which one is meant"
+    )
     parser.add_argument("--vae_url", default=PUBLISHED["vae"].url, help="where the VAE is if the hub lacks it")
     parser.add_argument("--stats_url", default=PUBLISHED["stats"].url, help="where adm_in256_stats.npz is")
-    parser.add_argument("--adm_batch_url", default=PUBLISHED["adm_batch"].url, help="where VIRTUAL_imagenet256_labeled.npz is")
-    parser.add_argument("--sha256", default=None, help="SHA-256 of other statistics than the published ones, whose hash is known here")
+    parser.add_argument(
+        "--adm_batch_url", default=PUBLISHED["adm_batch"].url, help="where VIRTUAL_imagenet256_labeled.npz is"
+    )
+    parser.add_argument(
+        "--sha256", default=None, help="SHA-256 of other statistics than the published ones, whose hash is known here"
+    )
     parser.add_argument("--dry_run", action="store_true", help="say what would be fetched, and how much; write nothing")
     return parser
 

@@ -31,7 +31,11 @@ _REST = dict(vae_path=KL16, img_size=256, class_num=1000, quant_min=-5.0, quant_
              reuse_guidance=1, device="cuda", tf32=False)
 # ... and what only decides which images are drawn from it, or how fast.
 _NEUTRAL = dict(seed=1, eval_bsz=256, processes=8, compile=False)
-FID_STATS, PR_REFERENCE, STATS_BLOB = PUBLISHED["stats"].target, PUBLISHED["adm_batch"].target, PUBLISHED["stats"].git_blob     # ADM's
+FID_STATS, PR_REFERENCE, STATS_BLOB = (
+    PUBLISHED["stats"].target,
+    PUBLISHED["adm_batch"].target,
+    PUBLISHED["stats"].git_blob,
+)  # ADM's
 INCEPTION_SHA256 = "6726825d"                                  # torch-fidelity's weights: the beginning, as in their file name
 
 

@@ -127,8 +127,8 @@ def make_reference(source: str | Path, extractor: InceptionFeatures, *, img_size
                    keep_features: int = KEEP_FEATURES, batch_size: int = 32, num_workers: int = 0, flag: str = "--data_path") -> Reference:
     """Statistics of a folder of images or of an npz with arr_0; every process calls it, each reads its share of the batches.
 
-    The result is the same for any number of processes, on each of them. features: of the first `keep_features` images. ValueError or
-    FileNotFoundError naming file and flag for what does not fit.
+    The result is the same for any number of processes, on each of them. features: of the first `keep_features` images.
+    ValueError or FileNotFoundError naming file and flag for what does not fit.
     """
     source = Path(source)
     if source.is_dir():
@@ -186,8 +186,10 @@ def load_reference_stats(path: str | Path, flag: str = "--fid_stats", dim: int =
     """The statistics in an .npz with mu and sigma; clear errors naming the file. Code in it is never run."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no FID reference statistics at {path} ({flag}); python -m util.download stats fetches adm_in256_stats.npz, "
-                                "adm_batch VIRTUAL_imagenet256_labeled.npz; python -m util.fid_stats makes a file of images of yours")
+        raise FileNotFoundError(
+            f"no FID reference statistics at {path} ({flag}); python -m util.download stats fetches "
+            "adm_in256_stats.npz, adm_batch VIRTUAL_imagenet256_labeled.npz; python -m util.fid_stats makes a file of images of yours"
+        )
     try:
         with np.load(path, allow_pickle=False) as arrays:
             missing = [key for key in ("mu", "sigma") if key not in arrays]
@@ -251,7 +253,8 @@ def load_reference(path: str | Path, extractor: InceptionFeatures, img_size: int
 
 def load_references(fid_stats: str | Path, pr_reference: str | Path | None, extractor: InceptionFeatures, img_size: int,
                     **more: int) -> Reference:
-    """The reference of --fid_stats, with the features for precision, recall and KID from --pr_reference where that is given.
+    """The reference of --fid_stats, with the features for precision, recall and KID from --pr_reference where that is
+    given.
 
     Arguments and errors as `load_reference`; ValueError too if --pr_reference holds statistics alone.
     """

@@ -10,14 +10,14 @@ from torchvision.utils import make_grid
 
 from util.files import replacing
 
-
 PIXELS = ("truncate", "round")
 
 
 def to_uint8(x: Tensor, pixels: str = "round") -> Tensor:
     """Images in [-1, 1] -> uint8: clip((x + 1) / 2, 0, 1) * 255, rounded (half to even) or truncated; same shape.
 
-    The published sampler rounds, the published reconstruction script truncates, which darkens images by half a grey level.
+    The published sampler rounds, the published reconstruction script truncates, which darkens images by half a grey
+    level.
     """
     values = ((x.float() + 1) / 2).clamp(0, 1).mul(255)
     return (values if pixels == "truncate" else values.round()).to(torch.uint8)

@@ -275,7 +275,8 @@ def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
         raise ValueError(f"precision and recall need more than {PRC_NEIGHBOURS} images of each kind, got {len(generated)} and {len(real)}")
     with float32_precision(generated.device):
         found = prc_features_to_metric(
-            generated, real, prc_neighborhood=PRC_NEIGHBOURS, prc_batch_size=PRC_CHUNK, save_cpu_ram=True, verbose=False)
+            generated, real, prc_neighborhood=PRC_NEIGHBOURS, prc_batch_size=PRC_CHUNK, save_cpu_ram=True, verbose=False
+        )
     return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
 
 
