@@ -234,8 +234,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         device = dist.init(args.device, args.dist_url)
         if device.type == "cpu" and not args.evaluate:                     # the scores of many images need the memory more than the time
             keep_freed_memory()
-        download.provide(args.vae_path, "--vae_path", args.no_download)
         if args.evaluate or args.sample:
+            download.provide(args.vae_path, "--vae_path", args.no_download)
             download.provide(args.resume, "--resume", args.no_download)
         source, content = read_checkpoint(args)
         args.vae_path = download.local_path(args.vae_path, "--vae_path")
