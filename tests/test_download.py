@@ -426,9 +426,9 @@ os.chdir(sys.argv[1])
 download.PUBLISHED["vae"] = replace(download.PUBLISHED["vae"], url=os.environ["HF_ENDPOINT"] + "/plain/none.bin")
 try:
     download.provide("pretrained_models/vae/kl16.ckpt", "--vae_path")
-    print("size", os.path.getsize("pretrained_models/vae/kl16.ckpt"), flush=True)
+    print(f"size {os.path.getsize('pretrained_models/vae/kl16.ckpt')}\\n", end="", flush=True)
 except (ValueError, OSError) as error:
-    print("refused", "put it at pretrained_models" in str(error), flush=True)
+    print(f"refused {'put it at pretrained_models' in str(error)}\\n", end="", flush=True)
 dist.shutdown()
 """
 

@@ -226,7 +226,7 @@ from util import dist
 from util.fid_stats import make_reference, save_reference
 dist.init("cpu")
 made = make_reference(sys.argv[1], Colours(), img_size=SIZE, keep_features=7, batch_size=3)
-print("features", len(made.features), flush=True)
+print(f"features {len(made.features)}\\n", end="", flush=True)
 if dist.is_main():
     save_reference(sys.argv[2], made)
 dist.shutdown()
