@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine_progress import Progress
-from engine_state import TrainState
 from models.tokenbridge import TokenBridge, draw_mask_ratio, mask_from_orders, num_masked_tokens, random_orders
 from models.vae import AutoencoderKL, posterior_from_moments
+from training.flops import step_flops
+from training.lr_sched import learning_rate
+from training.progress import Progress
+from training.sharding import full
+from training.state import TrainState
 from util import dist
-from util.flops import step_flops
 from util.log import JsonlLog
-from util.lr_sched import learning_rate
-from util.sharding import full
 
 
 @dataclass

@@ -7,7 +7,7 @@
   convert   python main_cache.py --convert OLD NEW                      (a tree of .npz files, as MAR's and the published script write, to shards)
 
 For DIR/train/<class>/<image> it keeps mean and log-variance of the centre crop's latents and of its mirror image's: --format shards in few large
-files (util/shards.py), --format npz in one file per image, CACHE/<class>/<image>.npz, the published layout (SPEC 8). CACHE/cache.json says what the
+files (dataset/shards.py), --format npz in one file per image, CACHE/<class>/<image>.npz, the published layout (SPEC 8). CACHE/cache.json says what the
 cache was made with, CACHE/bad_images.txt lists images that could not be read. After a kill run the same command again, on any number of
 processes: only what is missing is encoded, and the files become those of an uninterrupted run. One job at a time may write to a cache.
 """
@@ -21,16 +21,17 @@ from pathlib import Path
 
 import torch
 
-from engine_cache import Counts, Encoder, ImageSource, MomentsSource, NpzFiles, ShardFiles, check_room, encode_all, read_moments
+from checkpoints import download
+from dataset.encode import Counts, Encoder, ImageSource, MomentsSource, NpzFiles, ShardFiles, check_room, encode_all, read_moments
+from dataset.latents import RECORD, CachedLatents, read_record
+from dataset.loader import BAD_IMAGE_CHOICES, ImageFolderDataset
+from dataset.shards import DTYPES, MODES, NAME, RecordSpec, Shard
 from models.quantizer import MAX_BITS, QUANTIZERS, TableQuantizer, build_quantizer, check_range
 from models.vae import AutoencoderKL, load_vae
-from util import dist, download
+from util import dist
 from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
 from util.files import replacing, write_json
-from util.latents import RECORD, CachedLatents, read_record
-from util.loader import BAD_IMAGE_CHOICES, ImageFolderDataset
 from util.log import get_logger, run_cli
-from util.shards import DTYPES, MODES, NAME, RecordSpec, Shard
 
 logger = get_logger()
 
@@ -72,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--crops", type=int, default=1, help="crops of each image: the centre, then random ones of 0.8 to 1 times the short side")
     group.add_argument("--shard_size", type=int, default=1024, help="images per shard")
     group.add_argument("--quantizer", default="gaussian", choices=QUANTIZERS, help="--mode indices: where the levels come from")
-    group.add_argument("--quantizer_tables", default="", help="--quantizer lloyd: file with its levels (python -m util.vae_stats writes it)")
+    group.add_argument("--quantizer_tables", default="", help="--quantizer lloyd: file with its levels (python -m tools.vae_stats writes it)")
     group.add_argument("--quant_bits", type=int, default=6, help=f"--mode indices: bits per latent dimension, 1 to {MAX_BITS}")
     group.add_argument("--quant_min", type=float, default=-5.0, help="--mode indices: lowest latent value of the quantizer")
     group.add_argument("--quant_max", type=float, default=5.0, help="--mode indices: highest latent value of the quantizer")

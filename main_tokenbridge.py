@@ -12,27 +12,28 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from engine_evaluate import Evaluator, sweep_values
-from engine_load import build_model, load_generator_weights, read_checkpoint
-from engine_recipe import take_optimizer_settings
-from engine_sample import sample, sampler_options
-from engine_train import train
+from checkpoints import download
+from checkpoints.build import build_model, load_generator_weights, read_checkpoint
+from dataset.latents import read_record
+from dataset.loader import BAD_IMAGE_CHOICES
+from evaluation.metrics import IS_SPLITS
+from evaluation.presets import EVAL_PRESETS, apply_eval_preset
+from evaluation.scores import Evaluator, sweep_values
+from evaluation.store import SAVE_IMAGES
+from generation.pipeline import sample, sampler_options
 from models import MODELS
 from models.channel_ar import HEADS
 from models.quantizer import MAX_BITS, QUANTIZERS, check_range
-from models.sampling import CFG_SCHEDULES, DRAWS, MASK_SCHEDULES, ORDERS, TEMPERATURE_SCHEDULES, SamplerOptions
+from models.sampling.loop import CFG_SCHEDULES, DRAWS, MASK_SCHEDULES, ORDERS, TEMPERATURE_SCHEDULES, SamplerOptions
 from models.vae import load_vae
-from util import checkpoint, dist, download
+from training.lr_sched import LR_SCHEDULES
+from training.presets import PRESETS, apply_preset, training_differences
+from training.recipe import take_optimizer_settings
+from training.run import train
+from util import checkpoint, dist
 from util.cli import add_process_flags, at_least, make_parser, parse
-from util.eval_presets import EVAL_PRESETS, apply_eval_preset
-from util.eval_store import SAVE_IMAGES
 from util.heap import keep_freed_memory
-from util.latents import read_record
-from util.loader import BAD_IMAGE_CHOICES
 from util.log import get_logger, log_lines, run_cli
-from util.lr_sched import LR_SCHEDULES
-from util.metrics import IS_SPLITS
-from util.presets import PRESETS, apply_preset, training_differences
 
 logger = get_logger()
 
@@ -58,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--quant_min", type=float, default=-5.0, help="lowest latent value of the quantizer")
     group.add_argument("--quant_max", type=float, default=5.0, help="highest latent value of the quantizer")
     group.add_argument("--quantizer", default="gaussian", choices=QUANTIZERS, help="where its levels come from; the checkpoint keeps them")
-    group.add_argument("--quantizer_tables", default="", help="--quantizer lloyd: file with its levels (python -m util.vae_stats writes it)")
+    group.add_argument("--quantizer_tables", default="", help="--quantizer lloyd: file with its levels (python -m tools.vae_stats writes it)")
     group.add_argument("--use_quantized_value", action="store_true", help="accepted; the encoder always sees dequantized values")
     group.add_argument("--class_num", type=int, default=1000)
     group.add_argument("--buffer_size", type=int, default=64, help="class-token slots before the image tokens")
@@ -87,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--max_bad_steps", type=int, default=10, help="stop after so many steps in a row without a finite loss and gradient")
     group.add_argument("--ema_warmup", action="store_true", help="a lower EMA rate in the first steps, (1 + t) / (10 + t); published: off")
     group.add_argument("--posthoc_ema_freq", type=int, default=0,
-                       help="steps between snapshots for an EMA whose length is chosen afterwards (python -m util.posthoc_ema); 0 for none")
+                       help="steps between snapshots for an EMA whose length is chosen afterwards (python -m tools.posthoc_ema); 0 for none")
     group.add_argument("--compile", action="store_true", help="compile the transformer blocks, or the sampler (torch.compile): slower start, faster steps")
     group.add_argument("--fsdp", action="store_true", help="cut weights, gradients, optimizer and EMA over the processes (fully_shard)")
     group.add_argument("--log_freq", type=int, default=20, help="steps between progress lines")
@@ -130,7 +131,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     """What --evaluate compares the images with, and what it keeps."""
     group = parser.add_argument_group("evaluation")
     group.add_argument("--fid_stats", default="fid_stats/adm_in256_stats.npz",
-                       help="the real images: npz of statistics (ADM's, or of python -m util.fid_stats), npz of images (arr_0), or a folder of images")
+                       help="the real images: npz of statistics (ADM's, or of python -m tools.fid_stats), npz of images (arr_0), or a folder of images")
     group.add_argument(
         "--pr_reference",
         default=None,
@@ -147,7 +148,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
-    """What the published sampler lacks (models/sampling.py); the defaults are the published sampler's."""
+    """What the published sampler lacks (models/sampling/loop.py); the defaults are the published sampler's."""
     o = SamplerOptions()
     group = parser.add_argument_group("sampler")
     group.add_argument("--order", default=o.order, choices=ORDERS, help="which tokens are revealed first; random as published")

@@ -27,17 +27,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
+from dataset.images import to_uint8
+from dataset.latent_statistics import frequency_order, latent_scale
+from dataset.loader import BAD_IMAGE_CHOICES, GlobalBatchSampler, ImageFolderDataset, build_loader
 from engine_tokenbridge import mixed_seed, optimizer_step
+from evaluation.metrics import psnr
 from models.vae import AutoencoderKL, posterior_from_moments
+from training.lr_sched import learning_rate
 from util import checkpoint, dist
 from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
 from util.heap import keep_freed_memory
-from util.images import to_uint8
-from util.loader import BAD_IMAGE_CHOICES, GlobalBatchSampler, ImageFolderDataset, build_loader
 from util.log import JsonlLog, get_logger, run_cli
-from util.lr_sched import learning_rate
-from util.metrics import psnr
-from util.vae_stats import frequency_order, latent_scale
 
 logger = get_logger()
 

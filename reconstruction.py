@@ -30,17 +30,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from checkpoints import download
+from dataset.images import PIXELS, save_grid, save_png, to_uint8
+from dataset.loader import BAD_IMAGE_CHOICES, ImageFolderDataset, build_loader
 from engine_tokenbridge import mixed_seed
-from models.quantizer import MAX_BITS, QUANTIZERS, TableQuantizer, build_quantizer
-from models.vae import AutoencoderKL, load_vae
-from util import dist, download
-from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
-from util.fid_stats import Reference, load_reference
-from util.files import write_json
-from util.images import PIXELS, save_grid, save_png, to_uint8
-from util.loader import BAD_IMAGE_CHOICES, ImageFolderDataset, build_loader
-from util.log import get_logger, run_cli
-from util.metrics import (
+from evaluation.metrics import (
     IS_SPLITS,
     SMALLEST_FOR_LPIPS,
     SMALLEST_FOR_SSIM,
@@ -53,7 +47,8 @@ from util.metrics import (
     psnr,
     ssim,
 )
-from util.reconstruction_report import (
+from evaluation.reference import Reference, load_reference
+from evaluation.report import (
     PUBLISHED_IS_ABOUT,
     draw_rate_distortion,
     published_figures,
@@ -61,6 +56,12 @@ from util.reconstruction_report import (
     worst_and_median,
     write_csv,
 )
+from models.quantizer import MAX_BITS, QUANTIZERS, TableQuantizer, build_quantizer
+from models.vae import AutoencoderKL, load_vae
+from util import dist
+from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
+from util.files import write_json
+from util.log import get_logger, run_cli
 
 logger = get_logger()
 
@@ -105,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--fid_stats",
         default=None,
-        help="also the FID to these images' statistics (see python -m util.fid_stats), not the originals'; "
+        help="also the FID to these images' statistics (see python -m tools.fid_stats), not the originals'; "
         f"default at {download.PUBLISHED_SIZE} px: {ADM_STATS}, fetched if it is missing; none for no such FID",
     )
     parser.add_argument(

@@ -24,17 +24,17 @@ from PIL import Image
 from sklearn.svm import SVC
 
 import main_tokenbridge
+from dataset.images import atomic_write
+from dataset.loader import ImageFolderDataset
 from demo import digits
 from demo.run import Size, build_stages, run_stages
+from evaluation.metrics import FeatureStatistics, fid
 from models import load
 from models.tokenbridge import TokenBridge, draw_mask_ratio, mask_from_orders, num_masked_tokens, random_orders
 from models.vae import AutoencoderKL
 from util.cli import at_least, check_writable, make_parser
 from util.files import write_json
-from util.images import atomic_write
-from util.loader import ImageFolderDataset
 from util.log import get_logger, run_cli
-from util.metrics import FeatureStatistics, fid
 
 logger = get_logger()
 

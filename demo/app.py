@@ -18,15 +18,16 @@ import numpy as np
 import torch
 from PIL import Image
 
+from checkpoints import download
+from checkpoints.weights import CHOICES, find_file, read_file
+from dataset.crop import center_crop_adm
+from generation.library import GenerationStep, decode
 from models import load
-from models.generation import GenerationStep, decode
-from models.sampling import ORDERS
+from models.sampling.loop import ORDERS
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
-from models.weights import CHOICES, find_file, read_file
-from util import dist, download
+from util import dist
 from util.cli import make_parser
-from util.crop import center_crop_adm
 from util.log import get_logger, run_cli
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
-from util.images import atomic_write, read_image
+from dataset.images import atomic_write, read_image
 
 SIZE = 32                  # pixels; load_digits is 8x8
 VAL_SHARE = 0.1

@@ -26,7 +26,7 @@ from util.log import get_logger, run_cli
 logger = get_logger()
 
 EXACT = "random order, nothing reused"
-# Name -> options of models.sampling.SamplerOptions beside the demo's.
+# Name -> options of models.sampling.loop.SamplerOptions beside the demo's.
 SETTINGS: dict[str, dict] = {
     EXACT: {},
     "reuse_features 2": dict(reuse_features=2),

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from models.loading import load as load
+from generation.loading import load as load
 from models.tokenbridge import TokenBridge
 
 

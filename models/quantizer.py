@@ -174,7 +174,7 @@ def read_quantizer(path: str | Path) -> TableQuantizer:
     """The quantizer in a JSON file (a `description`). FileNotFoundError, or ValueError naming the file if it holds none."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no quantizer tables at {path} (--quantizer_tables): python -m util.vae_stats writes them")
+        raise FileNotFoundError(f"no quantizer tables at {path} (--quantizer_tables): python -m tools.vae_stats writes them")
     try:
         found = json.loads(path.read_text())
         return TableQuantizer(str(found["kind"]), found["boundaries"], found["reconstruction_values"], found["min"], found["max"])
@@ -202,5 +202,5 @@ def build_quantizer(kind: str, bits: int, min_value: float, max_value: float, ta
     if kind != "lloyd":
         raise ValueError(f"--quantizer {kind!r} is not one of {', '.join(QUANTIZERS)}")
     if latents is None:
-        raise ValueError("--quantizer lloyd is fitted to latents: give --quantizer_tables, a file that python -m util.vae_stats writes")
+        raise ValueError("--quantizer lloyd is fitted to latents: give --quantizer_tables, a file that python -m tools.vae_stats writes")
     return TableQuantizer(kind, *lloyd_tables(latents, bits, min_value, max_value), min_value, max_value)

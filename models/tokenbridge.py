@@ -23,14 +23,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
-from models import generation, quantizer
+from generation import library as generation
+from models import quantizer
 from models.channel_ar import ChannelAR
 from models.layers import LAYER_NORM_EPS, masked_block, take, wanted_block
-from models.sampling import CFG_SCHEDULES as CFG_SCHEDULES
-from models.sampling import SamplerOptions, SamplerState, random_orders, sample_steps
-from models.sampling import cosine_keep as cosine_keep
-from models.sampling import guidance_scale as guidance_scale
-from models.sampling import unmasking_plan as unmasking_plan
+from models.sampling.loop import CFG_SCHEDULES as CFG_SCHEDULES
+from models.sampling.loop import SamplerOptions, SamplerState, random_orders, sample_steps
+from models.sampling.loop import cosine_keep as cosine_keep
+from models.sampling.loop import guidance_scale as guidance_scale
+from models.sampling.loop import unmasking_plan as unmasking_plan
 from models.vae import KL16_CHANNEL_ORDER, AutoencoderKL
 
 logger = logging.getLogger("tokenbridge")
@@ -312,7 +313,7 @@ class TokenBridge(ChannelAR):
 
         class_embedding (B, D) instead of labels: see `class_embeddings`. seeds: one per image; its order and draws depend on nothing else,
         whatever the batch. Without seeds they come from `generator` (CPU) or torch's global one. init, regenerate: editing, see
-        models/sampling.py; options: the fields of SamplerOptions.
+        models/sampling/loop.py; options: the fields of SamplerOptions.
         """
         settings, device = SamplerOptions(**options), self.mask_token.device
         settings.check(self.token_dim)
@@ -339,7 +340,7 @@ class TokenBridge(ChannelAR):
         return torch.stack(rows)
 
     def generate(self, vae: AutoencoderKL, classes: generation.Classes, **options: object) -> list[Image.Image]:
-        """PIL images of classes: `model.generate(vae, [207, 360], cfg=3.0, num_iter=64, seed=0)`; see models/generation.py for all options."""
+        """PIL images of classes: `model.generate(vae, [207, 360], cfg=3.0, num_iter=64, seed=0)`; see generation/library.py for all options."""
         return generation.generate(self, vae, classes, **options)
 
     def generate_steps(self, vae: AutoencoderKL, classes: generation.Classes, **options: object) -> Iterator[generation.GenerationStep]:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.vae_description import KL16, LatentSpace, VaeDescription, find_description
-from models.weights import read_file
+from checkpoints.weights import read_file
+from models.latent_space import KL16, LatentSpace, VaeDescription, find_description
 
 if TYPE_CHECKING:
     from models.vae_diffusers import DiffusersVAE
@@ -258,7 +258,7 @@ def read_vae_file(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no VAE weights at {path} (--vae_path): give the path of a checkpoint such as pretrained_models/vae/kl16.ckpt, "
-                                "which `python -m util.download vae` fetches")
+                                "which `python -m tools.download vae` fetches")
     content = read_file(path, "--vae_path")
     if not isinstance(content.get("model"), dict):
         raise ValueError(f'{path} (--vae_path) has no weights under the key "model"; found {sorted(map(str, content))[:8]}')
@@ -292,7 +292,7 @@ def load_vae(path: str | Path, embed_dim: int | None = None, stride: int | None 
     """A frozen VAE in eval mode from a checkpoint, or from a folder that diffusers wrote (models/vae_diffusers.py).
 
     Its shape comes from the file's "config", KL-16 where there is none; what its latents are like (scale, shift, order, range) from the JSON file
-    beside it if there is one, see `models/vae_description.py`. embed_dim, stride: what the command line says; a contradiction is a ValueError
+    beside it if there is one, see `models/latent_space.py`. embed_dim, stride: what the command line says; a contradiction is a ValueError
     that names both.
     """
     if Path(path).is_dir():

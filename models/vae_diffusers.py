@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from models.latent_space import LatentSpace, VaeDescription
 from models.vae import DiagonalGaussian
-from models.vae_description import LatentSpace, VaeDescription
 
 CLASSES = ("AutoencoderKL", "AutoencoderDC")
 

@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
-from util.counting import no_fake_gpu
-from util.sharding import cannot_shard
+from tools.bench.counting import no_fake_gpu
+from training.sharding import cannot_shard
 
 REPO = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"

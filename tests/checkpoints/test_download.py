@@ -1,0 +1,449 @@
+"""checkpoints.download against a local server that speaks the hub's routes: whole files in the right places, or an error that says what to do."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants, utils
+
+from checkpoints import download
+from tests.conftest import REPO, run_processes
+from tests.hub import Hub
+from util.log import run_cli
+
+REPOSITORY = "Epiphqny/TokenBridge"
+FILES = {"kl16.ckpt": os.urandom(300_000), "tokenbridge_large/checkpoint-last.pth": os.urandom(500_000),
+         "tokenbridge_huge/checkpoint-last.pth": os.urandom(700_000), "README.md": b"# weights\n"}
+KL16, LARGE = Path("pretrained_models/vae/kl16.ckpt"), Path("pretrained_models/tokenbridge/tokenbridge_large/checkpoint-last.pth")
+Run = Callable[..., "Result"]
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub(REPOSITORY, dict(FILES)) as server:
+        yield server
+
+
+@dataclass
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Run:
+    """run(*arguments, **environment) -> what `python -m tools.download` ends with, in tmp_path, with its cache there and HF_ENDPOINT the server."""
+    for name in os.environ:
+        if name.startswith("HF_") or "proxy" in name.lower():
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))           # read from HF_HOME when the package is imported
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50_000)
+    for name in ("vae", "stats", "adm_batch"):  # no test goes to the network
+        monkeypatch.setitem(
+            download.PUBLISHED, name, replace(download.PUBLISHED[name], url=f"{hub.url}/plain/{name}.bin")
+        )
+
+    def start(*arguments: str, **environment: str) -> Result:
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            patch.setattr(constants, "HF_HUB_OFFLINE", "HF_HUB_OFFLINE" in environment)      # so is this one
+            if hasattr(utils, "reset_sessions"):                                             # below 1.0 it is read when a session begins
+                utils.reset_sessions()
+            code = run_cli(lambda: download.main(arguments))
+        return Result(code, *capsys.readouterr())
+    return start
+
+
+def written(folder: Path) -> set[str]:
+    """Files outside HF_HOME."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and "home" not in path.parts}
+
+
+def test_weights_go_where_the_published_commands_look(run: Run, hub: Hub, tmp_path: Path) -> None:
+    result = run("vae", "large", "huge")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / KL16).read_bytes() == FILES["kl16.ckpt"] and (tmp_path / LARGE).read_bytes() == FILES["tokenbridge_large/checkpoint-last.pth"]
+    assert len(written(tmp_path)) == 3 and f"wrote {KL16}, hash {hashlib.sha256(FILES['kl16.ckpt']).hexdigest()[:12]}... is right" in result.stdout
+    assert os.stat(tmp_path / KL16).st_nlink == 2, "stored once: the cache's file and ours are one"
+    got = [path for method, path, _ in hub.requests if method == "GET" and "resolve" in path]
+    again = run("vae", "large", "huge")
+    assert again.stdout.count("is there and right") == 3
+    assert [path for method, path, _ in hub.requests if method == "GET" and "resolve" in path] == got, "nothing is fetched twice"
+
+
+def test_a_cut_connection_is_continued(run: Run, hub: Hub, tmp_path: Path) -> None:
+    hub.cut = 2
+    result = run("large")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / LARGE).read_bytes() == FILES["tokenbridge_large/checkpoint-last.pth"]
+    ranges = [asked for method, path, asked in hub.requests if method == "GET" and "resolve" in path]
+    assert ranges == [None, "bytes=250000-", "bytes=350000-"], "each attempt begins where the last one ended"
+
+
+def test_wrong_hash_is_refused_and_forgotten(run: Run, hub: Hub, tmp_path: Path) -> None:
+    hub.said["kl16.ckpt"] = "ab" * 32
+    result = run("vae")
+    assert result.returncode == 2
+    assert f"error: kl16.ckpt of hf://{REPOSITORY} has another hash than the hub says (abababababab...); it was deleted, run" in result.stderr
+    assert not written(tmp_path)
+    hub.said.clear()
+    assert run("vae").returncode == 0 and (tmp_path / KL16).read_bytes() == FILES["kl16.ckpt"]
+
+
+def test_a_file_that_is_there_but_wrong_is_replaced(run: Run, tmp_path: Path) -> None:
+    (tmp_path / KL16).parent.mkdir(parents=True)
+    (tmp_path / KL16).write_bytes(FILES["kl16.ckpt"][:1000])
+    assert run("vae").returncode == 0 and (tmp_path / KL16).read_bytes() == FILES["kl16.ckpt"]
+
+
+def test_dry_run_says_all_and_writes_nothing(run: Run, hub: Hub, tmp_path: Path) -> None:
+    result = run("all", "--dry_run")
+    assert result.returncode == 0, result.stderr
+    for text in (
+        f"vae: would fetch hf://{REPOSITORY}/kl16.ckpt (0.3 MB) to {KL16}",
+        "huge: would fetch",
+        f"stats: would fetch {hub.url}/plain/stats.bin to fid_stats/",
+        "adm_batch: would fetch",
+    ):
+        assert text in result.stdout
+    assert not written(tmp_path) and not any("resolve" in path for _, path, _ in hub.requests)
+
+
+@pytest.mark.parametrize("how", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+def test_offline_says_which_file_to_put_where(run: Run, tmp_path: Path, how: dict[str, str]) -> None:
+    result = run("vae", "large", "--root", "here", **how)
+    assert result.returncode == 2 and not written(tmp_path)
+    line = result.stderr.splitlines()[-1]
+    assert (
+        line.startswith("error: 2 of 2 files could not be fetched: vae (cannot get vae of")
+        and line.count("another machine") >= 2
+    )
+    assert (
+        f"put it at here/{KL16}" in line
+        and f"cannot get large of {REPOSITORY}" in line
+        and f"put it at here/{LARGE}" in line
+    )
+    result = run("stats", "--stats_url", "http://127.0.0.1:9/x.npz")
+    assert result.returncode == 2 and "put it at fid_stats/adm_in256_stats.npz" in result.stderr
+
+
+def test_a_token_is_sent(run: Run, hub: Hub, tmp_path: Path) -> None:
+    hub.token = "secret"
+    refused = run("vae")
+    assert refused.returncode == 2 and f"cannot get vae of {REPOSITORY}" in refused.stderr and not written(tmp_path)
+    assert run("vae", HF_TOKEN="secret").returncode == 0 and (tmp_path / KL16).is_file()
+
+
+def test_a_repository_with_other_names(run: Run, hub: Hub, tmp_path: Path) -> None:
+    hub.files = {"weights/a_large.pth": b"1", "weights/b_large.pth": b"2"}
+    result = run("large")
+    assert result.returncode == 2 and "has 2 files that could be large: weights/a_large.pth, weights/b_large.pth; name it with --file" in result.stderr
+    assert run("large", "--file", "weights/b_large.pth").returncode == 0 and (tmp_path / LARGE).read_bytes() == b"2"
+    assert "has no files that could be vae" in run("vae").stderr
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/../../b", "C:/x", "a\\..\\b"])
+def test_names_that_lead_out_of_the_folder(hub: Hub, run: Run, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="points out of its folder"):
+        download.safe_name(name, "here")
+    if name.startswith(".."):
+        hub.listed = [name]
+        result = run("vae")
+        assert result.returncode == 2 and "is refused, it points out of its folder" in result.stderr and not written(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- hf://
+
+def test_addresses(run: Run) -> None:
+    assert Path(download.local_path(f"hf://{REPOSITORY}/kl16.ckpt")).read_bytes() == FILES["kl16.ckpt"]
+    folder = Path(download.local_path(f"hf://{REPOSITORY}@main/tokenbridge_large"))
+    assert (folder / "checkpoint-last.pth").read_bytes() == FILES["tokenbridge_large/checkpoint-last.pth"]
+    with pytest.raises(ValueError, match=r"medium \(--resume\): no such file, nor a folder with checkpoint-last.pth or model.safetensors"):
+        download.local_path(f"hf://{REPOSITORY}/medium", "--resume")
+
+
+@pytest.mark.slow
+def test_the_command_in_its_own_process(hub: Hub, tmp_path: Path) -> None:
+    """HF_ENDPOINT and HF_HOME as huggingface_hub reads them when it starts; progress is shown."""
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(REPO), "PATH": os.environ["PATH"]}
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))          # a terminal of no width shows no bar
+    result = subprocess.run([sys.executable, "-m", "tools.download", "vae"], env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, timeout=100)
+    os.close(theirs)
+    shown = ""
+    with contextlib.suppress(OSError):                                                  # the terminal is closed: all was read
+        while part := os.read(ours, 1 << 16):
+            shown += part.decode()
+    assert result.returncode == 0 and (tmp_path / KL16).read_bytes() == FILES["kl16.ckpt"], shown
+    assert "100%" in shown and list((tmp_path / "home" / "hub").glob("models--Epiphqny--TokenBridge/blobs/*"))
+
+
+@pytest.mark.parametrize("address", ["hf://", "hf://alone", "hf://a/b/../c", "hf://a b/c", "hf://../x/y"])
+def test_addresses_that_are_none(address: str) -> None:
+    with pytest.raises(ValueError, match=r"\(--vae_path\) is no address on the hub: hf://OWNER/REPOSITORY/PATH"):
+        download.local_path(address, "--vae_path")
+
+
+def test_paths_stay_as_they_are() -> None:
+    assert download.local_path("OUT/model") == "OUT/model" and download.local_path("") == ""
+
+
+# ------------------------------------------------------------------------------------------------------- statistics
+
+@pytest.fixture
+def stats(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A file of statistics in ADM's format (float32, to keep it small); the server has it at /plain/stats.npz."""
+    path = tmp_path_factory.mktemp("stats") / "x.npz"
+    np.savez_compressed(path, mu=np.zeros(2048, np.float32), sigma=np.eye(2048, dtype=np.float32))
+    hub.files["stats"] = path.read_bytes()
+    return hub.files["stats"]
+
+
+@pytest.fixture
+def pinned(stats: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes the small file for the published one: its hash is the one that is known."""
+    blob = hashlib.sha1(b"blob %d\0" % len(stats) + stats).hexdigest()
+    monkeypatch.setitem(download.PUBLISHED, "stats", replace(download.PUBLISHED["stats"], git_blob=blob))
+
+
+def test_the_hash_of_the_published_statistics() -> None:
+    """Both published repositories hold this git blob; git's own rule for the hash of a blob."""
+    assert download.PUBLISHED["stats"].git_blob == "1da4c17607fe959d54999fd098105649a0c05e15"
+
+
+def test_git_hash_is_gits(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"what is up, doc?")
+    assert download.file_hash(tmp_path / "x", "0" * 40) == "bd9dbf5aae1a3862dd1526723246b20206e5fc37"
+
+
+@pytest.mark.usefixtures("pinned")
+def test_statistics(run: Run, hub: Hub, tmp_path: Path, stats: bytes) -> None:
+    target = tmp_path / "fid_stats" / "adm_in256_stats.npz"
+    hub.cut = 1
+    first = run("stats")
+    assert first.returncode == 2 and "run the same command again to continue" in first.stderr and not target.exists()
+    second = run("stats")
+    assert second.returncode == 0 and "hash is right" in second.stdout, second.stderr
+    assert target.read_bytes() == stats and written(tmp_path) == {"fid_stats/adm_in256_stats.npz"}
+    assert hub.requests[-1][2] == f"bytes={len(stats) // 2}-"
+    assert "is there and right" in run("stats").stdout
+
+
+def test_another_file_of_statistics_is_refused_unless_named(run: Run, hub: Hub, tmp_path: Path, stats: bytes) -> None:
+    """Also from an address of one's own the published file is expected; --sha256 names another."""
+    url, target = f"{hub.url}/plain/stats.npz", tmp_path / "fid_stats" / "adm_in256_stats.npz"
+    result = run("stats", "--stats_url", url)
+    assert (
+        result.returncode == 2
+        and "instead of 1da4c17607fe959d54999fd098105649a0c05e15; --sha256 names" in result.stderr
+        and not written(tmp_path)
+    )
+    sha256 = hashlib.sha256(stats).hexdigest()
+    assert (
+        sha256 in result.stderr
+        and run("stats", "--stats_url", url, "--sha256", sha256).returncode == 0
+        and target.read_bytes() == stats
+    )
+    result = run("stats")
+    assert result.returncode == 2 and "delete it to fetch it again" in result.stderr and target.read_bytes() == stats
+
+
+def test_wrong_statistics(run: Run, hub: Hub, tmp_path: Path, stats: bytes) -> None:
+    assert (
+        f"SHA-256 {hashlib.sha256(stats).hexdigest()} instead of {'0' * 64}"
+        in run("stats", "--sha256", "0" * 64).stderr
+    )
+    hub.files["stats"] = page = b"<html>log in first</html>"
+    result = run("stats", "--sha256", hashlib.sha256(page).hexdigest())
+    assert (
+        result.returncode == 2
+        and "is not a file of FID statistics" in result.stderr
+        and "what came was deleted" in result.stderr
+    )
+    assert not written(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ ADM's reference batch
+
+
+def reference_batch(path: Path, size: int = 256, count: int = 5, **more: np.ndarray) -> bytes:
+    """The format of VIRTUAL_imagenet256_labeled.npz with few images, its statistics of nothing."""
+    arrays = {
+        "mu": np.zeros(2048, np.float32),
+        "sigma": np.eye(2048, dtype=np.float32),
+        "mu_s": np.zeros(2023, np.float32),
+        "sigma_s": np.eye(2023, dtype=np.float32),
+        "arr_0": np.zeros((count, size, size, 3), np.uint8),
+        "arr_1": np.arange(count),
+    } | more
+    np.savez_compressed(path, **{key: value for key, value in arrays.items() if value is not None})
+    return path.read_bytes()
+
+
+def test_the_reference_batch(run: Run, hub: Hub, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    source = tmp_path_factory.mktemp("batch") / "b.npz"
+    hub.files["adm_batch"] = reference_batch(source)
+    result, target = run("adm_batch"), tmp_path / "fid_stats" / "VIRTUAL_imagenet256_labeled.npz"
+    assert result.returncode == 0 and target.read_bytes() == hub.files["adm_batch"], result.stderr
+    assert (
+        f"SHA-256 {hashlib.sha256(hub.files['adm_batch']).hexdigest()}" in result.stdout
+        and "is there and right" in run("adm_batch").stdout
+    )
+    target.unlink()
+    for changes, words in (
+        ({"size": 64}, "images of 256 pixels"),
+        ({"mu_s": None, "sigma_s": None}, "expected mu_s"),
+        ({"arr_0": None}, "no array arr_0"),
+    ):
+        hub.files["adm_batch"] = reference_batch(source, **changes)
+        result = run("adm_batch", "--adm_batch_url", f"{hub.url}/plain/adm_batch.npz")
+        assert result.returncode == 2 and words in result.stderr and not written(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------- what can be had, and the rest
+
+
+@pytest.mark.usefixtures("pinned")
+def test_all_fetches_what_can_be_had_and_reports_the_rest(run: Run, hub: Hub, tmp_path: Path) -> None:
+    del hub.files["tokenbridge_large/checkpoint-last.pth"]
+    result = run("all")  # the server has no reference batch either
+    assert result.returncode == 2
+    assert written(tmp_path) == {str(KL16), str(LARGE).replace("large", "huge"), "fid_stats/adm_in256_stats.npz"}
+    line = result.stderr.splitlines()[-1]
+    assert (
+        line.startswith(
+            f"error: 2 of 5 files could not be fetched: large (hf://{REPOSITORY} has no files that could be large"
+        )
+        and "adm_batch (" in line
+    )
+    assert "large: not fetched: " in result.stdout
+    hub.name = "moved/away"  # the hub lacks all; what is there is no failure
+    result = run("all")
+    assert (
+        result.returncode == 2
+        and f"vae: {KL16} is there, and could not be compared" in result.stdout
+        and "2 of 5" in result.stderr
+    )
+
+
+def test_the_vae_has_a_second_address(
+    run: Run, hub: Hub, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("vae") / "kl16.ckpt"
+    torch.save({"model": {"quant_conv.weight": torch.zeros(3)}}, path)
+    del hub.files["kl16.ckpt"]
+    hub.files["vae"] = b"<html>log in first</html>"
+    result = run("vae")
+    assert (
+        result.returncode == 2
+        and "has no files that could be vae" in result.stderr
+        and "nor from its second address" in result.stderr
+    )
+    assert not written(tmp_path)
+    hub.files["vae"] = path.read_bytes()
+    assert f"would fetch {hub.url}/plain/vae.bin to {KL16}" in run("vae", "--dry_run").stdout and not written(tmp_path)
+    result = run("vae")
+    assert (
+        result.returncode == 0
+        and (tmp_path / KL16).read_bytes() == path.read_bytes()
+        and "no hash is published, SHA-256" in result.stdout
+    )
+    (tmp_path / KL16).unlink()
+    result = run("vae", "--repository", "somebody/else")                         # whose VAE would be another one
+    assert result.returncode == 2 and "plain" not in result.stderr and not written(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- on demand
+
+def test_paths_of_published_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path, name in (
+        (KL16, "vae"),
+        (f"./{KL16}", "vae"),
+        (tmp_path / KL16, "vae"),
+        (LARGE, "large"),
+        (LARGE.parent, "large"),
+        ("fid_stats/adm_in256_stats.npz", "stats"),
+        ("fid_stats/VIRTUAL_imagenet256_labeled.npz", "adm_batch"),
+        ("kl16.ckpt", None),
+        ("", None),
+        ("hf://a/b/pretrained_models/vae/kl16.ckpt", None),
+        ("/elsewhere" / KL16, None),
+    ):
+        assert download.published_name(path) == name, path
+
+
+@pytest.mark.usefixtures("pinned")
+def test_provide_fetches_what_is_missing_once(run: Run, hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError,
+        match=rf"no {LARGE} \(--resume\), and --no_download is given: python -m tools.download large fetches it",
+    ):
+        download.provide(LARGE.parent, "--resume", no_download=True)
+    assert not hub.requests and not written(tmp_path)
+    for path, flag in (
+        (LARGE.parent, "--resume"),
+        (KL16, "--vae_path"),
+        ("fid_stats/adm_in256_stats.npz", "--fid_stats"),
+        ("own.npz", "--fid_stats"),
+    ):
+        download.provide(path, flag)
+    assert written(tmp_path) == {str(LARGE), str(KL16), "fid_stats/adm_in256_stats.npz"}
+    hub.requests.clear()
+    (tmp_path / KL16).write_bytes(b"my own")                                     # what is there is taken as it is
+    for no_download in (False, True):
+        download.provide(KL16, "--vae_path", no_download)
+        download.provide(LARGE.parent, "--resume", no_download)
+    assert not hub.requests and (tmp_path / KL16).read_bytes() == b"my own"
+    with pytest.raises(
+        OSError, match=r"cannot get .*/plain/adm_batch\.bin .* put it at fid_stats/VIRTUAL_imagenet256_labeled\.npz"
+    ):
+        download.provide("fid_stats/VIRTUAL_imagenet256_labeled.npz", "--pr_reference")
+
+
+PROVIDE = """
+import os, sys
+from dataclasses import replace
+from util import dist
+from checkpoints import download
+dist.init("cpu")
+os.chdir(sys.argv[1])
+download.PUBLISHED["vae"] = replace(download.PUBLISHED["vae"], url=os.environ["HF_ENDPOINT"] + "/plain/none.bin")
+try:
+    download.provide("pretrained_models/vae/kl16.ckpt", "--vae_path")
+    print(f"size {os.path.getsize('pretrained_models/vae/kl16.ckpt')}\\n", end="", flush=True)
+except (ValueError, OSError) as error:
+    print(f"refused {'put it at pretrained_models' in str(error)}\\n", end="", flush=True)
+dist.shutdown()
+"""
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_one_process_downloads_and_the_others_wait(hub: Hub, tmp_path: Path, there: bool) -> None:
+    """Two processes: the file is fetched once, both go on when it is complete; a failure stops both."""
+    (tmp_path / "provide.py").write_text(PROVIDE)
+    if not there:
+        del hub.files["kl16.ckpt"]
+    result = run_processes(
+        [tmp_path / "provide.py", tmp_path], 2, env={"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("size 300000" if there else "refused True") == 2
+    got = [path for method, path, _ in hub.requests if method == "GET" and ("resolve" in path or "plain" in path)]
+    assert len(got) == 1

@@ -1,0 +1,444 @@
+"""models/channel_ar.py, models/layers.py (SPEC 5): the head against one written out in float64, cached against uncached, the draws."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.stats import chisquare
+from torch import Tensor
+
+from models import channel_ar
+from models.channel_ar import draw_indices
+from models.layers import CausalAttention
+from models.tokenbridge import TokenBridge
+from tests.conftest import tiny_batch, tiny_config, tiny_model
+
+N = 7           # tokens
+HEADS = 4       # of the tiny model's head
+
+
+def random_inputs(model: TokenBridge, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """z (N, D) and indices (N, C) in head order."""
+    rng = np.random.default_rng(seed)
+    z = torch.from_numpy(rng.standard_normal((N, model.mask_token.shape[-1])).astype(np.float32))
+    return z, torch.from_numpy(rng.integers(model.num_levels, size=(N, model.num_channels)))
+
+
+def plain_head(model: TokenBridge, z: Tensor, indices: Tensor, start: str) -> Tensor:
+    """SPEC 5 word by word, float64, one explicit attention matrix, no cache: logits (N, C, K) in head order."""
+    w = {key: value.double() for key, value in model.state_dict().items()}
+    z = z.double()
+    num_channels, width = indices.shape[1], w["condition_proj.bias"].shape[0]
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(x: Tensor, name: str | None) -> Tensor:
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+        return x if name is None else x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def silu(x: Tensor) -> Tensor:
+        return x / (1 + torch.exp(-x))
+
+    h = linear("condition_proj", z)
+    x = torch.empty(len(z), num_channels, width, dtype=torch.float64)
+    x[:, 0] = h + w["timesteps_embeddings"][0, 0] if start == "official" else h
+    for c in range(1, num_channels):
+        x[:, c] = w[f"token_embeddings.{c - 1}.weight"][indices[:, c - 1]]
+    x = x + w["channel_embed"]
+    conditioning = silu(h[:, None] + w["timesteps_embeddings"])
+    for i in range(len(model.channel_blocks)):
+        at = f"channel_blocks.{i}"
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = linear(f"{at}.adaLN_modulation.1", conditioning).split(width, -1)
+        qkv = linear(f"{at}.attn.qkv", norm(x, f"{at}.norm1") * (1 + scale_a) + shift_a)
+        out = []
+        for head in range(HEADS):
+            size = width // HEADS
+            q, k, v = (qkv[..., part * width + head * size : part * width + (head + 1) * size] for part in range(3))
+            scores = norm(q, f"{at}.attn.q_norm") @ norm(k, f"{at}.attn.k_norm").transpose(1, 2) / math.sqrt(size)
+            scores = scores + w["channel_mask"]                                  # 0 on and below the diagonal, -inf above
+            out.append(scores.softmax(-1) @ v)
+        x = x + gate_a * linear(f"{at}.attn.proj", torch.cat(out, -1))
+        hidden = linear(f"{at}.mlp.fc1", norm(x, f"{at}.norm2") * (1 + scale_m) + shift_m)
+        hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+        x = x + gate_m * linear(f"{at}.mlp.fc2", hidden)
+    scale, shift = linear("channel_final.adaLN_modulation.1", conditioning).split(width, -1)
+    x = norm(norm(x, "channel_norm"), None) * (1 + scale) + shift
+    return torch.stack([linear(f"channel_heads.{c}", x[:, c]) for c in range(num_channels)], 1)
+
+
+def plain_sample(model: TokenBridge, z: Tensor, start: str) -> Tensor:
+    """Greedy indices (N, C): the whole sequence anew for every position, the way without a cache."""
+    indices = torch.zeros(len(z), model.num_channels, dtype=torch.long)
+    for c in range(model.num_channels):
+        indices[:, c] = plain_head(model, z, indices, start)[:, c].argmax(-1)
+    return indices
+
+
+# ------------------------------------------------------------------------------------------------------- the forward pass
+
+@pytest.mark.parametrize("channels", [16, 4, 2])
+@torch.no_grad()
+def test_training_logits_are_the_plain_heads(channels):
+    model = tiny_model(vae_embed_dim=channels)
+    z, indices = random_inputs(model)
+    torch.testing.assert_close(model.channel_logits(z, indices).double(), plain_head(model, z, indices, "trained"), rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_training_ignores_the_start_switch():
+    z, indices = random_inputs(tiny_model())
+    assert torch.equal(tiny_model(head_start="official").channel_logits(z, indices), tiny_model(head_start="trained").channel_logits(z, indices))
+
+
+@torch.no_grad()
+def test_causal():
+    """Changing the index at position c leaves the logits up to c as they are and changes every later one."""
+    model = tiny_model()
+    z, indices = random_inputs(model)
+    before = model.channel_logits(z, indices)
+    for c in range(16):
+        changed = indices.clone()
+        changed[:, c] = (changed[:, c] + 1) % 16
+        differs = (model.channel_logits(z, changed) - before).abs().amax((0, 2)) > 1e-5
+        assert differs.tolist() == [False] * (c + 1) + [True] * (15 - c)
+
+
+# ------------------------------------------------------------------------------------------------------- dropout
+
+def test_dropout_rates_reach_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, passed, real = tiny_model(attn_dropout=0.2, proj_dropout=0.3), [], F.scaled_dot_product_attention
+    for block in model.channel_blocks:
+        assert [layer.p for layer in (block.attn.proj_drop, block.mlp.drop1, block.mlp.drop2)] == [0.3] * 3
+    assert model.state_dict().keys() == tiny_model().state_dict().keys()
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, **more: object) -> Tensor:
+        passed.append(dropout_p)
+        return real(q, k, v, mask, dropout_p, **more)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    for training, rate in ((True, 0.2), (False, 0.0)):
+        model.train(training).channel_logits(*random_inputs(model))
+        assert passed == [rate] * len(model.channel_blocks)
+        passed.clear()
+
+
+@pytest.mark.parametrize("head", ["autoregressive", "parallel"])
+@pytest.mark.parametrize("rates", [dict(attn_dropout=0.3), dict(proj_dropout=0.3), dict(attn_dropout=0.3, proj_dropout=0.3)])
+@torch.no_grad()
+def test_dropout_acts_in_training_mode_only(head: str, rates: dict[str, float]) -> None:
+    plain, model = tiny_model(head=head), tiny_model(head=head, **rates)
+    inputs = random_inputs(model)
+    expected = plain.channel_logits(*inputs)
+    assert torch.equal(plain.train().channel_logits(*inputs), expected) and torch.equal(model.channel_logits(*inputs), expected)
+    model.train()
+    first, second = model.channel_logits(*inputs), model.channel_logits(*inputs)
+    assert not torch.equal(first, second) and not torch.equal(first, expected)
+
+
+def assert_share(zeros: Tensor, rate: float) -> None:
+    """The share of True entries is `rate`, within four standard deviations of a binomial share."""
+    assert abs(float(zeros.float().mean()) - rate) < 4 * math.sqrt(rate * (1 - rate) / zeros.numel())
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.4])
+@torch.no_grad()
+def test_share_of_dropped_activations_is_the_rate(rate: float) -> None:
+    """After the projection, the MLP's activation and its second Linear; what is left is scaled by 1 / (1 - rate)."""
+    model, found = tiny_model(proj_dropout=rate).train(), []
+    for block in model.channel_blocks:
+        for layer in (block.attn.proj_drop, block.mlp.drop1, block.mlp.drop2):
+            layer.register_forward_hook(lambda _, inputs, output: found.append((inputs[0], output)))
+    torch.manual_seed(0)
+    z, indices = random_inputs(model)
+    model.channel_logits(z.repeat(20, 1), indices.repeat(20, 1))
+    assert len(found) == 3 * len(model.channel_blocks)
+    for before, after in found:
+        assert_share(after[before != 0] == 0, rate)
+        torch.testing.assert_close(after[after != 0], before[after != 0] / (1 - rate))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.4])
+@torch.no_grad()
+def test_share_of_dropped_attention_weights_is_the_rate(rate: float) -> None:
+    """With equal scores, one-hot values and an identity for `proj`, the output is the attention weights themselves."""
+    width = 16
+    attention = CausalAttention(width, 1, attn_dropout=rate)
+    for layer in (attention.qkv, attention.proj):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    attention.qkv.weight[2 * width :] = attention.proj.weight[:] = torch.eye(width)
+    x, lower = torch.eye(width).expand(400, -1, -1), torch.ones(width, width).tril() > 0
+    uniform = torch.ones(width, width).tril() / torch.arange(1, width + 1).unsqueeze(1)
+    torch.testing.assert_close(attention.eval()(x), uniform.expand(400, -1, -1))
+    torch.manual_seed(0)
+    weights = attention.train()(x)
+    assert (weights[:, ~lower] == 0).all()
+    assert_share(weights[:, lower] == 0, rate)
+    kept = weights != 0
+    torch.testing.assert_close(weights[kept], (uniform / (1 - rate)).expand(400, -1, -1)[kept])
+
+
+# ------------------------------------------------------------------------------------------------------- cached decoding
+
+def cached_logits(model: TokenBridge, z: Tensor, indices: Tensor) -> Tensor:
+    """The logits that `channel_sample` computes, position by position, when the draws are forced to `indices`: (N, C, K)."""
+    seen = []
+
+    def forced(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        seen.append(logits.clone())
+        return indices[:, len(seen) - 1], logits[:, 0]
+    original, channel_ar.draw_indices = channel_ar.draw_indices, forced
+    try:
+        model.channel_sample(z, torch.zeros(len(z), model.num_channels), 1.0)
+    finally:
+        channel_ar.draw_indices = original
+    return torch.stack(seen, 1)
+
+
+@pytest.mark.parametrize("start", ["trained", "official"])
+@torch.no_grad()
+def test_cached_logits_step_by_step(start):
+    model = tiny_model(head_start=start)
+    z, indices = random_inputs(model)
+    found = cached_logits(model, z, indices)
+    torch.testing.assert_close(found.double(), plain_head(model, z, indices, start), rtol=0, atol=2e-5)
+    if start == "trained":                                     # then decoding continues exactly what training learnt
+        torch.testing.assert_close(found, model.channel_logits(z, indices), rtol=0, atol=1e-5)
+    else:
+        assert (found - model.channel_logits(z, indices)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("start", ["trained", "official"])
+@torch.no_grad()
+def test_greedy_decoding(start):
+    model = tiny_model(head_start=start)
+    z, _ = random_inputs(model, seed=3)
+    found, witness = model.channel_sample(z, torch.rand(N, 16), 0)
+    assert torch.equal(found, plain_sample(model, z, start))
+    assert witness.shape == (N,) and witness.isfinite().all()
+
+
+@torch.no_grad()
+def test_sixteen_positions_per_token_not_136():
+    model = tiny_model()
+    z, _ = random_inputs(model)
+    rows = []
+    hook = model.channel_blocks[0].attn.qkv.register_forward_hook(lambda module, args, out: rows.append(out.shape[:-1].numel()))
+    model.channel_sample(z, torch.rand(N, 16), 1.0)
+    hook.remove()
+    assert sum(rows) == N * 16
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@torch.no_grad()
+def test_decoding_in_chunks_changes_nothing(monkeypatch, temperature):
+    model = tiny_model()
+    z, _ = random_inputs(model)
+    uniform = torch.rand(N, 16, generator=torch.Generator().manual_seed(0))
+    whole = model.channel_sample(z, uniform, temperature)[0]
+    monkeypatch.setattr(channel_ar, "DECODE_CHUNK_BYTES", 16 * 48 * 14 * 4 * 2)     # two tokens of the tiny model at a time
+    sizes = []
+    hook = model.channel_heads[0].register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    assert torch.equal(model.channel_sample(z, uniform, temperature)[0], whole)
+    hook.remove()
+    assert sizes == [2, 2, 2, 1]
+
+
+@torch.no_grad()
+def test_one_channel():
+    model = tiny_model(vae_embed_dim=1)
+    z, indices = random_inputs(model)
+    expected = plain_head(model, z, indices, "trained")
+    torch.testing.assert_close(model.channel_logits(z, indices).double(), expected, rtol=0, atol=2e-5)
+    assert torch.equal(model.channel_sample(z, torch.rand(N, 1), 0)[0], expected.argmax(-1))
+
+
+@torch.no_grad()
+def test_broken_weights_show_in_the_witness():
+    model = tiny_model()
+    model.channel_heads[3].bias[5] = math.nan
+    z, _ = random_inputs(model)
+    for temperature in (0, 1.0):
+        assert model.channel_sample(z, torch.rand(N, 16), temperature)[1].isnan().all()
+
+
+# ------------------------------------------------------------------------------------------------------- draws
+
+def test_argmax_at_temperature_0():
+    logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, -1.0, 4.9], [1.0, 1.0, 0.0]])
+    assert draw_indices(logits, torch.full((3,), 0.99), 0)[0].tolist() == [1, 0, 0]
+
+
+def test_inverse_of_the_cumulative_distribution_by_hand():
+    """Probabilities 0.1, 0.2, 0.3, 0.4: cumulative 0.1, 0.3, 0.6, 1."""
+    uniform = torch.tensor([0.0, 0.05, 0.15, 0.29, 0.31, 0.59, 0.61, 1 - 2**-24])
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(8, 4)
+    assert draw_indices(logits, uniform, 1.0)[0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_temperature_divides_the_logits():
+    """At T = 1/2 the probabilities 1/3 and 2/3 become 1/5 and 4/5; at T = 1e6 both are 1/2."""
+    logits = torch.tensor([1 / 3, 2 / 3]).log().expand(4, 2)
+    uniform = torch.tensor([0.19, 0.21, 0.32, 0.34])
+    assert draw_indices(logits, uniform, 1.0)[0].tolist() == [0, 0, 0, 1]
+    assert draw_indices(logits, uniform, 0.5)[0].tolist() == [0, 1, 1, 1]
+    assert draw_indices(logits, torch.tensor([0.49, 0.51, 0.0, 0.99]), 1e6)[0].tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.96, 2.0])
+def test_frequencies(temperature):
+    """200,000 draws: their counts fit softmax(logits / T) by the chi-square test (seed fixed; p would be below 1e-3 once in a thousand seeds)."""
+    logits = torch.randn(8, generator=torch.Generator().manual_seed(1))
+    uniform = torch.rand(200_000, generator=torch.Generator().manual_seed(2))
+    counts = torch.bincount(draw_indices(logits.expand(200_000, 8), uniform, temperature)[0], minlength=8).numpy()
+    weights = np.exp(logits.double().numpy() / temperature)
+    assert chisquare(counts, 200_000 * weights / weights.sum()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("draw", ["inverse", "gumbel"])
+@pytest.mark.parametrize(("top_k", "top_p", "kept"), [(0, 1.0, 8), (3, 1.0, 3), (0, 0.7, 4), (2, 0.7, 2), (1, 1.0, 1), (0, 0.01, 1)])
+def test_frequencies_of_what_top_k_and_top_p_leave(draw, top_k, top_p, kept):
+    """Probabilities 0.28, 0.2, 0.16, 0.12, ... : the `kept` largest, renormalised, whichever way is drawn; the chi-square test at 100,000 draws."""
+    p = np.array([0.04, 0.28, 0.06, 0.2, 0.08, 0.16, 0.06, 0.12])
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.rand(100_000, generator=generator) if draw == "inverse" else -torch.empty(100_000, 8).exponential_(generator=generator).log()
+    drawn = draw_indices(torch.from_numpy(p).log().expand(100_000, 8), noise, 1.0, top_k, top_p)[0]
+    counts = torch.bincount(drawn, minlength=8).numpy()
+    left = np.argsort(-p, kind="stable")[:kept]
+    assert counts[left].sum() == 100_000
+    if kept > 1:
+        assert chisquare(counts[left], 100_000 * p[left] / p[left].sum()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("noise", [torch.rand(500, generator=torch.Generator().manual_seed(5)), torch.randn(500, 64) * 100])
+def test_top_k_1_is_the_argmax(noise):
+    logits = torch.randn(500, 64, generator=torch.Generator().manual_seed(4))
+    for temperature in (0.1, 1.0, 50.0):
+        assert torch.equal(draw_indices(logits, noise, temperature, top_k=1)[0], logits.argmax(-1))
+
+
+@pytest.mark.parametrize("draw", ["inverse", "gumbel"])
+def test_the_head_draws_from_its_joint_distribution(draw):
+    """A head of 2 dimensions with 4 levels: all 16 outcomes of a token, against p(first) p(second | first) from the teacher-forced logits."""
+    model = tiny_model(channel_depth=1, vae_embed_dim=2, quant_levels=4, channel_order=[1, 0])
+    z = torch.randn(1, model.mask_token.shape[-1], generator=torch.Generator().manual_seed(6))
+    outcomes = torch.cartesian_prod(torch.arange(4), torch.arange(4))                                # (16, 2) head order
+    with torch.no_grad():
+        first, second = model.channel_logits(z.expand(16, -1), outcomes).double().mul(1 / 0.7).log_softmax(-1).unbind(1)
+        expected = (first.gather(1, outcomes[:, :1]) + second.gather(1, outcomes[:, 1:])).exp()[:, 0].numpy()
+        generator = torch.Generator().manual_seed(7)
+        noise = torch.rand(40_000, 2, generator=generator) if draw == "inverse" else -torch.empty(40_000, 2, 4).exponential_(generator=generator).log()
+        drawn, _ = model.channel_sample(z.expand(40_000, -1), noise, 0.7)
+    counts = torch.bincount(drawn[:, 0] * 4 + drawn[:, 1], minlength=16).numpy()
+    assert expected.sum() == pytest.approx(1) and chisquare(counts, 40_000 * expected).pvalue > 1e-3
+
+
+def test_impossible_levels_are_never_drawn():
+    logits = torch.full((4096, 64), -math.inf)
+    logits[:, 20:40] = torch.randn(4096, 20, generator=torch.Generator().manual_seed(0))
+    for uniform in (torch.zeros(4096), torch.full((4096,), 1 - 2**-24)):
+        drawn, witness = draw_indices(logits, uniform, 1.0)
+        assert drawn.min() >= 20 and drawn.max() < 40 and witness.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_without_a_distribution_have_no_finite_witness(bad):
+    logits = torch.zeros(2, 4)
+    logits[1, 2] = bad
+    for temperature in (0, 1.0):
+        assert draw_indices(logits, torch.tensor([0.5, 0.5]), temperature)[1].isfinite().tolist() == [True, False]
+
+
+def test_half_precision_logits_are_drawn_in_float32():
+    logits = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    uniform = torch.rand(64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(draw_indices(logits, uniform, 1.0)[0], draw_indices(logits.float(), uniform, 1.0)[0])
+
+
+# ------------------------------------------------------------------------------------------------------- orders, parts, errors
+
+def test_channel_order_and_its_inverse():
+    order = [2, 0, 3, 1]
+    model = tiny_model(vae_embed_dim=4, channel_order=order)
+    x = torch.tensor([[10, 11, 12, 13]])
+    assert x[:, model.to_head_order].tolist() == [[12, 10, 13, 11]]
+    assert x[:, model.to_head_order][:, model.to_natural_order].tolist() == x.tolist()
+    assert {"to_head_order", "to_natural_order"}.isdisjoint(model.state_dict())
+
+
+def test_gelu_is_the_exact_one():
+    """The tanh approximation is off by up to 5e-4: at x = 2 the erf form gives 1.954500 and tanh 1.954598."""
+    assert tiny_model().channel_blocks[0].mlp.act(torch.tensor(2.0)).item() == pytest.approx(1.9544997, abs=1e-6)
+
+
+def test_attention_with_one_position_sees_itself_only():
+    """Then the softmax is 1 and the output is proj(v)."""
+    layer = CausalAttention(8, 2)
+    x = torch.randn(3, 1, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer(x), layer.proj(F.linear(x, layer.qkv.weight[16:], layer.qkv.bias[16:])))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(head_start="first"), "head_start must be one of official, trained"),
+    (dict(channel_order=list(range(15))), "permutation of 0..15"),
+    (dict(channel_order=[0, *range(15)]), "permutation of 0..15"),
+    (dict(vae_embed_dim=4, channel_order=[1, 2, 3, 4]), "permutation of 0..3"),
+    (dict(channel_heads=5), "head width 48 is not a multiple of its 5 heads"),
+    (dict(head="mlp"), "head must be one of autoregressive, parallel"),
+    (dict(head="parallel", head_start="official"), "the parallel one (--head) has"),
+])
+def test_errors(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TokenBridge(**tiny_config(**change))
+
+
+# ------------------------------------------------------------------------------------------------------------- the parallel head
+
+def test_the_parallel_head_predicts_each_dimension_from_z_alone():
+    """Its logits do not know the indices, those of the autoregressive head do; it has every parameter of that head but the token embeddings."""
+    model, other = tiny_model(head="parallel"), tiny_model()
+    z, indices = random_inputs(model)
+    changed = (indices + 1) % model.num_levels
+    assert torch.equal(model.channel_logits(z, indices), model.channel_logits(z, changed))
+    assert not torch.equal(other.channel_logits(z, indices), other.channel_logits(z, changed))
+    assert {key for key in other.state_dict() if key not in model.state_dict()} == {f"token_embeddings.{c}.weight" for c in range(15)}
+    assert model.state_dict().keys() < other.state_dict().keys() and model.config["head"] == "parallel"
+
+
+@torch.no_grad()
+def test_the_parallel_head_samples_from_its_logits():
+    """At temperature 0 the argmax of each dimension; otherwise draws from each softmax, whatever the other dimensions became."""
+    model = tiny_model(head="parallel")
+    z, _ = random_inputs(model)
+    logits = model.channel_logits(z, None)
+    indices, witness = model.channel_sample(z, torch.zeros(N, 16), 0.0)
+    assert torch.equal(indices, logits.argmax(-1)) and torch.isfinite(witness).all()
+    torch.testing.assert_close(model.leading_logits(z), logits[:, 0], rtol=1e-4, atol=1e-4)
+    draws, noise = 4000, torch.rand(4000, 16, generator=torch.Generator().manual_seed(1))
+    drawn, _ = model.channel_sample(z[:1].expand(draws, -1), noise, 1.0)
+    for c in (0, 7, 15):
+        expected = draws * logits[0, c].double().softmax(-1)
+        likely = expected >= 5
+        observed = torch.bincount(drawn[:, c], minlength=16).double()
+        assert chisquare([*observed[likely], observed[~likely].sum()], [*expected[likely], expected[~likely].sum() + 1e-9]).pvalue > 1e-4
+
+
+def test_the_parallel_head_learns():
+    """A few steps on one batch lower the loss, and every parameter gets a gradient."""
+    torch.manual_seed(0)
+    model = TokenBridge(**tiny_config(head="parallel"))
+    latents, labels = tiny_batch()
+    mask = torch.ones(4, 16)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        loss = model(latents, labels, mask)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    assert not [name for name, p in model.named_parameters() if p.grad is None and name != "fake_latent"]

@@ -1,0 +1,252 @@
+"""Where tensors are made (SPEC 11): models build under `meta` and `cuda` contexts, and on a fake GPU nothing strays to another device.
+
+Fake tensors have shapes and devices but no numbers, so this runs without a GPU. Mixing devices, or asking a fake tensor for its numbers
+(a hidden host sync), is an error there by itself. Backward passes on fake cuda tensors need a CUDA build of torch and are left out.
+"""
+
+import contextlib
+
+import pytest
+import torch
+
+from engine_tokenbridge import batch_latents
+from evaluation.store import image_flaws
+from models import MODELS
+from models.quantizer import GaussianQuantizer
+from models.sampling import compiled
+from models.sampling import loop as sampling
+from models.sampling.loop import SamplerOptions, sample_steps
+from models.tokenbridge import TokenBridge
+from models.vae import AutoencoderKL
+from tests.conftest import RecordOps, fake_gpu, fill_golden, tiny_batch, tiny_config, tiny_vae
+
+SMALL_VAE = dict(embed_dim=16, ch_mult=(1, 1, 2, 2, 2), ch=8, num_res_blocks=1, norm_groups=4)
+
+
+def on_fake_gpu(build, **arguments: object) -> torch.nn.Module:  # noqa: ANN001
+    with torch.device("cuda"):
+        return build(**arguments)
+
+
+def devices(module: torch.nn.Module) -> set[str]:
+    """Of all parameters and buffers, those outside the state dict too."""
+    return {tensor.device.type for tensor in (*module.parameters(), *module.buffers())}
+
+
+def strays(ops: RecordOps) -> set[str]:
+    """Operations that made a tensor elsewhere than on the (fake) GPU."""
+    return {name for name, device in ops.devices if device != "cuda"}
+
+
+# ------------------------------------------------------------------------------------------------------- building
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize(("build", "arguments"), [(TokenBridge, tiny_config()), (AutoencoderKL, SMALL_VAE), (GaussianQuantizer, dict(bits=6))])
+def test_building_under_a_device(device, build, arguments):
+    with torch.device(device):
+        module = build(**arguments)
+    assert devices(module) == {device}
+
+
+@pytest.mark.parametrize(("build", "arguments"), [(TokenBridge, tiny_config()), (AutoencoderKL, SMALL_VAE), (GaussianQuantizer, dict(bits=6))])
+def test_building_on_a_gpu(build, arguments):
+    with fake_gpu():
+        assert devices(on_fake_gpu(build, **arguments)) == {"cuda"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_full_models_build_on_a_gpu(name):
+    with fake_gpu():
+        model = on_fake_gpu(MODELS[name])
+        assert devices(model) == {"cuda"} and model.boundaries.shape == (65,)
+
+
+@pytest.mark.parametrize("build", [lambda: TokenBridge(**tiny_config()), lambda: GaussianQuantizer(4, -5, 5)])
+def test_tables_do_not_depend_on_the_default_device_or_dtype(build):
+    """They are computed in float64 on the CPU: a float64 default, or a cpu context, changes no bit."""
+    plain = build()
+    torch.set_default_dtype(torch.float64)
+    try:
+        double = build()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name in ("boundaries", "reconstruction_values"):
+        assert getattr(double, name).dtype == torch.float32
+        assert torch.equal(getattr(plain, name), getattr(double, name))
+
+
+def test_a_meta_model_becomes_real_by_loading():
+    """The usual way for large checkpoints: build without memory, then assign the file's tensors."""
+    real = fill_golden(TokenBridge(**tiny_config())).eval()
+    with torch.device("meta"):
+        shell = TokenBridge(**tiny_config())
+    shell.load_state_dict(real.state_dict(), strict=True, assign=True)
+    assert {n for n, t in shell.state_dict().items() if t.device.type != "cpu"} == set()
+
+
+# ------------------------------------------------------------------------------------------------------- running on a fake GPU
+
+def test_vae_stays_on_the_gpu():
+    with fake_gpu():
+        vae = on_fake_gpu(AutoencoderKL, **SMALL_VAE, scale_factor=[0.5] * 16, shift=0.1)
+        image = torch.zeros(2, 3, 64, 64, device="cuda")
+        with RecordOps() as ops:
+            posterior = vae.encode(image)
+            decoded = vae.decode(posterior.sample())
+        assert posterior.parameters.shape == (2, 32, 4, 4) and decoded.shape == (2, 3, 64, 64)
+        assert {t.device.type for t in (posterior.parameters, posterior.mean, posterior.std, posterior.mode(), posterior.kl(), decoded)} == {"cuda"}
+        assert ops.names and not strays(ops)
+        assert vae.unscale(vae.scale(posterior.mean)).device.type == "cuda"
+
+
+def test_full_size_vae_shapes():
+    with fake_gpu():
+        vae = on_fake_gpu(AutoencoderKL)
+        posterior = vae.encode(torch.zeros(1, 3, 256, 256, device="cuda"))
+        assert posterior.mean.shape == (1, 16, 16, 16) and vae.decode(posterior.mode()).shape == (1, 3, 256, 256)
+        assert posterior.mean.device.type == "cuda"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("context", ["plain", "device"])
+def test_training_forward_stays_on_the_gpu(context, checkpointing):
+    """With given masks not one tensor elsewhere; also within a torch.device("cuda") block."""
+    around = {"plain": contextlib.nullcontext, "device": lambda: torch.device("cuda")}
+    with fake_gpu():
+        model = on_fake_gpu(TokenBridge, **tiny_config(label_drop_prob=0.1, attn_dropout=0.1, grad_checkpointing=checkpointing)).train()
+        latents, labels = torch.zeros(2, 16, 4, 4, device="cuda"), torch.zeros(2, dtype=torch.long, device="cuda")
+        mask = torch.ones(2, 16, device="cuda")
+        with around[context](), RecordOps() as ops:
+            details = model(latents, labels, mask, num_masked=16, return_details=True)
+        assert ops.names and not strays(ops)
+        assert details.logits.shape == (32, 16, 16) and details.loss.dtype == torch.float32
+        assert {t.device.type for t in (details.loss, details.tokens, details.z, details.logits)} == {"cuda"}
+
+
+def test_training_forward_draws_its_mask_on_the_gpu():
+    """Only the mask *ratio* is drawn by the host, as the number of masked tokens is a shape: one number, nothing moved."""
+    with fake_gpu():
+        model = on_fake_gpu(TokenBridge, **tiny_config(label_drop_prob=0.1)).train()
+        with RecordOps() as ops:
+            loss = model(torch.zeros(2, 16, 4, 4, device="cuda"), torch.zeros(2, dtype=torch.long, device="cuda"))
+        assert loss.device.type == "cuda"
+        assert [name for name, device in ops.devices if device != "cuda"] == ["rand"]
+
+
+def test_training_forward_with_a_mask_of_unknown_count():
+    """A fake mask cannot say how many tokens it hides; the shapes traced are those of the median ratio, ceil(0.874 * 16) = 14 of 16."""
+    with fake_gpu():
+        model = on_fake_gpu(TokenBridge, **tiny_config())
+        mask = torch.ones(2, 16, device="cuda")
+        details = model(torch.zeros(2, 16, 4, 4, device="cuda"), torch.zeros(2, dtype=torch.long, device="cuda"), mask, return_details=True)
+        assert details.logits.shape == (28, 16, 16) and details.logits.device.type == "cuda"
+
+
+@pytest.mark.parametrize("context", ["plain", "device"])
+@pytest.mark.parametrize("labels", ["none", "list", "tensor"])
+def test_sampler_stays_on_the_gpu(context, labels):
+    """Noise and orders are drawn by the host before the loop (a seed is one image on any device); from the first pass on all is on the GPU.
+
+    That fake tensors get through at all shows that nothing waits for a number of theirs.
+    """
+    around = {"plain": contextlib.nullcontext, "device": lambda: torch.device("cuda")}
+    with fake_gpu():
+        model = on_fake_gpu(TokenBridge, **tiny_config())
+        given = {"none": None, "list": [1, 2], "tensor": torch.ones(2, dtype=torch.long, device="cuda")}[labels]
+        ops, first = RecordOps(), []
+        model.z_proj.register_forward_pre_hook(lambda *_: first.append(len(ops.devices)))
+        with around[context](), ops:
+            latents = model.sample_tokens(2, num_iter=2, cfg=2.0, labels=given, seeds=[1, 2])
+        assert latents.shape == (2, 16, 4, 4) and latents.device.type == "cuda"
+        assert len(first) == 2 + 1 and {device for _, device in ops.devices[first[0]:]} == {"cuda"}
+        moved = [name for name, device in ops.devices[:first[0]] if device != "cuda"]
+        assert "normal_" not in moved and len(moved) < 30
+
+
+EDIT = dict(editing=True)
+
+
+@pytest.mark.parametrize("options", [
+    dict(order="confidence", confidence_candidates=2.0, reuse_guidance=2), dict(order="halton", draw="gumbel", channel_temperature=(0.5, 1.5)),
+    dict(order="raster", temperature_schedule="linear", cfg_schedule="interval", cfg_interval=(0.3, 0.7)), dict(temperature=0, reuse_features=2),
+    dict(order="subsample", top_k=3, top_p=0.9, compile=True), dict(order="confidence", draw="gumbel", temperature=0.9, compile=True),
+    EDIT | dict(order="confidence"), EDIT | dict(reuse_features=3, reuse_guidance=2), EDIT | dict(compile=True),
+], ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()))
+def test_every_way_to_sample_stays_on_the_gpu(monkeypatch, options):
+    """From the first pass on; the compiled path through the same functions uncompiled.
+
+    What the host does before has stand-ins where fake tensors cannot do it: Gumbel noise from a generator, counting the mask's tokens.
+    """
+    monkeypatch.setattr(compiled, "graph", lambda function, device: function)
+    monkeypatch.setattr(sampling, "gumbel", lambda shape, generator: torch.zeros(tuple(shape), device="cpu"))
+    monkeypatch.setattr(sampling, "check_regenerate", lambda mask, bsz, num_tokens: (mask.expand(bsz, -1), 6))
+    options = dict(num_iter=3, cfg=2.0) | options
+    with fake_gpu():
+        model = on_fake_gpu(TokenBridge, **tiny_config(vae_embed_dim=4, channel_order=None, channel_depth=1))
+        given = {}
+        if options.pop("editing", False):
+            given = dict(init=torch.zeros(1, 4, 4, 4, device="cuda"), regenerate=torch.arange(16, device="cpu").view(1, 16) % 3 == 0)
+        ops, first = RecordOps(), []
+        model.z_proj.register_forward_pre_hook(lambda *_: first.append(len(ops.devices)))
+        with ops:
+            states = list(sample_steps(model, model.class_emb.weight[:2], SamplerOptions(**options), seeds=[1, 2], **given))
+        assert len(states) == 3 and states[-1].latents.shape == (2, 4, 4, 4) and states[-1].latents.device.type == "cuda"
+        assert first and {device for _, device in ops.devices[first[0]:]} == {"cuda"}
+
+
+def test_given_orders_may_be_on_the_gpu():
+    with fake_gpu():
+        model = on_fake_gpu(TokenBridge, **tiny_config())
+        orders = torch.zeros(2, 16, dtype=torch.long, device="cuda")
+        assert model.sample_tokens(2, 2, orders=orders, temperature=0).device.type == "cuda"
+
+
+def test_quantizer_stays_on_the_gpu():
+    with fake_gpu():
+        quantizer = on_fake_gpu(GaussianQuantizer, bits=6)
+        with RecordOps() as ops:
+            assert quantizer(torch.zeros(2, 5, device="cuda")).device.type == "cuda"
+        assert ops.names and not strays(ops)
+
+
+@pytest.mark.parametrize("kind", ["images", "moments", "mean", "indices"])
+def test_cached_latents_become_latents_on_the_gpu(kind):
+    """Whatever the cache holds: half-precision moments or means, or int16 indices."""
+    with fake_gpu():
+        model, vae = on_fake_gpu(TokenBridge, **tiny_config()), on_fake_gpu(AutoencoderKL, **SMALL_VAE, scale_factor=[0.5] * 16)
+        shape, dtype = {"images": ((2, 3, 64, 64), torch.float32), "moments": ((2, 32, 4, 4), torch.float16), "mean": ((2, 16, 4, 4), torch.bfloat16),
+                        "indices": ((2, 16, 4, 4), torch.int16)}[kind]
+        batch, noise = torch.zeros(shape, dtype=dtype, device="cuda"), torch.zeros(2, 16, 4, 4, device="cuda")
+        with RecordOps() as ops:
+            latents = batch_latents(batch, vae, noise, model)
+        assert latents.shape == (2, 16, 4, 4) and latents.dtype == torch.float32 and latents.device.type == "cuda"
+        assert ops.names and strays(ops) <= {"lift_fresh"}                          # the description's 16 scale factors come from the host
+
+
+def test_mixed_devices_would_be_noticed():
+    """The net holds: under the fake GPU a tensor left on the CPU is an error."""
+    with fake_gpu():
+        model = on_fake_gpu(TokenBridge, **tiny_config())
+        with pytest.raises(RuntimeError, match="device"):
+            model(torch.zeros(2, 16, 4, 4), torch.zeros(2, dtype=torch.long, device="cuda"), torch.ones(2, 16, device="cuda"), num_masked=16)
+
+
+def test_real_tensors_of_another_dtype():
+    """float64 latents and half-precision masks come in from caches and scripts; the loss is the float32 one."""
+    model = fill_golden(TokenBridge(**tiny_config())).eval()
+    latents, labels = tiny_batch()
+    mask = torch.ones(4, 16)
+    assert torch.equal(model(latents.double(), labels.to(torch.int32), mask), model(latents, labels, mask))
+    vae = tiny_vae()
+    assert vae.decode(vae.unscale(latents)).shape == (4, 3, 64, 64)
+
+
+def test_the_parallel_head_and_the_image_checks_stay_on_the_gpu() -> None:
+    with fake_gpu(), torch.device("cuda"):
+        model = TokenBridge(**tiny_config(head="parallel")).eval()
+        with torch.no_grad(), RecordOps() as record:
+            logits = model.channel_logits(torch.zeros(5, model.mask_token.shape[-1]), None)
+            indices, witness = model.channel_sample(torch.zeros(5, model.mask_token.shape[-1]), torch.zeros(5, 16), 1.0)
+            flaws = image_flaws(torch.zeros(3, 3, 8, 8, dtype=torch.uint8))
+        assert {logits.device.type, indices.device.type, witness.device.type, flaws["saturated"].device.type} == {"cuda"}
+        assert {device for _, device in record.devices} == {"cuda"}

@@ -1,0 +1,287 @@
+"""models/vae.py (SPEC 2): golden arrays and manifest of KL-16, the posterior, small layers by hand, strict loading."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from models.vae import AutoencoderKL, DiagonalGaussian, Downsample, SpatialAttention, Upsample, load_vae, load_weights, posterior_from_moments
+from tests.conftest import Explosive, fill_golden, golden_arrays, golden_json, tiny_vae
+
+BIT_OF_EVERYTHING = dict(embed_dim=4, ch_mult=(1, 2), ch=8, num_res_blocks=1, norm_groups=4)
+
+
+# ------------------------------------------------------------------------------------------------------- golden
+
+@pytest.fixture(scope="module")
+def kl16() -> AutoencoderKL:
+    return fill_golden(AutoencoderKL()).eval()
+
+
+@torch.no_grad()
+def test_golden_encode(kl16):
+    golden = golden_arrays("vae_kl16")
+    posterior = kl16.encode(torch.from_numpy(golden["image"]))
+    for name, found in (("moments", posterior.parameters), ("mean", posterior.mean), ("std", posterior.std), ("mean", posterior.mode())):
+        np.testing.assert_allclose(found.numpy(), golden[name], rtol=0, atol=3e-5, err_msg=name)
+
+
+@torch.no_grad()
+def test_golden_decode(kl16):
+    golden = golden_arrays("vae_kl16")
+    np.testing.assert_allclose(kl16.decode(torch.from_numpy(golden["latent"])).numpy(), golden["decoded"], rtol=0, atol=3e-5)
+
+
+def test_manifest_and_size():
+    """Keys, their order, shapes; 66.456 M parameters; GroupNorm(32, eps 1e-6) everywhere."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(embed_dim=16, ch_mult=(1, 1, 2, 2, 4), ckpt_path=None)
+    manifest = golden_json("manifest_vae_kl16")
+    assert [(key, list(value.shape)) for key, value in vae.state_dict().items()] == list(manifest.items())
+    assert round(sum(p.numel() for p in vae.parameters()) / 1e6, 3) == 66.456
+    norms = [m for m in vae.modules() if isinstance(m, nn.GroupNorm)]
+    assert norms and all(m.eps == 1e-6 and m.num_groups == 32 for m in norms)
+    assert vae.stride == 16 and vae.scale_factor == 0.2325
+    assert vae.channel_order == [8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5]
+
+
+# ------------------------------------------------------------------------------------------------------- posterior
+
+def test_posterior_by_hand():
+    moments = torch.tensor([1.0, -2.0, 0.0, math.log(9.0)]).view(1, 4, 1, 1)       # two channels: N(1, 1), N(-2, 9)
+    posterior = posterior_from_moments(moments)
+    assert posterior.parameters is moments
+    assert posterior.mean.flatten().tolist() == [1, -2] and posterior.mode().flatten().tolist() == [1, -2]
+    assert posterior.std.flatten().tolist() == pytest.approx([1, 3])
+    assert posterior.sample(noise=torch.full((1, 2, 1, 1), 0.5)).flatten().tolist() == pytest.approx([1.5, -0.5])
+    assert posterior.kl().tolist() == pytest.approx([0.5 * (1 + 1 - 1 - 0) + 0.5 * (4 + 9 - 1 - math.log(9))])
+
+
+def test_log_variance_is_clamped_but_the_parameters_are_not():
+    moments = torch.tensor([0.0, 0.0, -100.0, 100.0]).view(1, 4, 1, 1)
+    posterior = DiagonalGaussian(moments)
+    assert posterior.std.flatten().tolist() == pytest.approx([math.exp(-15), math.exp(10)])
+    assert posterior.parameters.flatten().tolist() == [0, 0, -100, 100]
+
+
+def test_sampling_has_the_posteriors_moments_and_follows_the_generator():
+    posterior = DiagonalGaussian(torch.tensor([1.0, math.log(4.0)]).view(1, 2, 1, 1).expand(1, 2, 200, 200).contiguous())
+    sample = posterior.sample(torch.Generator().manual_seed(3))
+    assert sample.mean().item() == pytest.approx(1, abs=0.05) and sample.std().item() == pytest.approx(2, abs=0.05)
+    assert torch.equal(sample, posterior.sample(torch.Generator().manual_seed(3)))
+    assert not torch.equal(sample, posterior.sample(torch.Generator().manual_seed(4)))
+    torch.manual_seed(7)
+    first = posterior.sample()
+    assert not torch.equal(first, posterior.sample())
+
+
+def test_kl_against_torch_distributions():
+    moments = torch.randn(3, 8, 2, 2, generator=torch.Generator().manual_seed(0))
+    mean, logvar = moments.chunk(2, 1)
+    expected = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (logvar / 2).exp()), torch.distributions.Normal(0.0, 1.0))
+    torch.testing.assert_close(DiagonalGaussian(moments).kl(), expected.flatten(1).sum(1))
+
+
+# ------------------------------------------------------------------------------------------------------- layers
+
+@pytest.mark.parametrize(("tap", "expected"), [((0, 0), [[1, 3], [9, 11]]), ((1, 1), [[6, 8], [14, 16]]), ((2, 2), [[11, 0], [0, 0]])])
+def test_downsample_pads_right_and_bottom_only(tap, expected):
+    """A kernel with a single 1 picks x[2i + row, 2j + column]; beyond the right and bottom edge there are zeros."""
+    layer = Downsample(1)
+    nn.init.zeros_(layer.conv.weight)
+    nn.init.zeros_(layer.conv.bias)
+    layer.conv.weight.data[0, 0, tap[0], tap[1]] = 1
+    assert layer(torch.arange(1.0, 17).view(1, 1, 4, 4))[0, 0].tolist() == expected
+
+
+def test_upsample_repeats_each_pixel():
+    layer = Upsample(1)
+    nn.init.zeros_(layer.conv.weight)
+    nn.init.zeros_(layer.conv.bias)
+    layer.conv.weight.data[0, 0, 1, 1] = 1
+    assert layer(torch.tensor([[[[1.0, 2], [3, 4]]]]))[0, 0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
+
+
+def test_attention_written_out():
+    """x + proj(softmax(q k^T / sqrt(channels)) v) with an explicit attention matrix, float64."""
+    layer = fill_golden(SpatialAttention(8, 2)).double()
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 8, 3, 5)))
+    h = nn.functional.group_norm(x, 2, layer.norm.weight, layer.norm.bias, 1e-6).flatten(2)                 # (B, ch, HW)
+
+    def conv(module: nn.Conv2d, t: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("oc,bcn->bon", module.weight[:, :, 0, 0], t) + module.bias[:, None]
+    q, k, v = conv(layer.q, h), conv(layer.k, h), conv(layer.v, h)
+    attention = (torch.einsum("bci,bcj->bij", q, k) / math.sqrt(8)).softmax(-1)
+    expected = x + conv(layer.proj_out, torch.einsum("bij,bcj->bci", attention, v)).view_as(x)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_small_vaes_are_the_same_class():
+    vae = AutoencoderKL(**BIT_OF_EVERYTHING, attention=False)
+    assert vae.stride == 2 and not any(".attn" in key for key in vae.state_dict())
+    posterior = vae.encode(torch.zeros(2, 3, 8, 12))
+    assert posterior.parameters.shape == (2, 8, 4, 6) and posterior.mean.shape == (2, 4, 4, 6)
+    assert vae.decode(posterior.mean).shape == (2, 3, 8, 12)
+    assert vae.channel_order is None
+
+
+def test_every_parameter_gets_a_gradient():
+    vae = fill_golden(tiny_vae())
+    posterior = vae.encode(torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (2, 3, 64, 64)).astype(np.float32)))
+    reconstruction = vae.decode(posterior.sample(torch.Generator().manual_seed(0)))
+    (reconstruction.square().mean() + 1e-3 * posterior.kl().mean()).backward()
+    without = [name for name, p in vae.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-7]
+    assert all(name.endswith(".k.bias") for name in without)         # softmax does not see what is added to every key alike
+
+
+# ------------------------------------------------------------------------------------------------------- scale, config, fingerprint
+
+def test_scale_and_unscale_by_hand():
+    z = torch.tensor([2.0, -4.0]).view(1, 2, 1, 1)
+    vae = AutoencoderKL(**(BIT_OF_EVERYTHING | dict(embed_dim=2)), scale_factor=[0.5, 2.0], shift=[1.0, -1.0])
+    assert vae.scale(z).flatten().tolist() == [0.5, -6]
+    assert vae.unscale(vae.scale(z)).flatten().tolist() == [2, -4]
+    plain = AutoencoderKL(**(BIT_OF_EVERYTHING | dict(embed_dim=2)))
+    torch.testing.assert_close(plain.scale(z), z * 0.2325)
+    torch.testing.assert_close(plain.unscale(z), z / 0.2325)
+
+
+def test_config_rebuilds_the_vae():
+    vae = AutoencoderKL(**BIT_OF_EVERYTHING, attention=False, scale_factor=[1, 2, 3, 4], shift=0.25, channel_order=[3, 1, 0, 2])
+    again = AutoencoderKL(**json.loads(json.dumps(vae.config)))
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in vae.state_dict().items()}
+    assert (list(again.scale_factor), again.shift, again.channel_order) == ([1, 2, 3, 4], 0.25, [3, 1, 0, 2])
+
+
+def test_fingerprint_is_that_of_the_latent_space():
+    vae = tiny_vae()
+    before = vae.latent_fingerprint()
+    assert len(before) == 64 and before == tiny_vae().latent_fingerprint()
+    with torch.no_grad():
+        vae.decoder.conv_in.bias += 1
+    assert vae.latent_fingerprint() == before
+    with torch.no_grad():
+        vae.quant_conv.bias[0] += 1e-3
+    assert vae.latent_fingerprint() != before
+
+
+# ------------------------------------------------------------------------------------------------------- files
+
+def save(path, content):
+    torch.save(content, path)
+    return path
+
+
+def test_save_and_load_both_ways(tmp_path):
+    vae = fill_golden(tiny_vae(embed_dim=4, channel_order=[1, 0, 3, 2], scale_factor=0.7))
+    path = save(tmp_path / "vae.pth", {"model": vae.state_dict(), "config": vae.config})
+    loaded = load_vae(path, embed_dim=4, stride=16)
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert loaded.channel_order == [1, 0, 3, 2] and loaded.scale_factor == 0.7
+    for key, value in vae.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+    vae.load_state_dict(torch.load(path, weights_only=True)["model"], strict=True)
+
+
+def test_ckpt_path_loads_and_extra_keys_are_named(tmp_path, messages):
+    vae = fill_golden(AutoencoderKL(**BIT_OF_EVERYTHING))
+    path = save(tmp_path / "vae.ckpt", {"model": vae.state_dict() | {"loss.logvar": torch.zeros(1)}, "epoch": 7})
+    loaded = AutoencoderKL(**BIT_OF_EVERYTHING, ckpt_path=str(path))
+    assert len(messages) == 1 and "loss.logvar" in messages[0] and "epoch" in messages[0]
+    assert torch.equal(loaded.quant_conv.weight, vae.quant_conv.weight)
+
+
+def test_without_config_a_file_is_kl16(tmp_path):
+    path = save(tmp_path / "other.ckpt", {"model": AutoencoderKL(**BIT_OF_EVERYTHING).state_dict()})
+    with pytest.raises(ValueError, match="lacks"):
+        load_vae(path)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda w: w.pop("decoder.conv_in.bias"), r"lacks 1 .*decoder\.conv_in\.bias"),
+    (lambda w: w.update({"quant_conv.bias": torch.zeros(3)}), r"quant_conv\.bias: file \(3,\), VAE \(8,\)"),
+    (lambda w: w.update({"quant_conv.bias": torch.full((8,), math.nan)}), r"NaN.*quant_conv\.bias"),
+    (lambda w: w.update({"quant_conv.bias": torch.full((8,), math.inf)}), r"infinite.*quant_conv\.bias"),
+    (lambda w: w.update({"quant_conv.bias": 5}), r"quant_conv\.bias: file no tensor but int"),
+])
+def test_weights_that_do_not_fit(tmp_path, change, message):
+    vae = AutoencoderKL(**BIT_OF_EVERYTHING)
+    weights = dict(vae.state_dict())
+    change(weights)
+    path = save(tmp_path / "vae.pth", {"model": weights})
+    before = {k: v.clone() for k, v in vae.state_dict().items()}
+    with pytest.raises(ValueError, match=message) as caught:
+        load_weights(vae, path)
+    assert str(path) in str(caught.value) and "--vae_path" in str(caught.value)
+    assert all(torch.equal(before[k], v) for k, v in vae.state_dict().items())        # nothing was half loaded
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, {"model": [1]}, [1, 2], torch.zeros(3), {}])
+def test_files_without_weights_under_model(tmp_path, content):
+    path = save(tmp_path / "vae.pth", content)
+    with pytest.raises(ValueError, match='"model"') as caught:
+        load_vae(path)
+    assert str(path) in str(caught.value)
+
+
+def test_truncated_absent_and_foreign_files(tmp_path):
+    path = save(tmp_path / "vae.pth", {"model": AutoencoderKL(**BIT_OF_EVERYTHING).state_dict()})
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match="cut short"):
+        load_vae(path)
+    (tmp_path / "text.ckpt").write_text("not found\n")
+    with pytest.raises(ValueError, match="text.ckpt"):
+        load_vae(tmp_path / "text.ckpt")
+    (tmp_path / "empty.ckpt").touch()
+    with pytest.raises(ValueError, match="empty.ckpt"):
+        load_vae(tmp_path / "empty.ckpt")
+    with pytest.raises(FileNotFoundError, match="--vae_path"):
+        load_vae(tmp_path / "absent.ckpt")
+
+
+def test_code_in_a_file_is_refused_and_not_run(tmp_path):
+    path = save(tmp_path / "vae.pth", {"model": {"x": Explosive(tmp_path / "boom")}})
+    with pytest.raises(ValueError, match="code"):
+        load_vae(path)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_flags_that_contradict_the_file(tmp_path):
+    vae = AutoencoderKL(**BIT_OF_EVERYTHING)
+    path = save(tmp_path / "vae.pth", {"model": vae.state_dict(), "config": vae.config})
+    assert load_vae(path).embed_dim == 4
+    with pytest.raises(ValueError, match="--vae_embed_dim 16 contradicts"):
+        load_vae(path, embed_dim=16)
+    with pytest.raises(ValueError, match="--vae_stride 16 contradicts"):
+        load_vae(path, stride=16)
+
+
+@pytest.mark.parametrize("config", [{"depth": 3}, [1, 2], {"embed_dim": "four"}, {"embed_dim": 0}])
+def test_a_config_that_describes_no_vae(tmp_path, config):
+    path = save(tmp_path / "vae.pth", {"model": {}, "config": config})
+    with pytest.raises(ValueError, match="config"):
+        load_vae(path)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (dict(embed_dim=0), "embed_dim"),
+    (dict(ch_mult=()), "ch_mult"),
+    (dict(ch_mult=(1, 0)), "ch_mult"),
+    (dict(num_res_blocks=0), "num_res_blocks"),
+    (dict(ch=100), "norm_groups"),
+    (dict(embed_dim=4, channel_order=[0, 1, 2, 2]), "channel_order"),
+    (dict(embed_dim=4, scale_factor=[1.0, 2.0]), "scale_factor"),
+    (dict(embed_dim=4, shift=[1.0, 2.0]), "shift"),
+])
+def test_sizes_that_do_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message), torch.device("meta"):
+        AutoencoderKL(**arguments)
+
+
+@pytest.mark.parametrize("size", [(63, 64), (64, 72)])
+def test_images_must_be_a_multiple_of_the_stride(size):
+    with pytest.raises(ValueError, match="stride 16"):
+        tiny_vae().encode(torch.zeros(1, 3, *size))

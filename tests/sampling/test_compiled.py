@@ -1,0 +1,82 @@
+"""models/sampling/compiled.py: padding to buckets and one graph for all positions change no token; compiled for real in a slow test."""
+
+import shutil
+
+import pytest
+import torch
+
+from models.sampling import compiled
+from models.sampling.compiled import CompiledSampler, bucket, launches_per_step
+from tests.conftest import tiny_model
+
+LABELS = torch.tensor([3, 7])
+
+
+def sample(model, **options):  # noqa: ANN001, ANN201
+    return model.sample_tokens(2, labels=LABELS, seeds=[1, 2], **(dict(num_iter=8, cfg=3.0) | options))
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(num_iter=1), dict(num_iter=20), dict(cfg=1.0), dict(temperature=0), dict(temperature_schedule="linear", temperature_end=0.0),
+    dict(top_k=3, top_p=0.9), dict(draw="gumbel"), dict(order="confidence"), dict(cfg_schedule="interval", cfg_interval=(0.3, 0.7)),
+    dict(channel_temperature=(0.0, 1.5)),
+])
+@pytest.mark.parametrize("head_start", ["official", "trained"])
+def test_the_static_shapes_change_no_token(monkeypatch, options, head_start):
+    """The graphs' functions run uncompiled: what is compiled below is this."""
+    monkeypatch.setattr(compiled, "graph", lambda function, device: function)
+    model = tiny_model(head_start=head_start)
+    assert torch.equal(sample(model, compile=True, **options), sample(model, **options))
+
+
+def test_launches_depend_on_steps_alone(monkeypatch):
+    """Depth plays no part."""
+    monkeypatch.setattr(compiled, "graph", lambda function, device: function)
+    for depth in (1, 3):
+        model = tiny_model(encoder_depth=depth, channel_depth=depth)
+        sample(model, compile=True)
+        assert CompiledSampler.of(model).launches == 8 * launches_per_step(16) == 8 * 18
+
+
+def test_few_shapes_serve_all_steps(monkeypatch):
+    """64 iterations: the backbone sees at most 5 lengths with and 5 without guidance, whatever the plan says."""
+    seen = set()
+
+    def graph(function, device):  # noqa: ANN001, ANN202
+        def recorded(*arguments):  # noqa: ANN002, ANN202
+            if function.__name__ == "backbone":
+                seen.add(tuple(arguments[0].shape))
+            return function(*arguments)
+        return recorded
+    monkeypatch.setattr(compiled, "graph", graph)
+    sample(tiny_model(), compile=True, num_iter=64)
+    assert 2 <= len(seen) <= 10 and all(shape[1] % 4 == 0 for shape in seen)
+
+
+def test_buckets():
+    assert [bucket(n) for n in (1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 17, 25, 100)] == [1, 2, 3, 4, 6, 6, 8, 12, 12, 16, 24, 32, 128]
+    assert all(n <= bucket(n) <= 1.5 * n + 1 for n in range(1, 5000))
+
+
+def test_refused_combinations():
+    with pytest.raises(ValueError, match="--compile and --reuse_features"):
+        sample(tiny_model(), compile=True, reuse_features=2)
+    with pytest.raises(ValueError, match="autoregressive head only"):
+        sample(tiny_model(head="parallel"), compile=True)
+
+
+def test_the_state_dict_does_not_change(monkeypatch):
+    monkeypatch.setattr(compiled, "graph", lambda function, device: function)
+    model = tiny_model()
+    keys, modules = list(model.state_dict()), len(list(model.modules()))
+    sample(model, compile=True, num_iter=2)
+    assert list(model.state_dict()) == keys and len(list(model.modules())) == modules
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_equals_eager():
+    model = tiny_model()
+    expected = sample(model, num_iter=3)
+    assert torch.equal(sample(model, num_iter=3, compile=True), expected)
+    assert torch.equal(sample(model, num_iter=3, compile=True), expected)               # the second batch finds the graphs

@@ -1,0 +1,166 @@
+"""A run that was killed, stopped by a signal, or cut in its checkpoint, and resumed, is the run never stopped: weights, EMA, optimizer, log."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import REPO, run_processes, tiny_vae
+from tests.processes import run_killed
+from util.checkpoint import LAST, load_latest, numbered
+
+STEPS = 24          # 3 per epoch
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory, image_root: Path):  # noqa: ANN201
+    """flags(output_dir, name=value, ...): a command line of 12 images, 3 steps per epoch, a checkpoint every 2 steps."""
+    path = tmp_path_factory.mktemp("vae") / "vae.pth"
+    vae = tiny_vae(embed_dim=4, ch_mult=(1, 1, 2, 2))
+    torch.save({"model": vae.state_dict(), "config": vae.config}, path)
+
+    def build(output: Path, **changes: object) -> list[str]:
+        values = dict(model="tokenbridge_digits", img_size=32, class_num=2, buffer_size=4, vae_path=path, data_path=image_root, batch_size=4,
+                      warmup_epochs=1, lr=1e-3, ema_rate=0.9, num_workers=0, device="cpu", log_freq=5, save_last_freq=2, save_every_steps=2,
+                      keep_last=2, epochs=100, max_steps=STEPS, seed=3, output_dir=output, resume=output) | changes
+        return [part for name, value in values.items() for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+    return build
+
+
+def finish(flags: list[str], log: Path, code: int = 0, **more: int) -> float:
+    """Run to the end; seconds it took."""
+    started = time.perf_counter()
+    process = run_killed.start(flags, log, **more)
+    process.join(120)
+    assert process.exitcode == code, log.read_text()[-2000:]
+    return time.perf_counter() - started
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:  # noqa: ANN001
+    """The folder of a run never stopped, and its seconds."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(flags(folder / "warm", max_steps=1), folder / "log.txt")
+    return folder / "run", finish(flags(folder / "run"), folder / "log.txt")
+
+
+def flat(value: object, name: str = "") -> dict[str, object]:
+    """{path: leaf} of nested dicts and lists."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: leaf for k, v in items for key, leaf in flat(v, f"{name}/{k}").items()}
+    return {name: value}
+
+
+def assert_same_run(mine: Path, other: Path) -> None:
+    """Weights, EMA, optimizer, random states and the loss log, bit for bit."""
+    a, b = (load_latest(str(path))[1] for path in (mine, other))
+    for key in ("model", "model_ema", "optimizer", "epoch", "step", "rng", "data"):
+        x, y = flat(a[key]), flat(b[key])
+        assert x.keys() == y.keys()
+        assert all(torch.equal(x[k], y[k]) if isinstance(x[k], torch.Tensor) else x[k] == y[k] for k in x), key
+    assert log_of(mine) == log_of(other)
+
+
+def log_of(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("time", "images_per_s", "tflops", "data_wait", "memory_gib")} for line in lines]
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_points(flags, whole: tuple[Path, float], tmp_path: Path) -> None:  # noqa: ANN001
+    """kill -9, each time at a random moment of a whole run's length; then to the end."""
+    folder, seconds = whole
+    out, rng, kills = tmp_path / "run", random.Random(0), 0
+    steps = []
+    while kills < 10:
+        process = run_killed.start(flags(out), tmp_path / "log.txt")
+        process.join(rng.uniform(0.2, 0.7) * seconds)
+        if process.exitcode is not None:                                    # it was quicker than the kill; begin again
+            assert process.exitcode == 0, (tmp_path / "log.txt").read_text()[-2000:]
+            assert_same_run(out, folder)
+            out = tmp_path / f"run{kills}"
+            continue
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+        steps.append(load_latest(str(out))[1]["step"] if (out / LAST).exists() else 0)
+    finish(flags(out), tmp_path / "log.txt")
+    assert_same_run(out, folder)
+    assert max(steps) > 0, "no kill came after the first checkpoint"
+
+
+@pytest.mark.parametrize(("number", "step"), [(1, 2), (3, 4)])             # checkpoints at 2, at 3, the end of epoch 0, and at 4
+def test_killed_in_the_middle_of_a_checkpoint(flags, whole: tuple[Path, float], tmp_path: Path, number: int, step: int) -> None:  # noqa: ANN001
+    """Half of its bytes are on the disk, under another name: the one before it is taken, or none if it was the first."""
+    out = tmp_path / "run"
+    finish(flags(out), tmp_path / "log.txt", code=-signal.SIGKILL, die_in_save=number)
+    assert [path.name for path in out.glob(".*.tmp")] == [f".checkpoint-{step:08d}.pth.tmp"]
+    assert (out / LAST).exists() == (number > 1)
+    if number > 1:
+        assert load_latest(str(out))[1]["step"] == step - 1
+    finish(flags(out), tmp_path / "log.txt")
+    assert_same_run(out, whole[0])
+    assert not list(out.glob(".*.tmp")) and [path.name for path in numbered(out)] == [f"checkpoint-{step:08d}.pth" for step in (STEPS - 2, STEPS)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_run_with_a_checkpoint(flags, whole: tuple[Path, float], tmp_path: Path, number: int) -> None:  # noqa: ANN001
+    """In the middle of an epoch, where no checkpoint is due: exit code 0, a message, and the rest of the run equal."""
+    out, log = tmp_path / "run", tmp_path / "log.txt"
+    process = run_killed.start(flags(out, save_every_steps=1000, save_last_freq=1000, log_freq=1), log)
+    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 4:
+        assert process.is_alive() or process.exitcode == 0, log.read_text()[-2000:]
+        time.sleep(0.005)
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 0
+    step = load_latest(str(out))[1]["step"]
+    assert 4 <= step < STEPS and f"stopped by a signal after step {step} of {STEPS}" in log.read_text()
+    finish(flags(out, log_freq=1), log)
+    a, b = load_latest(str(out))[1], load_latest(str(whole[0]))[1]
+    assert all(torch.equal(value, b["model"][key]) for key, value in a["model"].items())
+    assert [(line["step"], line["loss"]) for line in log_of(out)] == [(line["step"], line["loss"]) for line in log_of(whole[0])]
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(flags, whole: tuple[Path, float], tmp_path: Path) -> None:  # noqa: ANN001
+    """As after a power cut on a disk that lied about fsync: checkpoint-last.pth is half a file."""
+    out, log = tmp_path / "run", tmp_path / "log.txt"
+    finish(flags(out, max_steps=8, epochs=100), log)
+    older, newest = numbered(out)
+    newest.write_bytes(newest.read_bytes()[:-500])                          # checkpoint-last.pth is the same file
+    assert (out / LAST).samefile(newest)
+    # max_steps 8 ended the schedule at step 8, so only the data order is compared here; the weights come from the older file
+    finish(flags(out, max_steps=8), log)
+    text = log.read_text()
+    assert f"left out: {out / LAST}" in text and f"the checkpoint before it is taken instead: {older}" in text
+    assert load_latest(str(out))[1]["step"] == 8
+
+
+@pytest.mark.slow
+def test_one_process_continues_as_two(flags, tmp_path: Path) -> None:  # noqa: ANN001
+    """Two micro-batches of one process or one of each of two: the same images, draws and dropout, hence weights and losses equal up to the
+    order of float sums."""
+    same = dict(max_steps=16, batch_size=2)
+    finish(flags(tmp_path / "one", accum_iter=2, **same), tmp_path / "log.txt")
+    out = tmp_path / "two"
+    process = run_killed.start(flags(out, accum_iter=2, save_every_steps=7, save_last_freq=1000, **same), tmp_path / "log.txt")
+    while not (out / LAST).exists():
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    step = load_latest(str(out))[1]["step"]
+    assert step in (3, 7, 14)                                               # 3 ends epoch 0
+    result = run_processes([REPO / "main_tokenbridge.py", *flags(out, **same)], nproc=2)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert f"at step {step}" in result.stderr
+    one, two = log_of(tmp_path / "one"), log_of(out)
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], abs=2e-4)
+    a, b = load_latest(str(tmp_path / "one"))[1]["model_ema"], load_latest(str(out))[1]["model_ema"]
+    assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-3     # lr is 1e-3: one step of AdamW

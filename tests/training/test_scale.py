@@ -1,0 +1,231 @@
+"""Ways to train more with less: DDP, accumulation, checkpointing, compilation, sharding; none changes what is learned, or the checkpoint's layout."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine_tokenbridge import optimizer_step, spoilt_if_not_finite
+from tests.conftest import REPO, fake_gpu, run_processes, skip_unless_shardable, tiny_batch, tiny_model
+from tests.processes import train_scaled
+from tools.bench.counting import OpCounter
+from training.state import TrainState, compile_blocks, weight_decay_groups
+from util import checkpoint
+
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None,
+                              reason="torch.compile on a CPU needs a C++ compiler; none is here")
+
+
+def two_processes(out: Path, timeout: float = 240, **options: object) -> dict:
+    """The checkpoint that rank 0 of two writes."""
+    if options.get("fsdp"):
+        skip_unless_shardable()
+    result = run_processes([REPO / "tests" / "processes" / "train_scaled.py", out, json.dumps(options)], nproc=2, timeout=timeout,
+                           env={"PYTHONPATH": f"{REPO}:{REPO / 'tests'}"})
+    assert result.returncode == 0, result.stderr[-3000:]
+    return torch.load(out, weights_only=True)
+
+
+def assert_close(a: dict, b: dict, atol: float = 2e-5) -> None:
+    """Same keys and shapes; equal up to the order of float32 sums. Biases of attention keys, whose gradient is rounding alone, are left out."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].shape == b[name].shape
+        if name.endswith("k_norm.bias"):
+            continue
+        x, y = a[name], b[name]
+        if name.endswith("qkv.bias"):
+            x, y = (torch.stack([v.chunk(3)[0], v.chunk(3)[2]]) for v in (x, y))
+        assert torch.allclose(x, y, rtol=0, atol=atol), f"{name}: {(x - y).abs().max()}"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Four steps of 2 micro-batches of 8 images by one process: what two processes with 8 images each do."""
+    return train_scaled.run(tmp_path_factory.mktemp("alone") / "a.pth", batch_size=8, accum_iter=2)
+
+
+DROPOUT = dict(attn_dropout=0.2, proj_dropout=0.2)
+
+
+@pytest.fixture(scope="module")
+def alone_with_dropout(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Four steps of 4 micro-batches of 4 images by one process, with dropout."""
+    return train_scaled.run(tmp_path_factory.mktemp("alone") / "a.pth", batch_size=4, accum_iter=4, **DROPOUT)
+
+
+def assert_same_training(found: dict, alone: dict, atol: float = 2e-5) -> None:
+    assert found["step"] == alone["step"]
+    for key in ("model", "model_ema", "averaged"):
+        assert_close(found[key], alone[key], atol)
+    for sigma_rel, average in alone["posthoc_ema"].items():
+        assert_close(found["posthoc_ema"][sigma_rel], average, atol)
+        assert all(torch.equal(value, found["posthoc_ema"][sigma_rel][name].half()) for name, value in found["snapshot"][sigma_rel].items())
+    assert found["optimizer"]["state"].keys() == alone["optimizer"]["state"].keys()
+    assert all(mine["exp_avg"].shape == found["optimizer"]["state"][i]["exp_avg"].shape for i, mine in alone["optimizer"]["state"].items())
+    assert [group["params"] for group in found["optimizer"]["param_groups"]] == [group["params"] for group in alone["optimizer"]["param_groups"]]
+
+
+def test_the_averaged_model_has_the_ema_and_the_tables(alone: dict) -> None:
+    assert all(torch.equal(value, alone["averaged"][name]) for name, value in alone["model_ema"].items())
+    assert all(torch.equal(alone["averaged"][name], alone["model"][name]) for name in ("boundaries", "reconstruction_values", "channel_mask"))
+
+
+@pytest.mark.slow
+def test_accumulation_and_checkpointing_under_ddp(alone_with_dropout: dict, tmp_path: Path) -> None:
+    """Held gradients, recomputation and dropout together: two processes x two micro-batches x 4 images are 16 images."""
+    found = two_processes(tmp_path / "a.pth", batch_size=4, accum_iter=2, grad_checkpointing=True, **DROPOUT)
+    assert_same_training(found, alone_with_dropout)
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_drop_what_one_drops(tmp_path: Path, fsdp: bool) -> None:
+    one = train_scaled.run(tmp_path / "one.pth", batch_size=8, accum_iter=2, **DROPOUT)
+    assert_same_training(two_processes(tmp_path / "two.pth", batch_size=8, fsdp=fsdp, **DROPOUT), one)
+
+
+def test_sharded_training_is_the_same_and_its_checkpoint_too(alone: dict, tmp_path: Path) -> None:
+    assert_same_training(two_processes(tmp_path / "a.pth", batch_size=8, fsdp=True), alone)
+
+
+@pytest.mark.slow
+@COMPILER
+def test_compiled_and_sharded_is_eager_alone_to_1e_4(alone: dict, tmp_path: Path) -> None:
+    """The blocks that are compiled are the units that are cut."""
+    assert_same_training(two_processes(tmp_path / "a.pth", timeout=900, batch_size=8, fsdp=True, compiled=True), alone, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["sharded", "alone"])
+def test_sharded_and_plain_runs_continue_each_other(tmp_path: Path, first: str) -> None:
+    """Two steps one way, two the other, with accumulation and checkpointing where sharded."""
+    sharded, plain = dict(batch_size=4, accum_iter=2, fsdp=True, grad_checkpointing=True, **DROPOUT), dict(batch_size=4, accum_iter=4, **DROPOUT)
+    half, out = tmp_path / "half.pth", tmp_path / "a.pth"
+    if first == "sharded":
+        two_processes(half, steps=2, **sharded)
+        found = train_scaled.run(out, resume=str(half), **plain)
+        checkpoint.atomic_save(found, out)
+    else:
+        checkpoint.atomic_save(train_scaled.run(half, steps=2, **plain), half)
+        two_processes(out, resume=str(half), **sharded)
+    reference = train_scaled.run(tmp_path / "b.pth", steps=2, **plain)      # the schedule ends at max_steps: compare like with like
+    checkpoint.atomic_save(reference, tmp_path / "b.pth")
+    assert_same_training(torch.load(out, weights_only=True), train_scaled.run(tmp_path / "c.pth", resume=str(tmp_path / "b.pth"), **plain))
+
+
+@pytest.mark.slow
+def test_nan_on_one_of_two_stops_both_when_sharded(tmp_path: Path) -> None:
+    """Rank 1's images are NaN from its third step on; with three bad steps in a row allowed, both end with the same words, none hangs.
+
+    (test_engine.py has the same for DDP.)
+    """
+    skip_unless_shardable()
+    result = run_processes([REPO / "tests" / "processes" / "train_scaled.py", tmp_path / "a.pth", json.dumps(dict(batch_size=8, steps=20, fsdp=True, spoil_from=16))],
+                           nproc=2, env={"PYTHONPATH": f"{REPO}:{REPO / 'tests'}"})
+    assert result.returncode != 0 and not (tmp_path / "a.pth").exists()
+    assert result.stderr.count("3 steps in a row had a loss or gradient that is not finite; stopped at step 5 with lr") == 2, result.stderr[-3000:]
+
+
+# ------------------------------------------------------------------------------------------------------- one process
+
+def gradients(model: torch.nn.Module) -> tuple[float, dict[str, torch.Tensor]]:
+    latents, labels = tiny_batch()
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(1)                                                    # dropout
+    loss = model.train()(latents, labels, num_masked=13, generator=generator)
+    loss.backward()
+    return float(loss), {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_checkpointing_gives_equal_gradients() -> None:
+    """Encoder, decoder and head; with dropout, whose masks are drawn again alike."""
+    changes = dict(attn_dropout=0.2, proj_dropout=0.2, label_drop_prob=0.3)
+    loss, plain = gradients(tiny_model(**changes))
+    again, found = gradients(tiny_model(grad_checkpointing=True, **changes))
+    assert again == loss and plain.keys() == found.keys()
+    assert all(torch.allclose(plain[name], found[name], rtol=1e-5, atol=1e-7) for name in plain)
+
+
+def test_checkpointing_keeps_less_for_the_backward_pass() -> None:
+    def kept(model: torch.nn.Module) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model.train()(*tiny_batch(), num_masked=13)
+        return sum(size for pointer, size in sizes.items() if pointer not in parameters)
+    assert kept(tiny_model(grad_checkpointing=True)) < 0.5 * kept(tiny_model())
+
+
+@pytest.mark.slow
+@COMPILER
+def test_compiled_is_eager_to_1e_4() -> None:
+    loss, plain = gradients(tiny_model(label_drop_prob=0.3))
+    model = tiny_model(label_drop_prob=0.3)
+    compile_blocks(model)
+    again, found = gradients(model)
+    assert again == pytest.approx(loss, abs=1e-4)
+    assert all(torch.allclose(plain[name], found[name], rtol=1e-4, atol=1e-4) for name in plain)
+    assert model.state_dict().keys() == tiny_model().state_dict().keys()
+
+
+def test_metrics_by_dimension_are_those_of_the_logits() -> None:
+    model, (latents, labels) = tiny_model(), tiny_batch()
+    mask = torch.zeros(4, 16, dtype=torch.bool)
+    mask[:, :13] = True
+    loss, losses, accuracy = model(latents, labels, mask, return_metrics=True)
+    details = model(latents, labels, mask, return_details=True)
+    targets = details.tokens[:, :13].flatten(0, 1)[:, model.channel_order]
+    right = details.logits.argmax(-1) == targets
+    by_hand = -details.logits.double().log_softmax(-1).gather(-1, targets.unsqueeze(-1))[..., 0].mean(0)
+    assert torch.allclose(losses.double(), by_hand, atol=1e-5) and torch.allclose(accuracy, right.float().mean(0))
+    assert loss.item() == pytest.approx(float(by_hand.mean()), abs=1e-5) and loss.requires_grad and not losses.requires_grad
+
+
+def test_a_loss_that_is_not_finite_spoils_every_gradient() -> None:
+    """Also where its own path would give a finite one."""
+    w = torch.ones(3, requires_grad=True)
+    spoilt_if_not_finite(w.sum() + 0 * torch.tensor(float("nan"))).backward()
+    assert w.grad.isnan().all()
+    w.grad = None
+    spoilt_if_not_finite(w.sum()).backward()
+    assert torch.equal(w.grad, torch.ones(3))
+
+
+def test_learning_and_stepping_never_wait_for_a_gpu() -> None:
+    """The host syncs of a forward pass with metrics, and of clipping, AdamW's step and the averages, on fake GPU tensors: none.
+
+    The backward pass on fake GPU tensors needs a CUDA build that this machine may lack; its operations are the forward's transposes.
+    """
+    with fake_gpu(allow_non_fake_inputs=True), torch.device("cuda"):
+        model = tiny_model_on_gpu()
+        state = TrainState(model, weight_decay=0.02, ema_rate=0.9, precision="bf16", ema_warmup=True, posthoc_ema=True)
+        latents, labels = torch.zeros(4, 16, 4, 4), torch.zeros(4, dtype=torch.long)
+        mask, drop = torch.ones(4, 16, dtype=torch.bool), torch.ones(4, dtype=torch.bool)
+        counter = OpCounter()
+        with counter, torch.autocast("cuda", torch.bfloat16):
+            spoilt_if_not_finite(model(latents, labels, mask, num_masked=12, label_drop=drop, return_metrics=True)[0])
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        with counter:
+            optimizer_step(state, list(model.parameters()), 3.0)
+            state.step = 7
+            state.update_averages()
+    assert counter.ops > 100 and counter.syncs == {}
+
+
+def tiny_model_on_gpu() -> torch.nn.Module:
+    from models.tokenbridge import TokenBridge
+    from tests.conftest import tiny_config
+    return TokenBridge(**tiny_config()).train()
+
+
+def test_every_parameter_is_in_one_group() -> None:
+    model = tiny_model()
+    groups = weight_decay_groups(model, 0.02)
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(id(p) for p in model.parameters())
