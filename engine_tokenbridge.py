@@ -30,7 +30,7 @@ class TrainSettings:
     batch_size: int
     epochs: int
     steps_per_epoch: int
-    lr: float                   # peak, after blr scaling
+    lr: float  # peak, after blr scaling
     min_lr: float
     lr_schedule: str
     warmup_epochs: float
@@ -55,11 +55,11 @@ class TrainSettings:
 class StepDraws:
     """The random draws of one optimizer step for this process, dropout aside; rows are images in the order of the global batch."""
 
-    counts: list[int]       # masked tokens of an image, for each micro-batch of the global batch; the same on every process
-    num_masked: list[int]   # (A,), those of this process's micro-batches
-    masks: Tensor           # (A, B, L) bool
-    label_drop: Tensor      # (A, B) bool
-    noise: Tensor           # (A, B, C, h, w) for the posterior sample
+    counts: list[int]  # masked tokens of an image, for each micro-batch of the global batch; the same on every process
+    num_masked: list[int]  # (A,), those of this process's micro-batches
+    masks: Tensor  # (A, B, L) bool
+    label_drop: Tensor  # (A, B) bool
+    noise: Tensor  # (A, B, C, h, w) for the posterior sample
 
 
 def draw_step(model: TokenBridge, settings: TrainSettings, step: int, device: torch.device) -> StepDraws:
@@ -76,7 +76,8 @@ def draw_step(model: TokenBridge, settings: TrainSettings, step: int, device: to
 
     def mine(x: Tensor) -> Tensor:
         return x.view(a, world, b, *x.shape[1:])[:, rank]
-    orders = mine(random_orders(total, model.num_tokens, generator, device))                 # (A, B, L)
+
+    orders = mine(random_orders(total, model.num_tokens, generator, device))  # (A, B, L)
     masks = torch.stack([mask_from_orders(order, count) for order, count in zip(orders, num_masked, strict=True)])
     drop = torch.rand(total, generator=generator, device=device) < model.label_drop_prob
     noise = torch.randn(total, model.token_dim, model.grid_size, model.grid_size, generator=generator, device=device)
@@ -118,9 +119,18 @@ def batch_latents(batch: Tensor, vae: AutoencoderKL, noise: Tensor, model: Token
     return vae.scale(posterior.sample(noise=noise))
 
 
-def train_one_epoch(state: TrainState, vae: AutoencoderKL, loader: Iterable, settings: TrainSettings, device: torch.device, log: JsonlLog | None, *,
-                    save: Callable[[], None] | None = None, keep_averages: Callable[[], None] | None = None,
-                    should_stop: Callable[[], bool] = lambda: False) -> bool:
+def train_one_epoch(
+    state: TrainState,
+    vae: AutoencoderKL,
+    loader: Iterable,
+    settings: TrainSettings,
+    device: torch.device,
+    log: JsonlLog | None,
+    *,
+    save: Callable[[], None] | None = None,
+    keep_averages: Callable[[], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
     """Train from `state.step` to the end of its epoch (or of the run); the loader starts at that step's first micro-batch.
 
     A step whose loss or gradient is not finite is skipped on every process alike; max_bad_steps in a row are a ValueError that names
@@ -130,15 +140,28 @@ def train_one_epoch(state: TrainState, vae: AutoencoderKL, loader: Iterable, set
     model, s = state.model.train(), settings
     last = min((state.step // s.steps_per_epoch + 1) * s.steps_per_epoch, s.total_steps)
     images = s.batch_size * s.accum_iter * dist.world_size()
-    progress = Progress(steps_per_epoch=s.steps_per_epoch, total_steps=s.total_steps, images_per_step=images, max_bad_steps=s.max_bad_steps,
-                        device=device, log=log, peak_tflops=s.peak_tflops)
+    progress = Progress(
+        steps_per_epoch=s.steps_per_epoch,
+        total_steps=s.total_steps,
+        images_per_step=images,
+        max_bad_steps=s.max_bad_steps,
+        device=device,
+        log=log,
+        peak_tflops=s.peak_tflops,
+    )
     batches = dist.prefetch(iter(loader), device)
     parameters = list(model.parameters())
     stop = False
     while state.step < last and not stop:
         draws = draw_step(model, s, state.step, device)
-        lr = learning_rate(state.step / s.steps_per_epoch, peak=s.lr, min_lr=s.min_lr, schedule=s.lr_schedule,
-                           warmup_epochs=s.warmup_epochs, epochs=s.total_steps / s.steps_per_epoch)
+        lr = learning_rate(
+            state.step / s.steps_per_epoch,
+            peak=s.lr,
+            min_lr=s.min_lr,
+            schedule=s.lr_schedule,
+            warmup_epochs=s.warmup_epochs,
+            epochs=s.total_steps / s.steps_per_epoch,
+        )
         for group in state.optimizer.param_groups:
             group["lr"] = lr
         logged = (state.step + 1) % s.log_freq == 0
@@ -165,8 +188,16 @@ def train_one_epoch(state: TrainState, vae: AutoencoderKL, loader: Iterable, set
     return stop
 
 
-def accumulate(state: TrainState, vae: AutoencoderKL, batches: Iterator[tuple[Tensor, Tensor]], draws: StepDraws, s: TrainSettings,
-               device: torch.device, progress: Progress, detailed: bool) -> tuple[Tensor, Tensor | None]:
+def accumulate(
+    state: TrainState,
+    vae: AutoencoderKL,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    draws: StepDraws,
+    s: TrainSettings,
+    device: torch.device,
+    progress: Progress,
+    detailed: bool,
+) -> tuple[Tensor, Tensor | None]:
     """Gradients of one step's micro-batches, averaged over the processes at the last of them.
 
     Each micro-batch counts alike, however many of its tokens are masked, as where processes average (published).
@@ -179,10 +210,17 @@ def accumulate(state: TrainState, vae: AutoencoderKL, batches: Iterator[tuple[Te
         progress.window.data_wait += time.perf_counter() - waiting
         latents = batch_latents(batch, vae, draws.noise[micro], state.model)
         state.hold_gradients(micro < s.accum_iter - 1)
-        torch.manual_seed(mixed_seed(s.seed, state.step, 1 + micro_batch_number(micro)))     # dropout; after the loader, which may draw too
+        # dropout; after the loader, which may draw too
+        torch.manual_seed(mixed_seed(s.seed, state.step, 1 + micro_batch_number(micro)))
         with dist.autocast(device, s.precision):
-            loss = state.wrapped(latents, labels, draws.masks[micro], num_masked=draws.num_masked[micro],
-                                 label_drop=draws.label_drop[micro], return_metrics=detailed)
+            loss = state.wrapped(
+                latents,
+                labels,
+                draws.masks[micro],
+                num_masked=draws.num_masked[micro],
+                label_drop=draws.label_drop[micro],
+                return_metrics=detailed,
+            )
         if detailed:
             loss, *parts = loss
             details.append(torch.stack(parts))
@@ -207,9 +245,9 @@ def optimizer_step(state: TrainState, parameters: Sequence[nn.Parameter], grad_c
     state.scaler.unscale_(state.optimizer)
     norm = full(nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf))
     if state.scaler.is_enabled():
-        state.scaler.step(state.optimizer)              # skips by itself, and lowers its scale
+        state.scaler.step(state.optimizer)  # skips by itself, and lowers its scale
         state.scaler.update()
     else:
-        state.optimizer.found_inf = (~torch.isfinite(norm)).float()       # the fused kernel's own switch: no host sync
+        state.optimizer.found_inf = (~torch.isfinite(norm)).float()  # the fused kernel's own switch: no host sync
         state.optimizer.step()
     return norm

@@ -1,8 +1,8 @@
 """Train a TokenBridge model, evaluate it (FID, Inception Score), or sample images from it.
 
-  train      torchrun --nproc_per_node=8 main_tokenbridge.py --model tokenbridge_large --data_path DIR --output_dir OUT --resume OUT
-  evaluate   torchrun --nproc_per_node=8 main_tokenbridge.py --evaluate --resume OUT --cfg 3.1 --temperature 0.96 --num_images 50000
-  sample     python main_tokenbridge.py --sample --resume OUT --classes 207,360 --num_images 8 --seed 0 --output_dir PICTURES
+train      torchrun --nproc_per_node=8 main_tokenbridge.py --model tokenbridge_large --data_path DIR --output_dir OUT --resume OUT
+evaluate   torchrun --nproc_per_node=8 main_tokenbridge.py --evaluate --resume OUT --cfg 3.1 --temperature 0.96 --num_images 50000
+sample     python main_tokenbridge.py --sample --resume OUT --classes 207,360 --num_images 8 --seed 0 --output_dir PICTURES
 """
 
 import argparse
@@ -42,62 +42,139 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags; the published ones keep name, meaning and default (SPEC 10), but --device defaults to auto."""
     parser = make_parser(__doc__)
     group = parser.add_argument_group("what to do (default: train)")
-    group.add_argument("--evaluate", action="store_true", help="generate --num_images images and print FID and Inception Score")
+    group.add_argument(
+        "--evaluate", action="store_true", help="generate --num_images images and print FID and Inception Score"
+    )
     group.add_argument("--sample", action="store_true", help="write images of --classes to --output_dir")
-    group.add_argument("--preset", default=None, choices=[*PRESETS, *EVAL_PRESETS],
-                       help="a published recipe, or evaluation with the numbers to expect: sets all its flags, printed; any flag given wins")
+    group.add_argument(
+        "--preset",
+        default=None,
+        choices=[*PRESETS, *EVAL_PRESETS],
+        help="a published recipe, or evaluation with the numbers to expect: sets all its flags, printed; any flag given wins",
+    )
     group.add_argument("--classes", default="", help="for --sample: class numbers such as 207,360, or all")
 
     group = parser.add_argument_group("model and tokenizer")
     group.add_argument("--model", default="tokenbridge_large", choices=list(MODELS))
     group.add_argument("--img_size", type=int, default=256, help="side of the images, pixels")
-    group.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help="VAE checkpoint (weights under \"model\"), or a folder of diffusers")
-    group.add_argument("--vae_embed_dim", type=int, default=16, help="latent channels; taken from the VAE's file if it says so")
-    group.add_argument("--vae_stride", type=int, default=16, help="pixels per latent position; taken from the VAE's file if it says so")
-    group.add_argument("--patch_size", type=int, default=1, help="latent positions per token side; the head is defined for 1 only")
+    group.add_argument(
+        "--vae_path",
+        default="pretrained_models/vae/kl16.ckpt",
+        help='VAE checkpoint (weights under "model"), or a folder of diffusers',
+    )
+    group.add_argument(
+        "--vae_embed_dim", type=int, default=16, help="latent channels; taken from the VAE's file if it says so"
+    )
+    group.add_argument(
+        "--vae_stride", type=int, default=16, help="pixels per latent position; taken from the VAE's file if it says so"
+    )
+    group.add_argument(
+        "--patch_size", type=int, default=1, help="latent positions per token side; the head is defined for 1 only"
+    )
     group.add_argument("--quant_bits", type=int, default=6, help=f"bits per latent dimension, 1 to {MAX_BITS}")
     group.add_argument("--quant_min", type=float, default=-5.0, help="lowest latent value of the quantizer")
     group.add_argument("--quant_max", type=float, default=5.0, help="highest latent value of the quantizer")
-    group.add_argument("--quantizer", default="gaussian", choices=QUANTIZERS, help="where its levels come from; the checkpoint keeps them")
-    group.add_argument("--quantizer_tables", default="", help="--quantizer lloyd: file with its levels (python -m tools.vae_stats writes it)")
-    group.add_argument("--use_quantized_value", action="store_true", help="accepted; the encoder always sees dequantized values")
+    group.add_argument(
+        "--quantizer",
+        default="gaussian",
+        choices=QUANTIZERS,
+        help="where its levels come from; the checkpoint keeps them",
+    )
+    group.add_argument(
+        "--quantizer_tables",
+        default="",
+        help="--quantizer lloyd: file with its levels (python -m tools.vae_stats writes it)",
+    )
+    group.add_argument(
+        "--use_quantized_value", action="store_true", help="accepted; the encoder always sees dequantized values"
+    )
     group.add_argument("--class_num", type=int, default=1000)
     group.add_argument("--buffer_size", type=int, default=64, help="class-token slots before the image tokens")
-    group.add_argument("--head", default="autoregressive", choices=HEADS,
-                       help="how a token's dimensions are predicted: one after another, or (ablation) all at once")
+    group.add_argument(
+        "--head",
+        default="autoregressive",
+        choices=HEADS,
+        help="how a token's dimensions are predicted: one after another, or (ablation) all at once",
+    )
     group.add_argument("--label_drop_prob", type=float, default=0.1)
     group.add_argument("--mask_ratio_min", type=float, default=0.7)
     group.add_argument("--attn_dropout", type=float, default=0.1)
     group.add_argument("--proj_dropout", type=float, default=0.1)
-    group.add_argument("--grad_checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, more time")
+    group.add_argument(
+        "--grad_checkpointing",
+        action="store_true",
+        help="recompute activations in the backward pass: less memory, more time",
+    )
 
     group = parser.add_argument_group("training")
-    group.add_argument("--batch_size", type=int, default=16, help="per process and micro-batch; global = this x processes x --accum_iter")
+    group.add_argument(
+        "--batch_size",
+        type=int,
+        default=16,
+        help="per process and micro-batch; global = this x processes x --accum_iter",
+    )
     group.add_argument("--accum_iter", type=int, default=1, help="micro-batches per optimizer step")
     group.add_argument("--epochs", type=int, default=400)
-    group.add_argument("--max_steps", type=int, default=None, help="stop after so many optimizer steps; the lr schedule ends there too")
+    group.add_argument(
+        "--max_steps", type=int, default=None, help="stop after so many optimizer steps; the lr schedule ends there too"
+    )
     group.add_argument("--lr", type=float, default=None, help="peak learning rate; default: blr x global batch / 256")
     group.add_argument("--blr", type=float, default=1e-4, help="learning rate per 256 images")
     group.add_argument("--min_lr", type=float, default=0.0)
     group.add_argument("--lr_schedule", default="cosine", choices=LR_SCHEDULES)
     group.add_argument("--warmup_epochs", type=int, default=100)
-    group.add_argument("--weight_decay", type=float, default=0.02, help="of AdamW; when resuming, default: the checkpoint's")
+    group.add_argument(
+        "--weight_decay", type=float, default=0.02, help="of AdamW; when resuming, default: the checkpoint's"
+    )
     group.add_argument("--grad_clip", type=float, default=3.0, help="largest gradient norm; 0 for no limit")
     group.add_argument("--ema_rate", type=float, default=0.9999)
-    group.add_argument("--precision", default=None, choices=dist.PRECISIONS, help="default: bf16 on cuda that has it, else fp16; fp32 on cpu")
-    group.add_argument("--max_bad_steps", type=int, default=10, help="stop after so many steps in a row without a finite loss and gradient")
-    group.add_argument("--ema_warmup", action="store_true", help="a lower EMA rate in the first steps, (1 + t) / (10 + t); published: off")
-    group.add_argument("--posthoc_ema_freq", type=int, default=0,
-                       help="steps between snapshots for an EMA whose length is chosen afterwards (python -m tools.posthoc_ema); 0 for none")
-    group.add_argument("--compile", action="store_true", help="compile the transformer blocks, or the sampler (torch.compile): slower start, faster steps")
-    group.add_argument("--fsdp", action="store_true", help="cut weights, gradients, optimizer and EMA over the processes (fully_shard)")
+    group.add_argument(
+        "--precision",
+        default=None,
+        choices=dist.PRECISIONS,
+        help="default: bf16 on cuda that has it, else fp16; fp32 on cpu",
+    )
+    group.add_argument(
+        "--max_bad_steps",
+        type=int,
+        default=10,
+        help="stop after so many steps in a row without a finite loss and gradient",
+    )
+    group.add_argument(
+        "--ema_warmup",
+        action="store_true",
+        help="a lower EMA rate in the first steps, (1 + t) / (10 + t); published: off",
+    )
+    group.add_argument(
+        "--posthoc_ema_freq",
+        type=int,
+        default=0,
+        help="steps between snapshots for an EMA whose length is chosen afterwards (python -m tools.posthoc_ema); 0 for none",
+    )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the transformer blocks, or the sampler (torch.compile): slower start, faster steps",
+    )
+    group.add_argument(
+        "--fsdp", action="store_true", help="cut weights, gradients, optimizer and EMA over the processes (fully_shard)"
+    )
     group.add_argument("--log_freq", type=int, default=20, help="steps between progress lines")
-    group.add_argument("--peak_tflops", type=float, default=None, help="of one device, dense, for MFU; default: by the device's name")
-    group.add_argument("--sample_freq", type=int, default=0, help="epochs between grids of samples (EMA weights, same seeds); 0 for none")
+    group.add_argument(
+        "--peak_tflops", type=float, default=None, help="of one device, dense, for MFU; default: by the device's name"
+    )
+    group.add_argument(
+        "--sample_freq",
+        type=int,
+        default=0,
+        help="epochs between grids of samples (EMA weights, same seeds); 0 for none",
+    )
 
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", default="./data/imagenet", help="folder with train/<class>/<image>")
-    group.add_argument("--use_cached", action="store_true", help="train from --cached_path (see main_cache.py) instead of images")
+    group.add_argument(
+        "--use_cached", action="store_true", help="train from --cached_path (see main_cache.py) instead of images"
+    )
     group.add_argument("--cached_path", default="")
     group.add_argument("--no_flip", action="store_true", help="never mirror images (for digits, text)")
     group.add_argument("--on_bad_image", default="error", choices=BAD_IMAGE_CHOICES)
@@ -106,21 +183,54 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--output_dir", default="./output_dir")
     group.add_argument("--resume", default="", help="a checkpoint file, or a folder with checkpoint-last.pth")
     group.add_argument("--start_epoch", type=int, default=0)
-    group.add_argument("--save_last_freq", type=int, default=5, help="a checkpoint after epochs 0, N, 2N, ... (0-based, as published) and at the end")
+    group.add_argument(
+        "--save_last_freq",
+        type=int,
+        default=5,
+        help="a checkpoint after epochs 0, N, 2N, ... (0-based, as published) and at the end",
+    )
     group.add_argument("--save_every_steps", type=int, default=None, help="a checkpoint every so many steps too")
-    group.add_argument("--keep_last", type=int, default=1, help="keep so many; from 2 on each as checkpoint-<step>.pth, too")
-    group.add_argument("--weights", default="ema", choices=("ema", "model"), help="which of a checkpoint's weights generate images")
+    group.add_argument(
+        "--keep_last", type=int, default=1, help="keep so many; from 2 on each as checkpoint-<step>.pth, too"
+    )
+    group.add_argument(
+        "--weights", default="ema", choices=("ema", "model"), help="which of a checkpoint's weights generate images"
+    )
 
     group = parser.add_argument_group("generation and evaluation")
     group.add_argument("--num_iter", type=int, default=256, help="sampling steps")
-    group.add_argument("--num_images", type=int, default=50000, help="images in all, spread evenly over the classes; with --sample 4 per class")
-    group.add_argument("--cfg", type=float, nargs="+", default=1.0, help="guidance scale; 1 means none; several with --evaluate and --online_eval")
-    group.add_argument("--cfg_schedule", default="linear", choices=CFG_SCHEDULES, help="guidance over the steps; linear as published")
-    group.add_argument("--temperature", type=float, nargs="+", default=1.0, help="several with --evaluate and --online_eval: all pairs with --cfg")
+    group.add_argument(
+        "--num_images",
+        type=int,
+        default=50000,
+        help="images in all, spread evenly over the classes; with --sample 4 per class",
+    )
+    group.add_argument(
+        "--cfg",
+        type=float,
+        nargs="+",
+        default=1.0,
+        help="guidance scale; 1 means none; several with --evaluate and --online_eval",
+    )
+    group.add_argument(
+        "--cfg_schedule", default="linear", choices=CFG_SCHEDULES, help="guidance over the steps; linear as published"
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        nargs="+",
+        default=1.0,
+        help="several with --evaluate and --online_eval: all pairs with --cfg",
+    )
     group.add_argument("--eval_bsz", type=int, default=64, help="images per process generated together")
-    group.add_argument("--online_eval", action="store_true",
-                       help="evaluate the EMA weights during training: at cfg 1, then at each --cfg that is neither 1 nor 0 (as published)")
-    group.add_argument("--eval_freq", type=int, default=40, help="--online_eval: after epochs 0, N, 2N, ... (0-based) and at the end")
+    group.add_argument(
+        "--online_eval",
+        action="store_true",
+        help="evaluate the EMA weights during training: at cfg 1, then at each --cfg that is neither 1 nor 0 (as published)",
+    )
+    group.add_argument(
+        "--eval_freq", type=int, default=40, help="--online_eval: after epochs 0, N, 2N, ... (0-based) and at the end"
+    )
     add_evaluation_flags(parser)
     add_sampler_flags(parser)
     add_process_flags(parser, seed=1)
@@ -130,20 +240,30 @@ def build_parser() -> argparse.ArgumentParser:
 def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     """What --evaluate compares the images with, and what it keeps."""
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--fid_stats", default="fid_stats/adm_in256_stats.npz",
-                       help="the real images: npz of statistics (ADM's, or of python -m tools.fid_stats), npz of images (arr_0), or a folder of images")
+    group.add_argument(
+        "--fid_stats",
+        default="fid_stats/adm_in256_stats.npz",
+        help="the real images: npz of statistics (ADM's, or of python -m tools.fid_stats), npz of images (arr_0), or a folder of images",
+    )
     group.add_argument(
         "--pr_reference",
         default=None,
         help="real images for precision, recall and KID, if --fid_stats holds none: an npz or a folder as there",
     )
-    group.add_argument("--inception_weights", default=None, help="torch-fidelity's Inception weights; default: its download")
+    group.add_argument(
+        "--inception_weights", default=None, help="torch-fidelity's Inception weights; default: its download"
+    )
     group.add_argument(
         "--no_download",
         action="store_true",
         help="refuse a published file that is missing (weights, VAE, references, Inception) instead of fetching it",
     )
-    group.add_argument("--save_images", default="none", choices=SAVE_IMAGES, help="keep the images of --evaluate; npz is the format of ADM's evaluator")
+    group.add_argument(
+        "--save_images",
+        default="none",
+        choices=SAVE_IMAGES,
+        help="keep the images of --evaluate; npz is the format of ADM's evaluator",
+    )
     group.add_argument("--fid_infinity", action="store_true", help="also extrapolate FID to infinitely many images")
 
 
@@ -151,33 +271,98 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
     """What the published sampler lacks (models/sampling/loop.py); the defaults are the published sampler's."""
     o = SamplerOptions()
     group = parser.add_argument_group("sampler")
-    group.add_argument("--order", default=o.order, choices=ORDERS, help="which tokens are revealed first; random as published")
-    group.add_argument("--mask_schedule", default=o.mask_schedule, choices=list(MASK_SCHEDULES), help="how many tokens stay masked over the steps")
-    group.add_argument("--cfg_interval", type=float, nargs=2, default=list(o.cfg_interval), metavar=("FROM", "TO"),
-                       help="--cfg_schedule interval: guide while the share of revealed tokens is in it")
-    group.add_argument("--temperature_schedule", default=o.temperature_schedule, choices=TEMPERATURE_SCHEDULES,
-                       help="linear and cosine go from --temperature to --temperature_end")
+    group.add_argument(
+        "--order", default=o.order, choices=ORDERS, help="which tokens are revealed first; random as published"
+    )
+    group.add_argument(
+        "--mask_schedule",
+        default=o.mask_schedule,
+        choices=list(MASK_SCHEDULES),
+        help="how many tokens stay masked over the steps",
+    )
+    group.add_argument(
+        "--cfg_interval",
+        type=float,
+        nargs=2,
+        default=list(o.cfg_interval),
+        metavar=("FROM", "TO"),
+        help="--cfg_schedule interval: guide while the share of revealed tokens is in it",
+    )
+    group.add_argument(
+        "--temperature_schedule",
+        default=o.temperature_schedule,
+        choices=TEMPERATURE_SCHEDULES,
+        help="linear and cosine go from --temperature to --temperature_end",
+    )
     group.add_argument("--temperature_end", type=float, default=o.temperature_end)
-    group.add_argument("--channel_temperature", type=float, nargs="+", default=list(o.channel_temperature), metavar="FACTOR",
-                       help="factors of the temperature by dimension in the head's order: one each, or two, for the first and the last")
+    group.add_argument(
+        "--channel_temperature",
+        type=float,
+        nargs="+",
+        default=list(o.channel_temperature),
+        metavar="FACTOR",
+        help="factors of the temperature by dimension in the head's order: one each, or two, for the first and the last",
+    )
     group.add_argument("--top_k", type=int, default=o.top_k, help="draw from the k most likely levels only; 0 for all")
-    group.add_argument("--top_p", type=float, default=o.top_p, help="draw from the most likely levels that make up this probability")
-    group.add_argument("--draw", default=o.draw, choices=DRAWS, help="one uniform number per draw, or one Gumbel number per level")
-    group.add_argument("--confidence_temperature", type=float, default=o.confidence_temperature, help="--order confidence: weight of its noise")
-    group.add_argument("--confidence_candidates", type=float, default=o.confidence_candidates,
-                       help="--order confidence: score only so many times the tokens that are wanted (approximate); 0 for all")
-    group.add_argument("--reuse_features", type=int, default=o.reuse_features,
-                       help="run the whole backbone at every n-th step, the changed tokens only between (approximate)")
-    group.add_argument("--reuse_guidance", type=int, default=o.reuse_guidance,
-                       help="run the unconditional half at every n-th step, reuse its difference between (approximate)")
+    group.add_argument(
+        "--top_p", type=float, default=o.top_p, help="draw from the most likely levels that make up this probability"
+    )
+    group.add_argument(
+        "--draw", default=o.draw, choices=DRAWS, help="one uniform number per draw, or one Gumbel number per level"
+    )
+    group.add_argument(
+        "--confidence_temperature",
+        type=float,
+        default=o.confidence_temperature,
+        help="--order confidence: weight of its noise",
+    )
+    group.add_argument(
+        "--confidence_candidates",
+        type=float,
+        default=o.confidence_candidates,
+        help="--order confidence: score only so many times the tokens that are wanted (approximate); 0 for all",
+    )
+    group.add_argument(
+        "--reuse_features",
+        type=int,
+        default=o.reuse_features,
+        help="run the whole backbone at every n-th step, the changed tokens only between (approximate)",
+    )
+    group.add_argument(
+        "--reuse_guidance",
+        type=int,
+        default=o.reuse_guidance,
+        help="run the unconditional half at every n-th step, reuse its difference between (approximate)",
+    )
 
     group = parser.add_argument_group("for --sample only")
-    group.add_argument("--cfg_scale", type=float, nargs="+", default=None, help="several guidance scales instead of --cfg: a folder each, and sweep.png")
-    group.add_argument("--interpolate", default="", help="two classes such as 207,360: --num_images mixtures between them, all from one seed")
+    group.add_argument(
+        "--cfg_scale",
+        type=float,
+        nargs="+",
+        default=None,
+        help="several guidance scales instead of --cfg: a folder each, and sweep.png",
+    )
+    group.add_argument(
+        "--interpolate",
+        default="",
+        help="two classes such as 207,360: --num_images mixtures between them, all from one seed",
+    )
     group.add_argument("--init", default="", help="an image to edit; needs --mask")
-    group.add_argument("--mask", default="", help="black and white image of --init's size: white is drawn anew, tokens without white are kept")
-    group.add_argument("--show_steps", type=int, nargs="?", const=8, default=0, metavar="FRAMES",
-                       help="write the unmasking of the first images as GIF and PNG strip, 8 frames unless said")
+    group.add_argument(
+        "--mask",
+        default="",
+        help="black and white image of --init's size: white is drawn anew, tokens without white are kept",
+    )
+    group.add_argument(
+        "--show_steps",
+        type=int,
+        nargs="?",
+        const=8,
+        default=0,
+        metavar="FRAMES",
+        help="write the unmasking of the first images as GIF and PNG strip, 8 frames unless said",
+    )
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -185,24 +370,63 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_sample_arguments(args)
     if args.evaluate and args.sample:
         raise ValueError("--evaluate and --sample are two different things; choose one")
-    at_least(args, num_iter=1, num_images=1, eval_bsz=1, batch_size=1, accum_iter=1, epochs=1, max_steps=1, log_freq=1, max_bad_steps=1,
-             save_last_freq=1, eval_freq=1, img_size=1, class_num=1, save_every_steps=1, keep_last=1)
-    at_least(args, warmup_epochs=0, weight_decay=0, grad_clip=0, lr=0, blr=0, min_lr=0, start_epoch=0, seed=0, sample_freq=0, posthoc_ema_freq=0)
+    at_least(
+        args,
+        num_iter=1,
+        num_images=1,
+        eval_bsz=1,
+        batch_size=1,
+        accum_iter=1,
+        epochs=1,
+        max_steps=1,
+        log_freq=1,
+        max_bad_steps=1,
+        save_last_freq=1,
+        eval_freq=1,
+        img_size=1,
+        class_num=1,
+        save_every_steps=1,
+        keep_last=1,
+    )
+    at_least(
+        args,
+        warmup_epochs=0,
+        weight_decay=0,
+        grad_clip=0,
+        lr=0,
+        blr=0,
+        min_lr=0,
+        start_epoch=0,
+        seed=0,
+        sample_freq=0,
+        posthoc_ema_freq=0,
+    )
     for name in ("grad_clip", "lr", "blr", "min_lr", "weight_decay"):
         if getattr(args, name) is not None and not math.isfinite(getattr(args, name)):
             raise ValueError(f"--{name} must be finite, got {getattr(args, name)}")
     if args.posthoc_ema_freq and args.start_epoch:
-        raise ValueError("--posthoc_ema_freq averages from the first step on: it does not go with --start_epoch; leave one of them out")
+        raise ValueError(
+            "--posthoc_ema_freq averages from the first step on: it does not go with --start_epoch; leave one of them out"
+        )
     if args.peak_tflops is not None and not (args.peak_tflops > 0 and math.isfinite(args.peak_tflops)):
         raise ValueError(f"--peak_tflops must be a positive number, got {args.peak_tflops}")
     if (args.evaluate or args.online_eval) and args.num_images < IS_SPLITS:
-        raise ValueError(f"--num_images {args.num_images}: the Inception Score needs at least {IS_SPLITS} images, one per split")
-    if args.save_images != "none" and not args.evaluate or args.fid_infinity and not (args.evaluate or args.online_eval):
-        raise ValueError("--save_images and --fid_infinity change --evaluate only; give --evaluate too, or leave them out")
+        raise ValueError(
+            f"--num_images {args.num_images}: the Inception Score needs at least {IS_SPLITS} images, one per split"
+        )
+    if (
+        args.save_images != "none"
+        and not args.evaluate
+        or args.fid_infinity
+        and not (args.evaluate or args.online_eval)
+    ):
+        raise ValueError(
+            "--save_images and --fid_infinity change --evaluate only; give --evaluate too, or leave them out"
+        )
     if not 1 <= args.quant_bits <= MAX_BITS:
         raise ValueError(f"--quant_bits must be from 1 to {MAX_BITS}, got {args.quant_bits}")
     check_range(args.quant_min, args.quant_max)
-    sampler_options(args).check(len(args.channel_temperature) or 2)        # how many dimensions there are is known later
+    sampler_options(args).check(len(args.channel_temperature) or 2)  # how many dimensions there are is known later
     if args.use_quantized_value:
         logger.info("--use_quantized_value: always so here, the encoder sees dequantized values")
 
@@ -233,15 +457,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_arguments(args)
     try:
         device = dist.init(args.device, args.dist_url)
-        if device.type == "cpu" and not args.evaluate:                     # the scores of many images need the memory more than the time
+        if device.type == "cpu" and not args.evaluate:  # the scores of many images need the memory more than the time
             keep_freed_memory()
         if args.evaluate or args.sample:
             download.provide(args.vae_path, "--vae_path", args.no_download)
             download.provide(args.resume, "--resume", args.no_download)
         source, content = read_checkpoint(args)
         args.vae_path = download.local_path(args.vae_path, "--vae_path")
-        vae = load_vae(args.vae_path, *(getattr(args, n) if n in given else None for n in ("vae_embed_dim", "vae_stride")))
-        checkpoint.seed_generators(args.seed)                              # initial weights, the same on every process
+        vae = load_vae(
+            args.vae_path, *(getattr(args, n) if n in given else None for n in ("vae_embed_dim", "vae_stride"))
+        )
+        checkpoint.seed_generators(args.seed)  # initial weights, the same on every process
         model = build_model(args, given, vae, content, source)
         vae = vae.to(device)
         if args.evaluate or args.sample:
@@ -255,9 +481,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             optimizer_settings = take_optimizer_settings(args, given, content, source)
             differences = training_differences(args, device, read_record(args.cached_path) if args.use_cached else None)
             log_lines(differences)
-            train(args, model, vae, content, source, device, optimizer_settings,
-                  (lambda: partial(Evaluator.prepare(args, device).during_training, pairs)) if args.online_eval else None)
-            log_lines(differences)                                         # again, where somebody looks after a long run
+            train(
+                args,
+                model,
+                vae,
+                content,
+                source,
+                device,
+                optimizer_settings,
+                (lambda: partial(Evaluator.prepare(args, device).during_training, pairs)) if args.online_eval else None,
+            )
+            log_lines(differences)  # again, where somebody looks after a long run
     finally:
         dist.shutdown()
 

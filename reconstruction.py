@@ -65,8 +65,8 @@ from util.log import get_logger, run_cli
 
 logger = get_logger()
 
-FITTED_IMAGES = 256         # --quantizer lloyd is fitted to the latents of so many images
-FEW_IMAGES = 10_000         # with fewer, FID's bias is larger than the differences between the rows
+FITTED_IMAGES = 256  # --quantizer lloyd is fitted to the latents of so many images
+FEW_IMAGES = 10_000  # with fewer, FID's bias is larger than the differences between the rows
 ADM_STATS = download.PUBLISHED["stats"].target
 
 
@@ -83,26 +83,57 @@ def images_per_class(text: str) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The published flags with their meaning and defaults (SPEC 10), and ours."""
     parser = make_parser(__doc__)
-    parser.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help="VAE checkpoint (weights under \"model\")")
-    parser.add_argument("--vae_embed_dim", type=int, default=None, help="latent channels, to be checked against the VAE's")
+    parser.add_argument(
+        "--vae_path", default="pretrained_models/vae/kl16.ckpt", help='VAE checkpoint (weights under "model")'
+    )
+    parser.add_argument(
+        "--vae_embed_dim", type=int, default=None, help="latent channels, to be checked against the VAE's"
+    )
     parser.add_argument(
         "--image_dir",
         default="./data/imagenet/train",
         help="folder with <class>/<image>, or with train/<class>/<image>",
     )
-    parser.add_argument("--images_per_class", type=images_per_class, default=50, help="the first so many images of each class, or all")
-    parser.add_argument("--num_images", type=int, default=None, help="at most so many images in all, spread evenly over the classes")
+    parser.add_argument(
+        "--images_per_class", type=images_per_class, default=50, help="the first so many images of each class, or all"
+    )
+    parser.add_argument(
+        "--num_images", type=int, default=None, help="at most so many images in all, spread evenly over the classes"
+    )
     parser.add_argument("--img_size", type=int, default=256, help="side of the images, pixels")
     parser.add_argument("--output_dir", default="quantization_results", help="where results.json and grid.png go")
-    parser.add_argument("--bits", type=int, nargs="+", default=6, help=f"bits per latent dimension, 1 to {MAX_BITS}; several make a sweep")
-    parser.add_argument("--range", type=float, nargs="+", default=5.0, help="the quantizer covers [-range, range]; several make a sweep")
-    parser.add_argument("--quantizer", nargs="+", default="gaussian", choices=QUANTIZERS,
-                        help="where the levels come from, several to compare: the paper's, equal widths, or fitted to the images' own latents")
-    parser.add_argument("--save_images", action="store_true", help="also write every image quantized with the first pair to OUT/images/<class>/")
-    parser.add_argument("--mode", action="store_true", help="decode the posterior's mean; default: a sample, as published")
+    parser.add_argument(
+        "--bits",
+        type=int,
+        nargs="+",
+        default=6,
+        help=f"bits per latent dimension, 1 to {MAX_BITS}; several make a sweep",
+    )
+    parser.add_argument(
+        "--range", type=float, nargs="+", default=5.0, help="the quantizer covers [-range, range]; several make a sweep"
+    )
+    parser.add_argument(
+        "--quantizer",
+        nargs="+",
+        default="gaussian",
+        choices=QUANTIZERS,
+        help="where the levels come from, several to compare: the paper's, equal widths, or fitted to the images' own latents",
+    )
+    parser.add_argument(
+        "--save_images",
+        action="store_true",
+        help="also write every image quantized with the first pair to OUT/images/<class>/",
+    )
+    parser.add_argument(
+        "--mode", action="store_true", help="decode the posterior's mean; default: a sample, as published"
+    )
     parser.add_argument("--batch_size", type=int, default=16, help="images per process decoded together")
-    parser.add_argument("--precision", default="fp32", choices=dist.PRECISIONS, help="of the VAE; the quantizer is float32 always")
-    parser.add_argument("--inception_weights", default=None, help="torch-fidelity's Inception weights; default: its download folder")
+    parser.add_argument(
+        "--precision", default="fp32", choices=dist.PRECISIONS, help="of the VAE; the quantizer is float32 always"
+    )
+    parser.add_argument(
+        "--inception_weights", default=None, help="torch-fidelity's Inception weights; default: its download folder"
+    )
     parser.add_argument(
         "--fid_stats",
         default=None,
@@ -121,9 +152,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="how reconstructions become bytes; default: truncate, as the published script, "
         "where published figures stand beside, otherwise round",
     )
-    parser.add_argument("--lpips_weights", default=None, help="torchvision's AlexNet weights, for LPIPS; default: where torch keeps downloads")
-    parser.add_argument("--no_rfid", action="store_true", help="no rFID and Inception Score even if the weights are there")
-    parser.add_argument("--grid_images", type=int, default=8, help="rows of grid.png, spread evenly over the classes; 0 for no grid")
+    parser.add_argument(
+        "--lpips_weights",
+        default=None,
+        help="torchvision's AlexNet weights, for LPIPS; default: where torch keeps downloads",
+    )
+    parser.add_argument(
+        "--no_rfid", action="store_true", help="no rFID and Inception Score even if the weights are there"
+    )
+    parser.add_argument(
+        "--grid_images", type=int, default=8, help="rows of grid.png, spread evenly over the classes; 0 for no grid"
+    )
     parser.add_argument("--on_bad_image", default="error", choices=BAD_IMAGE_CHOICES)
     add_process_flags(parser, seed=0)
     return parser
@@ -141,7 +180,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.no_rfid and args.fid_stats not in (None, "none"):
         raise ValueError("--no_rfid and --fid_stats contradict each other; leave one out")
     if args.lpips_weights and args.img_size < SMALLEST_FOR_LPIPS:
-        raise ValueError(f"--lpips_weights: LPIPS needs images of at least {SMALLEST_FOR_LPIPS} pixels, --img_size is {args.img_size}")
+        raise ValueError(
+            f"--lpips_weights: LPIPS needs images of at least {SMALLEST_FOR_LPIPS} pixels, --img_size is {args.img_size}"
+        )
     if args.no_rfid and args.inception_weights:
         raise ValueError("--no_rfid and --inception_weights contradict each other; leave one out")
 
@@ -175,6 +216,7 @@ def beside_published(args: argparse.Namespace) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------- images
+
 
 def first_of_each_class(labels: Sequence[int], images_per_class: int, num_images: int | None) -> list[int]:
     """Numbers of the first `images_per_class` samples of each label, in their order; of these, `num_images` evenly spaced ones."""
@@ -214,19 +256,26 @@ class NumberedImages(Dataset):
 
 def posterior_noise(seed: int, numbers: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Normal noise (B, C, h, w) on the CPU; row i depends on (seed, numbers[i]) alone, whatever the batch, process or device."""
-    return torch.stack([torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(mixed_seed(seed, n)), device="cpu") for n in numbers])
+    return torch.stack(
+        [
+            torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(mixed_seed(seed, n)), device="cpu")
+            for n in numbers
+        ]
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- one row of the table
+
 
 @dataclass
 class Row:
     """What is known of one variant: the VAE alone (no quantizer), or one kind of quantizer with one (bits, range) pair."""
 
     quantizer: TableQuantizer | None
-    used: Tensor | None = None                                      # (C, K) int64: how often each index occurred in each dimension
-    outside: Tensor | None = None                                   # scalar int64: latents that the quantizer clamps
-    scores: dict[int, tuple[float, ...]] = field(default_factory=dict)        # image number -> PSNR, SSIM and, with weights, LPIPS
+    used: Tensor | None = None  # (C, K) int64: how often each index occurred in each dimension
+    outside: Tensor | None = None  # scalar int64: latents that the quantizer clamps
+    # image number -> PSNR, SSIM and, with weights, LPIPS
+    scores: dict[int, tuple[float, ...]] = field(default_factory=dict)
     statistics: FeatureStatistics | None = None
     classes: InceptionScoreSums | None = None
 
@@ -242,20 +291,31 @@ class Row:
     def name(self) -> str:
         if self.quantizer is None:
             return "VAE alone"
-        return f"{self.quantizer.bits} bits, ±{self.quantizer.max_value:g}" + ("" if self.kind == "gaussian" else f", {self.kind}")
+        return f"{self.quantizer.bits} bits, ±{self.quantizer.max_value:g}" + (
+            "" if self.kind == "gaussian" else f", {self.kind}"
+        )
 
     def quantized(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> what is left of them after the trip through their indices; counts those indices."""
         if self.quantizer is None:
             return latents
         indices = self.quantizer.quantize(latents)
-        self.used += torch.stack([torch.bincount(one.flatten(), minlength=self.used.shape[1]) for one in indices.unbind(1)])
+        self.used += torch.stack(
+            [torch.bincount(one.flatten(), minlength=self.used.shape[1]) for one in indices.unbind(1)]
+        )
         self.outside += (latents.abs() > self.quantizer.max_value).sum()
         return self.quantizer.dequantize(indices)
 
 
-def build_rows(kinds: Sequence[str], bits: Sequence[int], ranges: Sequence[float], device: torch.device, num_channels: int,
-               latents: Tensor | None = None, num_images: int | None = None) -> list[Row]:
+def build_rows(
+    kinds: Sequence[str],
+    bits: Sequence[int],
+    ranges: Sequence[float],
+    device: torch.device,
+    num_channels: int,
+    latents: Tensor | None = None,
+    num_images: int | None = None,
+) -> list[Row]:
     """VAE alone first, then every kind of quantizer with every pair of bits and range; latents: what lloyd is fitted to.
 
     num_images: how many images will come, if features of them are wanted.
@@ -264,7 +324,9 @@ def build_rows(kinds: Sequence[str], bits: Sequence[int], ranges: Sequence[float
     for kind in kinds:
         for b in bits:
             for half_width in ranges:
-                quantizer = build_quantizer(kind, b, -half_width, half_width, latents=None if latents is None else latents.numpy()).to(device)
+                quantizer = build_quantizer(
+                    kind, b, -half_width, half_width, latents=None if latents is None else latents.numpy()
+                ).to(device)
                 used = torch.zeros(num_channels, 2**b, dtype=torch.int64, device=device)
                 rows.append(Row(quantizer, used, torch.zeros((), dtype=torch.int64, device=device)))
     for row in rows if num_images is not None else ():
@@ -274,7 +336,13 @@ def build_rows(kinds: Sequence[str], bits: Sequence[int], ranges: Sequence[float
 
 
 @torch.no_grad()
-def latents_to_fit(vae: AutoencoderKL, folder: ImageFolderDataset, chosen: Sequence[int], args: argparse.Namespace, device: torch.device) -> Tensor:
+def latents_to_fit(
+    vae: AutoencoderKL,
+    folder: ImageFolderDataset,
+    chosen: Sequence[int],
+    args: argparse.Namespace,
+    device: torch.device,
+) -> Tensor:
     """Scaled latents (N, C, h, w) of at most FITTED_IMAGES of the chosen images, on the CPU; computed by rank 0 for all. ValueError if unreadable."""
     found, problem = [], None
     try:
@@ -295,30 +363,47 @@ def latents_to_fit(vae: AutoencoderKL, folder: ImageFolderDataset, chosen: Seque
 
 # ------------------------------------------------------------------------------------------------------------- the run
 
+
 @dataclass
 class Outcome:
     """What one pass over this process's images gives besides the rows."""
 
-    done: list[int] = field(default_factory=list)                   # numbers of the images that were read
-    bad: list[int] = field(default_factory=list)                    # and of those that could not be
-    num_latents: int = 0                                            # scalars, each quantized once per pair
+    done: list[int] = field(default_factory=list)  # numbers of the images that were read
+    bad: list[int] = field(default_factory=list)  # and of those that could not be
+    num_latents: int = 0  # scalars, each quantized once per pair
     originals: FeatureStatistics | None = None
-    pictures: dict[int, list[Tensor]] = field(default_factory=dict)           # number -> original, VAE alone, first pair; uint8 (3, S, S)
+    # number -> original, VAE alone, first pair; uint8 (3, S, S)
+    pictures: dict[int, list[Tensor]] = field(default_factory=dict)
 
 
 def finite(x: Tensor, numbers: Sequence[int], what: str, precision: str) -> Tensor:
     """x (B, ...) itself; ValueError naming an image if its part of x is not finite."""
     bad = (~torch.isfinite(x).flatten(1).all(1)).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"the {what} of image {numbers[bad[0]]} (and {len(bad) - 1} more of its batch) are not finite: "
-                         + ("the VAE (--vae_path) is broken" if precision == "fp32" else f"--precision {precision} overflowed; use fp32"))
+        raise ValueError(
+            f"the {what} of image {numbers[bad[0]]} (and {len(bad) - 1} more of its batch) are not finite: "
+            + (
+                "the VAE (--vae_path) is broken"
+                if precision == "fp32"
+                else f"--precision {precision} overflowed; use fp32"
+            )
+        )
     return x
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKL, rows: Sequence[Row], folder: ImageFolderDataset, mine: Sequence[int], shown: Sequence[int],
-                args: argparse.Namespace, device: torch.device, features: InceptionFeatures | None, places: dict[int, int],
-                lpips: Lpips | None = None) -> Outcome:
+def reconstruct(
+    vae: AutoencoderKL,
+    rows: Sequence[Row],
+    folder: ImageFolderDataset,
+    mine: Sequence[int],
+    shown: Sequence[int],
+    args: argparse.Namespace,
+    device: torch.device,
+    features: InceptionFeatures | None,
+    places: dict[int, int],
+    lpips: Lpips | None = None,
+) -> Outcome:
     """Fill `rows` from the images numbered `mine`: encode once, then decode each row's version of the same latents.
 
     places: image number -> its place among all chosen ones, which decides its split of the Inception Score.
@@ -330,13 +415,13 @@ def reconstruct(vae: AutoencoderKL, rows: Sequence[Row], folder: ImageFolderData
         out.bad += numbers[~readable].tolist()
         if not readable.any():
             continue
-        images, numbers = images[readable].to(device), numbers[readable].tolist()            # (B, 3, S, S)
+        images, numbers = images[readable].to(device), numbers[readable].tolist()  # (B, 3, S, S)
         out.done += numbers
         with dist.autocast(device, args.precision):
             posterior = vae.encode(images)
         shape = posterior.mean.shape[1:]
         noise = torch.zeros(len(numbers), *shape) if args.mode else posterior_noise(args.seed, numbers, shape)
-        raw = posterior.mean.float() + posterior.std.float() * noise.to(device)              # (B, C, h, w)
+        raw = posterior.mean.float() + posterior.std.float() * noise.to(device)  # (B, C, h, w)
         latents = finite(vae.scale(raw), numbers, "latents", args.precision)
         out.num_latents += latents.numel()
         originals = to_uint8(images)
@@ -347,19 +432,24 @@ def reconstruct(vae: AutoencoderKL, rows: Sequence[Row], folder: ImageFolderData
             with dist.autocast(device, args.precision):
                 decoded = vae.decode(vae.unscale(row.quantized(latents)))
             version = to_uint8(finite(decoded, numbers, "pixels", args.precision), args.pixels)
-            measured = [psnr(version, originals), ssim(version, originals)] + ([lpips(version, originals)] if lpips is not None else [])
+            measured = [psnr(version, originals), ssim(version, originals)] + (
+                [lpips(version, originals)] if lpips is not None else []
+            )
             row.scores.update(zip(numbers, zip(*(values.tolist() for values in measured), strict=True), strict=True))
             if features is not None:
                 found = features(version)
                 row.statistics.update(found["2048"])
                 if row.classes is not None:
                     row.classes.update([places[number] for number in numbers], found["logits_unbiased"])
-            if len(versions) < 3:                                                            # original, VAE alone, first pair
+            if len(versions) < 3:  # original, VAE alone, first pair
                 versions.append(version)
         for i, number in enumerate(numbers):
             if args.save_images:
                 name = Path(folder.samples[number][0]).relative_to(args.image_dir)
-                save_png(Path(args.output_dir) / "images" / (name if name.suffix == ".png" else f"{name}.png"), versions[2][i])
+                save_png(
+                    Path(args.output_dir) / "images" / (name if name.suffix == ".png" else f"{name}.png"),
+                    versions[2][i],
+                )
             if number in shown:
                 out.pictures[number] = [version[i].cpu() for version in versions]
     return out
@@ -382,23 +472,43 @@ def summarise(
     """A row's figures over all processes' images; every process must call it, rFID, FID and Inception Score are on rank 0 only."""
     scores = list(zip(*gathered(row.scores).values(), strict=True))
     means = [math.fsum(values) / len(values) for values in scores] + [None] * (3 - len(scores))
-    figures = {"name": row.name, "bits": row.pair and row.pair[0], "range": row.pair and row.pair[1], "quantizer": row.kind,
-               **dict(zip(("psnr", "ssim", "lpips"), means, strict=True)), "rfid": None, "fid": None, "inception_score": None, "inception_score_std": None,
-               "clamped_share": None, "indices_used": None, "bits_per_image": None, "entropy_bits_per_image": None, "entropy_per_dimension": None,
-               **published_figures(row.pair, published and row.kind in (None, "gaussian"))}
+    figures = {
+        "name": row.name,
+        "bits": row.pair and row.pair[0],
+        "range": row.pair and row.pair[1],
+        "quantizer": row.kind,
+        **dict(zip(("psnr", "ssim", "lpips"), means, strict=True)),
+        "rfid": None,
+        "fid": None,
+        "inception_score": None,
+        "inception_score_std": None,
+        "clamped_share": None,
+        "indices_used": None,
+        "bits_per_image": None,
+        "entropy_bits_per_image": None,
+        "entropy_per_dimension": None,
+        **published_figures(row.pair, published and row.kind in (None, "gaussian")),
+    }
     if row.quantizer is not None:
-        used, counts = dist.all_reduce_sum(row.used), dist.all_reduce_sum(torch.stack([row.outside, row.outside.new_tensor(out.num_latents)]))
-        p = used.double() / used.sum(1, keepdim=True)                                        # (C, K)
-        entropy = -torch.xlogy(p, p).sum(1) / math.log(2)                                    # (C,) bits
-        per_dimension = float(counts[1]) / num_images / len(used)                            # tokens of an image
-        figures |= {"indices_used": int((used.sum(0) > 0).sum()), "clamped_share": float(counts[0]) / float(counts[1]),
-                    "bits_per_image": row.quantizer.bits * len(used) * per_dimension, "entropy_bits_per_image": float(entropy.sum()) * per_dimension,
-                    "entropy_per_dimension": entropy.tolist()}
+        used, counts = (
+            dist.all_reduce_sum(row.used),
+            dist.all_reduce_sum(torch.stack([row.outside, row.outside.new_tensor(out.num_latents)])),
+        )
+        p = used.double() / used.sum(1, keepdim=True)  # (C, K)
+        entropy = -torch.xlogy(p, p).sum(1) / math.log(2)  # (C,) bits
+        per_dimension = float(counts[1]) / num_images / len(used)  # tokens of an image
+        figures |= {
+            "indices_used": int((used.sum(0) > 0).sum()),
+            "clamped_share": float(counts[0]) / float(counts[1]),
+            "bits_per_image": row.quantizer.bits * len(used) * per_dimension,
+            "entropy_bits_per_image": float(entropy.sum()) * per_dimension,
+            "entropy_per_dimension": entropy.tolist(),
+        }
     if reference is not None:
         statistics = row.statistics.merge().as_dict()
         if row.classes is not None:
             row.classes.merge()
-        if dist.is_main():                                                                   # an eigenvalue problem: seconds on all cores
+        if dist.is_main():  # an eigenvalue problem: seconds on all cores
             figures["rfid"] = fid(statistics, reference)
             figures["fid"] = None if other is None else fid(statistics, other.pool)
             if row.classes is not None:
@@ -406,14 +516,25 @@ def summarise(
     return figures
 
 
-def worst_median_grid(vae: AutoencoderKL, rows: Sequence[Row], folder: ImageFolderDataset, psnr_of: dict[int, float], args: argparse.Namespace,
-                      device: torch.device) -> Tensor:
+def worst_median_grid(
+    vae: AutoencoderKL,
+    rows: Sequence[Row],
+    folder: ImageFolderDataset,
+    psnr_of: dict[int, float],
+    args: argparse.Namespace,
+    device: torch.device,
+) -> Tensor:
     """uint8 (M, 3, S, S): for the images that the first pair harms most and for those in the middle, original | VAE alone | first pair."""
     wanted = [number for part in worst_and_median(psnr_of, args.grid_images // 2) for number in part]
     alone, first = rows[:2]
-    first_pair = [Row(alone.quantizer), Row(first.quantizer, torch.zeros_like(first.used), torch.zeros_like(first.outside))]
+    first_pair = [
+        Row(alone.quantizer),
+        Row(first.quantizer, torch.zeros_like(first.used), torch.zeros_like(first.outside)),
+    ]
     once = argparse.Namespace(**{**vars(args), "save_images": False, "num_workers": 0})
-    pictures = reconstruct(vae, first_pair, folder, list(dict.fromkeys(wanted)), set(wanted), once, device, None, {}).pictures
+    pictures = reconstruct(
+        vae, first_pair, folder, list(dict.fromkeys(wanted)), set(wanted), once, device, None, {}
+    ).pictures
     return torch.stack([picture for number in wanted for picture in pictures[number]])
 
 
@@ -423,7 +544,7 @@ def load_features(args: argparse.Namespace, device: torch.device) -> tuple[Incep
         return None, "--no_rfid was given"
     try:
         fetch_inception_weights(args.inception_weights, download=not args.no_download)
-    except (FileNotFoundError, ValueError) as error:                   # ValueError: another process could not
+    except (FileNotFoundError, ValueError) as error:  # ValueError: another process could not
         if args.inception_weights or args.fid_stats_given:
             raise
         return None, str(error)
@@ -441,15 +562,18 @@ def load_other(
         return None, no_rfid or "no --fid_stats"
     try:
         download.provide(args.fid_stats, "--fid_stats", args.no_download)
-    except (OSError, ValueError) as error:                             # ValueError: another process could not
+    except (OSError, ValueError) as error:  # ValueError: another process could not
         if args.fid_stats_given:
             raise
         return None, str(error)
     reference = load_reference(args.fid_stats, features, args.img_size, batch_size=args.batch_size)
     published = download.PUBLISHED["stats"].git_blob
     if beside_published(args) and download.file_hash(args.fid_stats, published) != published and dist.is_main():
-        logger.warning("%s (--fid_stats) has another content than ADM's published file: FID is not comparable with the "
-                       "published figures", args.fid_stats)
+        logger.warning(
+            "%s (--fid_stats) has another content than ADM's published file: FID is not comparable with the "
+            "published figures",
+            args.fid_stats,
+        )
     return reference, None
 
 
@@ -471,11 +595,19 @@ def run_record(
     """What results.json says of the run: settings, images, VAE, reference, pixels, what the published figures are."""
     return {
         "settings": {name: value for name, value in vars(args).items() if name != "fid_stats_given"},
-        "num_images": len(done), "num_classes": len({folder.labels[n] for n in done}),
-        "bad_images": [folder.samples[n][0] for n in bad], "world_size": dist.world_size(),
-        "vae": {"path": str(args.vae_path), "scale_factor": vae.scale_factor, "shift": vae.shift, "stride": vae.stride,
-                "fingerprint": vae.latent_fingerprint()},
-        "fid_stats": args.fid_stats, "pixels": args.pixels,
+        "num_images": len(done),
+        "num_classes": len({folder.labels[n] for n in done}),
+        "bad_images": [folder.samples[n][0] for n in bad],
+        "world_size": dist.world_size(),
+        "vae": {
+            "path": str(args.vae_path),
+            "scale_factor": vae.scale_factor,
+            "shift": vae.shift,
+            "stride": vae.stride,
+            "fingerprint": vae.latent_fingerprint(),
+        },
+        "fid_stats": args.fid_stats,
+        "pixels": args.pixels,
         "published_is_about": PUBLISHED_IS_ABOUT if beside_published(args) else None,
     }
 
@@ -487,7 +619,9 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     vae = load_vae(args.vae_path, args.vae_embed_dim)
     if args.img_size % vae.stride:
         raise ValueError(f"--img_size {args.img_size} is not a multiple of {vae.stride}, the stride of {args.vae_path}")
-    folder = ImageFolderDataset(args.image_dir, args.img_size, flip=False, on_bad_image=args.on_bad_image, flag="--image_dir")
+    folder = ImageFolderDataset(
+        args.image_dir, args.img_size, flip=False, on_bad_image=args.on_bad_image, flag="--image_dir"
+    )
     chosen = first_of_each_class(folder.labels, args.images_per_class, args.num_images)
     features, no_rfid = load_features(args, device)
     lpips, no_lpips = load_lpips(args, device)
@@ -495,8 +629,15 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     output = check_writable(args.output_dir, "--output_dir")
     vae, kinds = vae.to(device), as_list(args.quantizer)
     fitted_to = latents_to_fit(vae, folder, chosen, args, device) if "lloyd" in kinds else None
-    rows = build_rows(kinds, as_list(args.bits), as_list(args.range), device, vae.embed_dim, fitted_to,
-                      None if features is None else len(chosen))
+    rows = build_rows(
+        kinds,
+        as_list(args.bits),
+        as_list(args.range),
+        device,
+        vae.embed_dim,
+        fitted_to,
+        None if features is None else len(chosen),
+    )
     logger.info(
         "%d images of %d classes from %s, %d px; VAE %s, scale %s; %s; %s on %s; --pixels %s",
         len(chosen),
@@ -519,8 +660,18 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
 
     shown, out, error = set(spread_evenly(chosen, args.grid_images)), Outcome(), None
     try:
-        out = reconstruct(vae, rows, folder, chosen[dist.rank() :: dist.world_size()], shown, args, device, features,
-                          {number: place for place, number in enumerate(chosen)}, lpips)
+        out = reconstruct(
+            vae,
+            rows,
+            folder,
+            chosen[dist.rank() :: dist.world_size()],
+            shown,
+            args,
+            device,
+            features,
+            {number: place for place, number in enumerate(chosen)},
+            lpips,
+        )
     except (ValueError, OSError) as caught:
         error = caught
     dist.agree(error)
@@ -536,27 +687,53 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     pictures, first_pair = gathered(out.pictures), gathered(rows[1].scores)
     if not dist.is_main():
         return
-    write_json(output / "results.json", run_record(args, vae, folder, done, bad) | {
-        "device": str(device), "inception_sha256": None if features is None else features.sha256,
-        "rfid_not_computed": no_rfid, "fid_not_computed": no_fid, "lpips_not_computed": no_lpips, "rows": figures})
+    write_json(
+        output / "results.json",
+        run_record(args, vae, folder, done, bad)
+        | {
+            "device": str(device),
+            "inception_sha256": None if features is None else features.sha256,
+            "rfid_not_computed": no_rfid,
+            "fid_not_computed": no_fid,
+            "lpips_not_computed": no_lpips,
+            "rows": figures,
+        },
+    )
     write_csv(output / "results.csv", figures, args.pixels)
     draw_rate_distortion(output / "rate_distortion.png", figures)
     if args.grid_images >= 2:
-        save_grid(output / "worst_median.png", worst_median_grid(vae, rows, folder, {n: scores[0] for n, scores in first_pair.items()}, args, device), 3)
+        save_grid(
+            output / "worst_median.png",
+            worst_median_grid(vae, rows, folder, {n: scores[0] for n, scores in first_pair.items()}, args, device),
+            3,
+        )
     if pictures:
         save_grid(output / "grid.png", torch.stack([image for row in pictures.values() for image in row]), columns=3)
     if bad:
         logger.warning("%d of %d chosen images could not be read and were left out", len(bad), len(chosen))
     print(table(figures))
-    print(f"rFID, IS: not computed ({no_rfid})" if no_rfid else f"rFID over {len(done)} images"
-          + (f"; fewer than {FEW_IMAGES}, so too high: compare rows with each other, not with published numbers" if len(done) < FEW_IMAGES else ""))
+    print(
+        f"rFID, IS: not computed ({no_rfid})"
+        if no_rfid
+        else f"rFID over {len(done)} images"
+        + (
+            f"; fewer than {FEW_IMAGES}, so too high: compare rows with each other, not with published numbers"
+            if len(done) < FEW_IMAGES
+            else ""
+        )
+    )
     if args.fid_stats and not no_rfid:
         print(
             f"FID against {args.fid_stats}: not computed ({no_fid})"
             if no_fid
             else f"FID against {args.fid_stats}, pixels: {args.pixels}"
         )
-    logger.info("wrote %s and, with columns original | VAE alone | %s, %s", output / "results.json", rows[1].name, output / "grid.png")
+    logger.info(
+        "wrote %s and, with columns original | VAE alone | %s, %s",
+        output / "results.json",
+        rows[1].name,
+        output / "grid.png",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

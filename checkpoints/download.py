@@ -34,9 +34,10 @@ logger = get_logger()
 
 REPOSITORY = "Epiphqny/TokenBridge"
 SCHEME = "hf://"
-PARTS_OF_FOLDER = ("checkpoint-last.pth",), ("model.safetensors", "config.json", "vae.safetensors", "vae.json")      # either, in this order
+# either, in this order
+PARTS_OF_FOLDER = ("checkpoint-last.pth",), ("model.safetensors", "config.json", "vae.safetensors", "vae.json")
 CHUNK = 1 << 20
-ATTEMPTS = 6                        # at one file, each of which continues the one before
+ATTEMPTS = 6  # at one file, each of which continues the one before
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ PUBLISHED = {
         "ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz",
     ),
 }
-PUBLISHED_SIZE = 256               # pixels of the images that the published files are about
+PUBLISHED_SIZE = 256  # pixels of the images that the published files are about
 PRECISION_RECALL_HINT = (
     "precision, recall and KID need images or their features: python -m tools.download adm_batch fetches ADM's "
     f"reference batch, --pr_reference {PUBLISHED['adm_batch'].target} takes it"
@@ -98,6 +99,7 @@ class RemoteFile:
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
+
 
 def file_hash(path: str | Path, like: str) -> str:
     """The hash of a file in the kind of `like`: 64 hexadecimal digits are SHA-256, 40 git's SHA-1 of a blob."""
@@ -129,31 +131,45 @@ def safe_name(name: str, source: str) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- the hub
 
+
 def list_files(repository: str, revision: str | None = None) -> list[RemoteFile]:
     """All files of a hub repository with size and hash, at the commit that `revision` means now."""
     from huggingface_hub import HfApi
+
     info = HfApi(endpoint=os.environ.get("HF_ENDPOINT")).model_info(repository, revision=revision, files_metadata=True)
     files = []
     for entry in info.siblings or []:
         lfs = entry.lfs or {}
         sha256 = lfs.get("sha256") if isinstance(lfs, dict) else getattr(lfs, "sha256", None)
-        files.append(RemoteFile(safe_name(entry.rfilename, f"{SCHEME}{repository}"), entry.size, sha256 or entry.blob_id, info.sha or revision or "main"))
+        files.append(
+            RemoteFile(
+                safe_name(entry.rfilename, f"{SCHEME}{repository}"),
+                entry.size,
+                sha256 or entry.blob_id,
+                info.sha or revision or "main",
+            )
+        )
     return files
 
 
 def fetch(repository: str, remote: RemoteFile) -> Path:
     """The file in huggingface_hub's cache, downloaded (or continued) if need be and checked. ValueError if size or hash are wrong."""
     from huggingface_hub import hf_hub_download
+
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            path = Path(hf_hub_download(repository, remote.name, revision=remote.revision, endpoint=os.environ.get("HF_ENDPOINT")))
+            path = Path(
+                hf_hub_download(
+                    repository, remote.name, revision=remote.revision, endpoint=os.environ.get("HF_ENDPOINT")
+                )
+            )
             break
         except cut_errors():
             if attempt == ATTEMPTS:
                 raise
     wrong = problem(path, remote)
     if wrong:
-        path.resolve().unlink()                                            # or the cache would hand it out again
+        path.resolve().unlink()  # or the cache would hand it out again
         path.unlink(missing_ok=True)
         raise ValueError(f"{remote.name} of {SCHEME}{repository} {wrong}; it was deleted, run the same command again")
     return path
@@ -194,10 +210,18 @@ def cut_errors() -> tuple[type[Exception], ...]:
 def hub_errors() -> tuple[type[Exception], ...]:
     """What huggingface_hub raises when it cannot reach or find something, in all versions that we allow."""
     from huggingface_hub import errors
-    found: list[type[Exception]] = [OSError, errors.HFValidationError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError]
+
+    found: list[type[Exception]] = [
+        OSError,
+        errors.HFValidationError,
+        errors.HfHubHTTPError,
+        errors.LocalEntryNotFoundError,
+    ]
     for library in ("httpx2", "httpx", "requests"):
         module = sys.modules.get(library)
-        found += [getattr(module, name) for name in ("HTTPError", "RequestException", "InvalidURL") if hasattr(module, name)]
+        found += [
+            getattr(module, name) for name in ("HTTPError", "RequestException", "InvalidURL") if hasattr(module, name)
+        ]
     return tuple(found)
 
 
@@ -209,9 +233,11 @@ def local_path(path: str, flag: str = "") -> str:
     if not str(path).startswith(SCHEME):
         return path
     named = f"{path} ({flag})" if flag else str(path)
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?(?:/(.*))?", str(path)[len(SCHEME):])
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?(?:/(.*))?", str(path)[len(SCHEME) :])
     if not match or ".." in PurePosixPath(str(path)).parts:
-        raise ValueError(f"{named} is no address on the hub: hf://OWNER/REPOSITORY/PATH, with @REVISION after the repository if need be")
+        raise ValueError(
+            f"{named} is no address on the hub: hf://OWNER/REPOSITORY/PATH, with @REVISION after the repository if need be"
+        )
     repository, revision, inside = match[1], match[2], (match[3] or "").rstrip("/")
     try:
         files = {file.name: file for file in list_files(repository, revision)}
@@ -220,13 +246,17 @@ def local_path(path: str, flag: str = "") -> str:
         prefix = f"{inside}/" if inside else ""
         for names in PARTS_OF_FOLDER:
             if prefix + names[0] in files:
-                return str([fetch(repository, files[prefix + name]) for name in names if prefix + name in files][0].parent)
+                return str(
+                    [fetch(repository, files[prefix + name]) for name in names if prefix + name in files][0].parent
+                )
     except ValueError:
         raise
     except hub_errors() as error:
         raise unreachable(error, named, f"any path, and give that path{f' with {flag}' if flag else ''}") from error
-    raise ValueError(f"{named}: no such file, nor a folder with {' or '.join(names[0] for names in PARTS_OF_FOLDER)}; the repository has "
-                     f"{', '.join(sorted(files)[:8])}")
+    raise ValueError(
+        f"{named}: no such file, nor a folder with {' or '.join(names[0] for names in PARTS_OF_FOLDER)}; the repository has "
+        f"{', '.join(sorted(files)[:8])}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ other addresses
@@ -244,20 +274,25 @@ def fetch_url(url: str, target: Path, check: Callable[[Path], None]) -> None:
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
-            if have and answer.status != 206:                              # the server sends it from the start
+            if have and answer.status != 206:  # the server sends it from the start
                 have = 0
             left = answer.headers.get("Content-Length")
             total = None if left is None else have + int(left)
-            with part.open("ab" if have else "wb") as file, tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=target.name) as bar:
+            with (
+                part.open("ab" if have else "wb") as file,
+                tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=target.name) as bar,
+            ):
                 while block := answer.read(CHUNK):
                     file.write(block)
                     bar.update(len(block))
     except urllib.error.HTTPError as error:
-        if error.code == 416:                                              # nothing is left to send, or .part is longer than the file
+        if error.code == 416:  # nothing is left to send, or .part is longer than the file
             part.unlink(missing_ok=True)
         raise
     if total is not None and part.stat().st_size != total:
-        raise OSError(f"the connection ended after {part.stat().st_size:,} of {total:,} bytes; run the same command again to continue")
+        raise OSError(
+            f"the connection ended after {part.stat().st_size:,} of {total:,} bytes; run the same command again to continue"
+        )
     try:
         check(part)
     except ValueError as error:
@@ -278,10 +313,12 @@ def check_content(name: str, path: Path, expected: str | None) -> None:
         )
     if name == "vae":
         from util.checkpoint import load_file
+
         if not isinstance(load_file(path, "vae", mmap=True).get("model"), dict):
-            raise ValueError(f"{path} holds no VAE: it has no weights under \"model\"")
+            raise ValueError(f'{path} holds no VAE: it has no weights under "model"')
         return
     from evaluation.reference import load_reference_stats, npz_shape  # imports torch-fidelity
+
     reference = load_reference_stats(path, name)
     if name == "adm_batch" and (npz_shape(path, name)[1] != PUBLISHED_SIZE or reference.spatial is None):
         raise ValueError(
@@ -314,6 +351,7 @@ def fetch_address(name: str, url: str, args: argparse.Namespace) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- the command
+
 
 def choose(files: Sequence[RemoteFile], name: str, pattern: str, repository: str) -> RemoteFile:
     """The one file that matches; Unavailable if none does, ValueError if several do, both listing what there is."""
@@ -387,7 +425,7 @@ def fetch_published(name: str, repository: HubRepository, args: argparse.Namespa
             print(f"{name}: {target} is there, and could not be compared with the hub's ({absent})")
             return None
         another = (args.repository, args.revision, args.file) != (REPOSITORY, None, "")
-        if not url or another:                                             # another repository's VAE is another VAE
+        if not url or another:  # another repository's VAE is another VAE
             raise
         print(f"{name}: {absent}; trying {url}")
         try:
@@ -441,10 +479,11 @@ def provide(path: str | Path, flag: str, no_download: bool = False) -> None:
     if name is None:
         return
     target = Path(PUBLISHED[name].target)
-    exported = target.with_name(PARTS_OF_FOLDER[1][0])                     # a checkpoint's folder may hold this instead
+    exported = target.with_name(PARTS_OF_FOLDER[1][0])  # a checkpoint's folder may hold this instead
 
     def missing() -> bool:
         return not target.is_file() and not exported.is_file()
+
     if no_download:
         hint = f"no {target} ({flag}), and --no_download is given: python -m tools.download {name} fetches it"
         return dist.agree(FileNotFoundError(hint) if missing() else None)
@@ -461,6 +500,7 @@ def provide(path: str | Path, flag: str, no_download: bool = False) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- flags
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
@@ -493,7 +533,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", args.sha256):
         raise ValueError(f"--sha256 must be 64 hexadecimal digits, got {args.sha256!r}")
     if args.sha256 is not None and "stats" not in what:
-        raise ValueError("--sha256 is the hash of the statistics, which are not wanted; the hub itself says the hashes of the weights")
+        raise ValueError(
+            "--sha256 is the hash of the statistics, which are not wanted; the hub itself says the hashes of the weights"
+        )
     for name in ("vae_url", "stats_url", "adm_batch_url"):
         if not getattr(args, name).startswith(("http://", "https://")):
             raise ValueError(f"--{name} must begin with http:// or https://, got {getattr(args, name)!r}")

@@ -23,9 +23,9 @@ logger = logging.getLogger("tokenbridge")
 LAST = "checkpoint-last.pth"
 SAFE = "model.safetensors"
 CHOICES = ("ema", "model")
-TABLES = ("boundaries", "reconstruction_values")       # the quantizer's, float32 always
-BUFFERS = (*TABLES, "channel_mask")                     # all that a state dict of the model holds besides its parameters
-ROOT_KEY = "class_emb.weight"                          # a state dict without a dict around it is known by this
+TABLES = ("boundaries", "reconstruction_values")  # the quantizer's, float32 always
+BUFFERS = (*TABLES, "channel_mask")  # all that a state dict of the model holds besides its parameters
+ROOT_KEY = "class_emb.weight"  # a state dict without a dict around it is known by this
 
 
 def find_file(path: str | Path) -> Path:
@@ -43,21 +43,30 @@ def read_file(path: str | Path, flag: str = "", mmap: bool = False) -> dict:
     """
     path, named = Path(path), f" ({flag})" if flag else ""
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}{named}: give a checkpoint file, or a folder with {LAST} or {SAFE}")
+        raise FileNotFoundError(
+            f"no checkpoint at {path}{named}: give a checkpoint file, or a folder with {LAST} or {SAFE}"
+        )
     if path.suffix == ".safetensors":
         return _read_safetensors(path, named)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):       # published checkpoints keep their arguments in one
+        # published checkpoints keep their arguments in one
+        with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except Exception as error:
         code = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|class|type) ([\w.]+)", str(error))
         if code:
-            raise ValueError(f"{path}{named} holds code ({code[1] or code[2]}), which is never run: a checkpoint of weights needs none; get it "
-                             "from its author as safetensors or a plain state dict") from error
-        raise ValueError(f"{path}{named} cannot be read as a checkpoint; it is cut short, or another kind of file: "
-                         f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+            raise ValueError(
+                f"{path}{named} holds code ({code[1] or code[2]}), which is never run: a checkpoint of weights needs none; get it "
+                "from its author as safetensors or a plain state dict"
+            ) from error
+        raise ValueError(
+            f"{path}{named} cannot be read as a checkpoint; it is cut short, or another kind of file: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}{named} is not a checkpoint: it holds a {type(content).__name__}, not a dict with weights under \"model\"")
+        raise ValueError(
+            f'{path}{named} is not a checkpoint: it holds a {type(content).__name__}, not a dict with weights under "model"'
+        )
     return {key: _detached(value) for key, value in content.items()}
 
 
@@ -73,10 +82,13 @@ def _detached(value: object) -> object:
 def _read_safetensors(path: Path, named: str) -> dict:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+
     try:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}{named} cannot be read as safetensors; it is cut short, or another kind of file: {error}") from error
+        raise ValueError(
+            f"{path}{named} cannot be read as safetensors; it is cut short, or another kind of file: {error}"
+        ) from error
     beside = path.with_name("config.json") if path.name == SAFE else path.with_suffix(".json")
     try:
         config = json.loads(beside.read_text()) if beside.is_file() else {}
@@ -98,8 +110,13 @@ def one_layout(content: dict, source: str) -> dict:
     if isinstance(content.get("model_ema"), dict):
         return content | {"model": content["model_ema"], "weights": "ema"}
     if ROOT_KEY in content:
-        return {"model": {key: value for key, value in content.items() if isinstance(value, Tensor)}, "weights": content.get("weights", "unnamed")}
-    raise ValueError(f'{source} has no weights under the key "model"; found {", ".join(map(str, list(content)[:8])) or "nothing"}')
+        return {
+            "model": {key: value for key, value in content.items() if isinstance(value, Tensor)},
+            "weights": content.get("weights", "unnamed"),
+        }
+    raise ValueError(
+        f'{source} has no weights under the key "model"; found {", ".join(map(str, list(content)[:8])) or "nothing"}'
+    )
 
 
 def generator_state(content: dict, model: nn.Module, which: str, source: str) -> dict:
@@ -121,7 +138,9 @@ def generator_state(content: dict, model: nn.Module, which: str, source: str) ->
     elif which == "ema":
         ema = content.get("model_ema")
         if not isinstance(ema, dict):
-            raise ValueError(f"{source} has no model_ema; give --weights model (weights=\"model\") to use the weights as they are")
+            raise ValueError(
+                f'{source} has no model_ema; give --weights model (weights="model") to use the weights as they are'
+            )
         lacking = [name for name in parameters if name not in ema]
         if lacking:
             raise ValueError(f"model_ema in {source} lacks {len(lacking)} parameters: {', '.join(lacking[:3])}")
@@ -140,23 +159,36 @@ def load_state(module: nn.Module, state: dict, source: str) -> None:
     """
     own = module.state_dict()
     missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
-    wrong = [f"{k}: file {_shape(state[k])}, model {_shape(own[k])}" for k in own if k in state and _shape(state[k]) != _shape(own[k])]
+    wrong = [
+        f"{k}: file {_shape(state[k])}, model {_shape(own[k])}"
+        for k in own
+        if k in state and _shape(state[k]) != _shape(own[k])
+    ]
     problems = [f"lacks {len(missing)} keys ({', '.join(missing[:3])})"] if missing else []
     problems += [f"has {len(extra)} unknown keys ({', '.join(extra[:3])})"] if extra else []
     problems += [f"has {len(wrong)} weights of another shape ({'; '.join(wrong[:3])})"] if wrong else []
     if problems:
-        raise ValueError(f"{source} does not fit the model (--model, --img_size, --quant_bits, --buffer_size, --class_num): {' and '.join(problems)}")
+        raise ValueError(
+            f"{source} does not fit the model (--model, --img_size, --quant_bits, --buffer_size, --class_num): {' and '.join(problems)}"
+        )
     not_finite = [k for k in own if k != "channel_mask" and not torch.isfinite(state[k]).all()]
     if not_finite:
         raise ValueError(f"{source} holds NaN or infinite weights, first: {', '.join(not_finite[:3])}")
-    half = [k for k in TABLES if k in own and state[k].dtype in (torch.float16, torch.bfloat16)
-            and torch.allclose(state[k].float(), own[k].float(), rtol=0, atol=0.02)]           # other tables (--quantizer) are read, rounded as they are
+    half = [
+        k
+        for k in TABLES
+        if k in own
+        and state[k].dtype in (torch.float16, torch.bfloat16)
+        # other tables (--quantizer) are read, rounded as they are
+        and torch.allclose(state[k].float(), own[k].float(), rtol=0, atol=0.02)
+    ]
     if half:
         logger.info("%s is in half precision: the quantizer's tables are computed, not read", source)
     module.load_state_dict(state | {k: own[k] for k in half}, strict=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- told from shapes
+
 
 def _depth(state: dict, prefix: str) -> int:
     found = {int(match[1]) for key in state if (match := re.match(rf"{prefix}\.(\d+)\.", key))}
@@ -170,18 +202,33 @@ def structure_from_shapes(state: dict, source: str) -> tuple[str, dict]:
     SPEC 5 asks. ValueError if these are another model's weights, or of a size that MODELS lacks.
     """
     from models import MODELS
+
     try:
         width, tokens = state["class_emb.weight"].shape[1], state["output_pos_embed"].shape[1]
-        found = dict(encoder_embed_dim=width, encoder_depth=_depth(state, "encoder_blocks"), decoder_embed_dim=state["mask_token"].shape[-1],
-                     decoder_depth=_depth(state, "decoder_blocks"), channel_embed_dim=state["channel_embed"].shape[-1],
-                     channel_depth=_depth(state, "channel_blocks"))
-        arguments = dict(img_size=16 * math.isqrt(tokens), class_num=len(state["class_emb.weight"]), vae_embed_dim=state["channel_embed"].shape[1],
-                         quant_levels=len(state["channel_heads.0.weight"]), buffer_size=state["encoder_pos_embed_learned"].shape[1] - tokens)
+        found = dict(
+            encoder_embed_dim=width,
+            encoder_depth=_depth(state, "encoder_blocks"),
+            decoder_embed_dim=state["mask_token"].shape[-1],
+            decoder_depth=_depth(state, "decoder_blocks"),
+            channel_embed_dim=state["channel_embed"].shape[-1],
+            channel_depth=_depth(state, "channel_blocks"),
+        )
+        arguments = dict(
+            img_size=16 * math.isqrt(tokens),
+            class_num=len(state["class_emb.weight"]),
+            vae_embed_dim=state["channel_embed"].shape[1],
+            quant_levels=len(state["channel_heads.0.weight"]),
+            buffer_size=state["encoder_pos_embed_learned"].shape[1] - tokens,
+        )
     except (KeyError, AttributeError, IndexError, TypeError) as error:
-        raise ValueError(f"{source} does not describe a TokenBridge model: it lacks {error}; is the file a VAE's?") from error
+        raise ValueError(
+            f"{source} does not describe a TokenBridge model: it lacks {error}; is the file a VAE's?"
+        ) from error
     for name, builder in MODELS.items():
         if all(builder.keywords[key] == value for key, value in found.items()):
             return name, builder.keywords | arguments | {"head_start": "official"}
-    raise ValueError(f"{source} is of no known size: encoder {found['encoder_embed_dim']} x {found['encoder_depth']} blocks, decoder "
-                     f"{found['decoder_embed_dim']} x {found['decoder_depth']}, head {found['channel_embed_dim']} x {found['channel_depth']}; "
-                     f"known are {', '.join(MODELS)}")
+    raise ValueError(
+        f"{source} is of no known size: encoder {found['encoder_embed_dim']} x {found['encoder_depth']} blocks, decoder "
+        f"{found['decoder_embed_dim']} x {found['decoder_depth']}, head {found['channel_embed_dim']} x {found['channel_depth']}; "
+        f"known are {', '.join(MODELS)}"
+    )

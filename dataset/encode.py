@@ -32,13 +32,15 @@ from util.log import get_logger
 
 logger = get_logger()
 
-SYNC_EVERY = 8             # batches between messages among the processes: progress, and whether one of them has failed
-LOG_SECONDS = 5            # between progress lines
-WRITERS = 8                # threads that write .npz files while the next batch is encoded
-Item = tuple[int, Tensor | None, str | None]       # image number, its pictures or moments unless there is no need, why it cannot be read
+SYNC_EVERY = 8  # batches between messages among the processes: progress, and whether one of them has failed
+LOG_SECONDS = 5  # between progress lines
+WRITERS = 8  # threads that write .npz files while the next batch is encoded
+# image number, its pictures or moments unless there is no need, why it cannot be read
+Item = tuple[int, Tensor | None, str | None]
 
 
 # ------------------------------------------------------------------------------------------------------------- where images come from
+
 
 class ImageSource(Dataset):
     """Image number -> Item with (crops, 3, S, S) in [-1, 1]: the ADM centre crop, then random crops drawn from (seed, number, crop).
@@ -46,7 +48,9 @@ class ImageSource(Dataset):
     is_there(number): whether the image's latents are complete, so that it need not be read.
     """
 
-    def __init__(self, images: ImageFolderDataset, crops: int, seed: int, is_there: Callable[[int], bool] = lambda number: False):
+    def __init__(
+        self, images: ImageFolderDataset, crops: int, seed: int, is_there: Callable[[int], bool] = lambda number: False
+    ):
         self.root, self.samples, self.size = Path(images.folder.root), images.samples, images.img_size
         self.crops, self.seed, self.is_there = crops, seed, is_there
         self.paths = [Path(path).relative_to(self.root).as_posix() for path, _ in self.samples]
@@ -55,7 +59,10 @@ class ImageSource(Dataset):
     def load(self, number: int) -> Tensor:
         """The image's crops; ValueError naming the file if it is corrupt."""
         image = read_image(self.samples[number][0])
-        more = [random_crop(image, self.size, np.random.default_rng([self.seed, number, crop])) for crop in range(1, self.crops)]
+        more = [
+            random_crop(image, self.size, np.random.default_rng([self.seed, number, crop]))
+            for crop in range(1, self.crops)
+        ]
         return torch.stack([to_tensor(crop) for crop in (center_crop_adm(image, self.size), *more)])
 
     def __len__(self) -> int:
@@ -83,29 +90,44 @@ class MomentsSource(ImageSource):
         path = self.samples[number][0]
         arrays = read_moments(path)
         if arrays is None or arrays[0].shape != self.shape:
-            raise ValueError(f"cached latents {path} (--convert) are cut short, damaged, not finite or of another shape than {self.shape}; "
-                             "mend or remove the file, or pass --on_bad_image skip")
+            raise ValueError(
+                f"cached latents {path} (--convert) are cut short, damaged, not finite or of another shape than {self.shape}; "
+                "mend or remove the file, or pass --on_bad_image skip"
+            )
         return torch.from_numpy(np.stack(arrays))
 
 
 def read_moments(path: str | Path) -> tuple[np.ndarray, np.ndarray] | None:
     """`moments` and `moments_flip` (2C, h, w) of a whole .npz, float32, finite and of one shape; None if it is anything else."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:               # zip checksums are verified
+        with np.load(path, allow_pickle=False) as arrays:  # zip checksums are verified
             found = arrays["moments"], arrays["moments_flip"]
     except (OSError, ValueError, KeyError, EOFError, IndexError, TypeError, zipfile.BadZipFile):
         return None
-    good = all(a.dtype == np.float32 and a.shape == found[0].shape and a.ndim == 3 and bool(np.isfinite(a).all()) for a in found)
+    good = all(
+        a.dtype == np.float32 and a.shape == found[0].shape and a.ndim == 3 and bool(np.isfinite(a).all())
+        for a in found
+    )
     return found if good else None
 
 
 # ------------------------------------------------------------------------------------------------------------- from images to records
 
+
 class Encoder:
     """Pictures (b, crops, 3, S, S), or moments (b, V, 2C, h, w) of a cache that is converted (vae None) -> records (b, V, *shape)."""
 
-    def __init__(self, vae, spec: RecordSpec, flips: bool, device: torch.device, precision: str = "fp32", quantizer: TableQuantizer | None = None,  # noqa: ANN001
-                 scale: Callable[[Tensor], Tensor] | None = None, seed: int = 0):
+    def __init__(
+        self,
+        vae,
+        spec: RecordSpec,
+        flips: bool,
+        device: torch.device,
+        precision: str = "fp32",
+        quantizer: TableQuantizer | None = None,  # noqa: ANN001
+        scale: Callable[[Tensor], Tensor] | None = None,
+        seed: int = 0,
+    ):
         self.vae, self.spec, self.flips, self.device, self.precision = vae, spec, flips, device, precision
         self.quantizer, self.scale, self.seed = quantizer, scale, seed
 
@@ -124,7 +146,9 @@ class Encoder:
         with dist.autocast(self.device, self.precision):
             moments = self.vae.encode(images).parameters
         if not torch.isfinite(moments).all():
-            raise ValueError(f"the VAE's latents of an image are NaN or infinite under --precision {self.precision}; use fp32 or bf16 or check --vae_path")
+            raise ValueError(
+                f"the VAE's latents of an image are NaN or infinite under --precision {self.precision}; use fp32 or bf16 or check --vae_path"
+            )
         return posterior_from_moments(moments.float())
 
     def record(self, posterior: DiagonalGaussian, numbers: Sequence[int], view: int) -> Tensor:
@@ -133,12 +157,19 @@ class Encoder:
             return posterior.parameters
         if self.spec.mode == "mean":
             return posterior.mean
-        noise = torch.stack([torch.randn(self.spec.shape, generator=torch.Generator("cpu").manual_seed(mixed_seed(self.seed, n, view)))
-                             for n in numbers])
+        noise = torch.stack(
+            [
+                torch.randn(
+                    self.spec.shape, generator=torch.Generator("cpu").manual_seed(mixed_seed(self.seed, n, view))
+                )
+                for n in numbers
+            ]
+        )
         return self.quantizer.quantize(self.scale(posterior.sample(noise=noise.to(self.device)))).to(torch.int16)
 
 
 # ------------------------------------------------------------------------------------------------------------- what is missing
+
 
 @dataclass
 class Work:
@@ -157,7 +188,7 @@ class Counts:
     encoded: int = 0
     kept: int = 0
     corrupt: set[int] = field(default_factory=set)
-    waited: float = 0.0                 # share of the loop's time in which the encoder had nothing to do
+    waited: float = 0.0  # share of the loop's time in which the encoder had nothing to do
 
     def as_array(self) -> np.ndarray:
         return np.array([self.encoded, self.kept, len(self.corrupt)])
@@ -172,7 +203,7 @@ class BackgroundWrites:
     def wait(self) -> None:
         pending, self.pending = self.pending, []
         for future in pending:
-            future.result()              # OSError if a write failed
+            future.result()  # OSError if a write failed
 
     def close(self) -> None:
         self.pool.shutdown()
@@ -184,7 +215,7 @@ class NpzFiles(BackgroundWrites):
     def __init__(self, cache: Path, source: ImageSource, spec: RecordSpec, batch_size: int):
         self.cache, self.source, self.spec, self.batch_size = cache, source, spec, batch_size
         super().__init__(WRITERS)
-        source.is_there = self.is_there                                 # asked by the loader's processes, as it reads the file
+        source.is_there = self.is_there  # asked by the loader's processes, as it reads the file
 
     def target(self, number: int) -> Path:
         path = self.cache / self.source.paths[number]
@@ -196,17 +227,24 @@ class NpzFiles(BackgroundWrites):
 
     def plan(self, counts: Counts) -> list[Work]:
         """This process's batches: every world-size-th."""
-        runs = [list(range(first, min(first + self.batch_size, len(self.source)))) for first in range(0, len(self.source), self.batch_size)]
+        runs = [
+            list(range(first, min(first + self.batch_size, len(self.source))))
+            for first in range(0, len(self.source), self.batch_size)
+        ]
         return [Work(run, run) for run in runs[dist.rank() :: dist.world_size()]]
 
     def bytes_needed(self) -> int:
-        return 0                                                        # what is there is known only when it is read
+        return 0  # what is there is known only when it is read
 
     def write(self, work: Work, values: Tensor, present: np.ndarray) -> None:
         """Files of the images that are present (b,), written while the next batch is encoded. OSError if a write of the last batch failed."""
         self.wait()
-        arrays = values.float().numpy()                                                      # (b, 2, 2C, h, w)
-        self.pending = [self.pool.submit(write_moments, self.target(n), *arrays[i]) for i, n in enumerate(work.numbers) if present[i]]
+        arrays = values.float().numpy()  # (b, 2, 2C, h, w)
+        self.pending = [
+            self.pool.submit(write_moments, self.target(n), *arrays[i])
+            for i, n in enumerate(work.numbers)
+            if present[i]
+        ]
 
 
 def write_moments(path: Path, moments: np.ndarray, moments_flip: np.ndarray) -> None:
@@ -219,9 +257,16 @@ class ShardFiles(BackgroundWrites):
     """Shards of `shard_size` consecutive images (dataset/shards.py); each process writes every world-size-th of those that are not finished."""
 
     def __init__(self, cache: Path, source: ImageSource, spec: RecordSpec, batch_size: int, shard_size: int, key: str):
-        self.cache, self.source, self.spec, self.batch_size, self.shard_size, self.key = cache, source, spec, batch_size, shard_size, key
+        self.cache, self.source, self.spec, self.batch_size, self.shard_size, self.key = (
+            cache,
+            source,
+            spec,
+            batch_size,
+            shard_size,
+            key,
+        )
         self.total = -(-len(source) // shard_size)
-        super().__init__(1)                                             # one thread: a shard's end comes after its batches
+        super().__init__(1)  # one thread: a shard's end comes after its batches
         self.writers: dict[int, ShardWriter] = {}
 
     def numbers(self, shard: int) -> range:
@@ -248,7 +293,7 @@ class ShardFiles(BackgroundWrites):
     def plan(self, counts: Counts) -> list[Work]:
         """Batches of this process that are missing, shard by shard. Images that could not be read before are tried again."""
         found = {shard: self.finished(shard) for shard in range(self.total)}
-        dist.barrier()                                                  # from here on a process may finish a shard
+        dist.barrier()  # from here on a process may finish a shard
         work, mine = [], range(dist.rank(), self.total, dist.world_size())
         for shard in (shard for shard in mine if found[shard] is not None):
             work += self.tried_again(shard, found[shard], counts)
@@ -258,7 +303,10 @@ class ShardFiles(BackgroundWrites):
             if writer.journal.exists():
                 writer.open()
                 for batch in writer.done:
-                    labels, first = writer.labels[writer.slots(batch)], self.numbers(shard).start + writer.slots(batch).start
+                    labels, first = (
+                        writer.labels[writer.slots(batch)],
+                        self.numbers(shard).start + writer.slots(batch).start,
+                    )
                     counts.kept += int((labels >= 0).sum())
                     counts.corrupt |= {first + slot for slot in np.flatnonzero(labels < 0).tolist()}
             work += self.batches(shard, writer)
@@ -292,7 +340,11 @@ class ShardFiles(BackgroundWrites):
 
     def bytes_needed(self) -> int:
         """Of the shards that this process has not begun."""
-        return sum(writer.layout.total_bytes for writer in self.writers.values() if not writer.partial.exists() and not writer.path.exists())
+        return sum(
+            writer.layout.total_bytes
+            for writer in self.writers.values()
+            if not writer.partial.exists() and not writer.path.exists()
+        )
 
     def write(self, work: Work, values: Tensor, present: np.ndarray) -> None:
         """The batch's records; after a shard's last batch the shard itself. Done while the next batch is encoded."""
@@ -321,6 +373,7 @@ class ShardFiles(BackgroundWrites):
 
 # ------------------------------------------------------------------------------------------------------------- the loop
 
+
 class Progress:
     """Counts of all processes, and how long this one has waited for its files."""
 
@@ -332,12 +385,27 @@ class Progress:
         if now - self.logged < LOG_SECONDS and not last:
             return
         self.logged, seconds = now, max(now - self.started, 1e-9)
-        logger.info("%d/%d images: %d encoded, %d were there, %d corrupt  %.1f images/s  waiting for files %.1f%%  ETA %.0f s", counts.sum(), self.total,
-                    *counts, counts[0] / seconds, 100 * self.waited / seconds, seconds * (self.total - counts.sum()) / max(counts[0], 1))
+        logger.info(
+            "%d/%d images: %d encoded, %d were there, %d corrupt  %.1f images/s  waiting for files %.1f%%  ETA %.0f s",
+            counts.sum(),
+            self.total,
+            *counts,
+            counts[0] / seconds,
+            100 * self.waited / seconds,
+            seconds * (self.total - counts.sum()) / max(counts[0], 1),
+        )
 
 
-def encode_all(files: NpzFiles | ShardFiles, source: ImageSource, encoder: Encoder, plan: Sequence[Work], counts: Counts, *, num_workers: int,
-               pin_memory: bool) -> np.ndarray:
+def encode_all(
+    files: NpzFiles | ShardFiles,
+    source: ImageSource,
+    encoder: Encoder,
+    plan: Sequence[Work],
+    counts: Counts,
+    *,
+    num_workers: int,
+    pin_memory: bool,
+) -> np.ndarray:
     """Work through this process's plan; returns the counts of all processes together (3,). An error in one stops all at the next message."""
     rounds = max(dist.gather_objects(len(plan)))
     progress, batches, error = Progress(len(source)), load(source, plan, num_workers), None
@@ -348,15 +416,17 @@ def encode_all(files: NpzFiles | ShardFiles, source: ImageSource, encoder: Encod
                 waiting = time.perf_counter()
                 items = next(batches)
                 if k:
-                    progress.waited += time.perf_counter() - waiting                         # the first wait is the loader's start
+                    progress.waited += time.perf_counter() - waiting  # the first wait is the loader's start
                 encode_batch(files, source, encoder, plan[k], items, counts, pin_memory)
             if error is None and k == rounds - 1:
                 files.wait()
         except ValueError as problem:
             error = problem
         except OSError as problem:
-            error = OSError(f"cannot write to {files.cache} (--cached_path): {problem.strerror or problem}. What is finished stays valid; make room or "
-                            "mend the disk, then run the same command again")
+            error = OSError(
+                f"cannot write to {files.cache} (--cached_path): {problem.strerror or problem}. What is finished stays valid; make room or "
+                "mend the disk, then run the same command again"
+            )
         if (k + 1) % SYNC_EVERY == 0 or k == rounds - 1 or dist.world_size() == 1:
             dist.agree(error)
             total = np.sum(dist.gather_objects(counts.as_array()), axis=0)
@@ -366,13 +436,25 @@ def encode_all(files: NpzFiles | ShardFiles, source: ImageSource, encoder: Encod
 
 
 def load(source: ImageSource, plan: Sequence[Work], num_workers: int) -> Iterator[list[Item]]:
-    loader = DataLoader(source, batch_sampler=[work.wanted for work in plan], num_workers=num_workers, collate_fn=list,
-                        prefetch_factor=4 if num_workers else None)
+    loader = DataLoader(
+        source,
+        batch_sampler=[work.wanted for work in plan],
+        num_workers=num_workers,
+        collate_fn=list,
+        prefetch_factor=4 if num_workers else None,
+    )
     return iter(loader)
 
 
-def encode_batch(files: NpzFiles | ShardFiles, source: ImageSource, encoder: Encoder, work: Work, items: Sequence[Item], counts: Counts,
-                 pin_memory: bool) -> None:
+def encode_batch(
+    files: NpzFiles | ShardFiles,
+    source: ImageSource,
+    encoder: Encoder,
+    work: Work,
+    items: Sequence[Item],
+    counts: Counts,
+    pin_memory: bool,
+) -> None:
     """One batch from its Items to the files."""
     pictures = {number: x for number, x, _ in items if x is not None}
     for number, x, problem in items:
@@ -386,7 +468,7 @@ def encode_batch(files: NpzFiles | ShardFiles, source: ImageSource, encoder: Enc
             files.write(work, torch.zeros(len(present), encoder.spec.views, *encoder.spec.shape), present)
         return
     blank = torch.zeros_like(next(iter(pictures.values())))
-    batch = torch.stack([pictures.get(number, blank) for number in work.numbers])            # (b, crops, 3, S, S)
+    batch = torch.stack([pictures.get(number, blank) for number in work.numbers])  # (b, crops, 3, S, S)
     values = encoder(batch.pin_memory() if pin_memory and encoder.device.type == "cuda" else batch, work.numbers)
     files.write(work, values, present)
     counts.encoded += len(pictures)
@@ -397,6 +479,8 @@ def check_room(files: NpzFiles | ShardFiles, cache: Path) -> None:
     needed = sum(dist.gather_objects(files.bytes_needed()))
     free, problem = shutil.disk_usage(cache).free, None
     if needed > free:
-        problem = ValueError(f"{cache} (--cached_path) has {free / 2**30:.1f} GiB of free disk space, the missing shards need {needed / 2**30:.1f} GiB; "
-                             "free some, choose another folder, or store less (--dtype float16, --mode mean or indices, --no_flip)")
+        problem = ValueError(
+            f"{cache} (--cached_path) has {free / 2**30:.1f} GiB of free disk space, the missing shards need {needed / 2**30:.1f} GiB; "
+            "free some, choose another folder, or store less (--dtype float16, --mode mean or indices, --no_flip)"
+        )
     dist.agree(problem)

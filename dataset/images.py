@@ -43,8 +43,14 @@ def save_frames(path: str | Path, images: Tensor, milliseconds: int = 150) -> No
     """uint8 images (N, 3, H, W) to a GIF that repeats and rests on the last."""
     frames = [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
     with replacing(path) as file:
-        frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], loop=0,
-                       duration=[milliseconds] * (len(frames) - 1) + [10 * milliseconds])
+        frames[0].save(
+            file,
+            format="GIF",
+            save_all=True,
+            append_images=frames[1:],
+            loop=0,
+            duration=[milliseconds] * (len(frames) - 1) + [10 * milliseconds],
+        )
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -53,7 +59,9 @@ def read_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {path} cannot be read ({error}); mend or remove it, or pass --on_bad_image skip") from error
+        raise ValueError(
+            f"image {path} cannot be read ({error}); mend or remove it, or pass --on_bad_image skip"
+        ) from error
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -46,6 +46,7 @@ STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # ------------------------------------------------------------------------------------------------------------- figures of latents
 
+
 def latent_scale(latents: Tensor) -> float:
     """1/std over all entries of raw latents (N, C, h, w): the factor that brings them to unit variance."""
     return float(1 / latents.double().std())
@@ -58,9 +59,9 @@ def low_frequency_share(latents: Tensor) -> Tensor:
     """
     x = latents.double()
     x = x - x.mean(dim=(0, 2, 3), keepdim=True)
-    energy = torch.fft.fft2(x).abs().square().mean(0)                                        # (C, h, w)
+    energy = torch.fft.fft2(x).abs().square().mean(0)  # (C, h, w)
     frequency = [torch.fft.fftfreq(n, dtype=torch.float64) for n in x.shape[-2:]]
-    radius = (frequency[0][:, None] ** 2 + frequency[1][None, :] ** 2).sqrt()                # (h, w), cycles per position
+    radius = (frequency[0][:, None] ** 2 + frequency[1][None, :] ** 2).sqrt()  # (h, w), cycles per position
     return (energy * (radius <= 0.25)).sum((1, 2)) / energy.sum((1, 2)).clamp_min(1e-30)
 
 
@@ -88,7 +89,9 @@ def entropy_bits(indices: Tensor, levels: int) -> float:
     return float(-(share[share > 0] * share[share > 0].log2()).sum())
 
 
-def rate_distortion(latents: Tensor, build: Callable[[int, float], "TableQuantizer"], bits: Sequence[int], ranges: Sequence[float]) -> list[dict]:
+def rate_distortion(
+    latents: Tensor, build: Callable[[int, float], "TableQuantizer"], bits: Sequence[int], ranges: Sequence[float]
+) -> list[dict]:
     """Every pair of bits and half range on scaled latents: {bits, range, mse, rate (entropy, bits), clamped (share)}.
 
     build(bits, half range) -> quantizer.
@@ -99,34 +102,66 @@ def rate_distortion(latents: Tensor, build: Callable[[int, float], "TableQuantiz
             quantizer = build(b, half)
             indices = quantizer.quantize(latents)
             error = (quantizer.dequantize(indices) - latents).double().square().mean()
-            points.append({"bits": b, "range": half, "mse": float(error), "rate": entropy_bits(indices, 2**b),
-                           "clamped": float((latents.abs() > half).double().mean())})
+            points.append(
+                {
+                    "bits": b,
+                    "range": half,
+                    "mse": float(error),
+                    "rate": entropy_bits(indices, 2**b),
+                    "clamped": float((latents.abs() > half).double().mean()),
+                }
+            )
     return points
 
 
 def best_ranges(points: Sequence[dict]) -> list[dict]:
     """Of each number of bits the point with the least error."""
-    return [min((p for p in points if p["bits"] == b), key=lambda p: p["mse"]) for b in dict.fromkeys(p["bits"] for p in points)]
+    return [
+        min((p for p in points if p["bits"] == b), key=lambda p: p["mse"])
+        for b in dict.fromkeys(p["bits"] for p in points)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- flags
 
+
 def build_parser() -> argparse.ArgumentParser:
     """All flags."""
     from models.quantizer import MAX_BITS, QUANTIZERS
+
     parser = make_parser(__doc__)
-    parser.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help="VAE checkpoint, or a folder of diffusers")
+    parser.add_argument(
+        "--vae_path", default="pretrained_models/vae/kl16.ckpt", help="VAE checkpoint, or a folder of diffusers"
+    )
     parser.add_argument("--data_path", default="./data/imagenet", help="folder with train/<class>/<image>")
     parser.add_argument("--img_size", type=int, default=256, help="side of the images, pixels")
-    parser.add_argument("--num_images", type=int, default=2048, help="at most so many, spread evenly over the classes, for the latents' figures")
+    parser.add_argument(
+        "--num_images",
+        type=int,
+        default=2048,
+        help="at most so many, spread evenly over the classes, for the latents' figures",
+    )
     parser.add_argument("--decoded_images", type=int, default=64, help="of these so many are decoded for the PSNR")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--bits", type=int, nargs="+", default=[3, 4, 5, 6, 7, 8], help=f"numbers of bits to try, 1 to {MAX_BITS}")
+    parser.add_argument(
+        "--bits", type=int, nargs="+", default=[3, 4, 5, 6, 7, 8], help=f"numbers of bits to try, 1 to {MAX_BITS}"
+    )
     parser.add_argument("--range", type=float, nargs="+", default=list(RANGES), help="half ranges to try")
-    parser.add_argument("--quantizer", default="gaussian", choices=QUANTIZERS, help="which kind the bits and ranges are tried with; lloyd is fitted")
+    parser.add_argument(
+        "--quantizer",
+        default="gaussian",
+        choices=QUANTIZERS,
+        help="which kind the bits and ranges are tried with; lloyd is fitted",
+    )
     parser.add_argument("--tolerance", type=float, default=0.1, help="PSNR that the suggested quantizer may cost, dB")
-    parser.add_argument("--per_channel", action="store_true", help="suggest shift and scale per channel (mean, 1/std) instead of one scale")
-    parser.add_argument("--output_dir", default="vae_stats", help="where description.json, stats.json, vae_stats.png go")
+    parser.add_argument(
+        "--per_channel",
+        action="store_true",
+        help="suggest shift and scale per channel (mean, 1/std) instead of one scale",
+    )
+    parser.add_argument(
+        "--output_dir", default="vae_stats", help="where description.json, stats.json, vae_stats.png go"
+    )
     parser.add_argument("--install", action="store_true", help="write the description beside --vae_path too")
     parser.add_argument("--on_bad_image", default="error", choices=BAD_IMAGE_CHOICES)
     add_process_flags(parser, seed=0)
@@ -136,6 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
 def check_arguments(args: argparse.Namespace) -> None:
     """ValueError naming the flag for what can be refused without reading a file."""
     from models.quantizer import MAX_BITS
+
     at_least(args, img_size=1, num_images=2, decoded_images=1, batch_size=1, tolerance=0, seed=0)
     if not all(1 <= b <= MAX_BITS for b in args.bits):
         raise ValueError(f"--bits must be from 1 to {MAX_BITS}, got {args.bits}")
@@ -146,6 +182,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- measuring
 
+
 def batches(args: argparse.Namespace, folder: ImageFolderDataset, count: int, device: torch.device) -> Iterator[Tensor]:
     """Images (B, 3, S, S), evenly spread over the folder's order."""
     count = min(count, len(folder))
@@ -155,7 +192,9 @@ def batches(args: argparse.Namespace, folder: ImageFolderDataset, count: int, de
 
 
 @torch.no_grad()
-def encode(vae: "AutoencoderKL", args: argparse.Namespace, folder: ImageFolderDataset, device: torch.device) -> tuple[Tensor, Tensor]:
+def encode(
+    vae: "AutoencoderKL", args: argparse.Namespace, folder: ImageFolderDataset, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """One posterior sample (N, C, h, w) of each image and its moments (N, 2C, h, w), raw, on the CPU."""
     generator, samples, moments = torch.Generator(device).manual_seed(args.seed), [], []
     for images in batches(args, folder, args.num_images, device):
@@ -177,7 +216,9 @@ def suggest_scale(latents: Tensor, per_channel: bool) -> tuple[float | list[floa
 
 
 @torch.no_grad()
-def decoded_psnr(vae: "AutoencoderKL", images: Sequence[Tensor], latents: Tensor, change: Callable[[Tensor], Tensor]) -> float:
+def decoded_psnr(
+    vae: "AutoencoderKL", images: Sequence[Tensor], latents: Tensor, change: Callable[[Tensor], Tensor]
+) -> float:
     """Mean PSNR (dB, uint8) of images against their raw latents (N, C, h, w) decoded after `change` of the scaled ones."""
     values, first = [], 0
     for batch in images:
@@ -187,11 +228,13 @@ def decoded_psnr(vae: "AutoencoderKL", images: Sequence[Tensor], latents: Tensor
     return float(torch.cat(values).mean())
 
 
-def measure(vae: "AutoencoderKL", args: argparse.Namespace, folder: ImageFolderDataset,
-            device: torch.device) -> tuple[dict, "VaeDescription", "TableQuantizer"]:
+def measure(
+    vae: "AutoencoderKL", args: argparse.Namespace, folder: ImageFolderDataset, device: torch.device
+) -> tuple[dict, "VaeDescription", "TableQuantizer"]:
     """All figures, the description that they suggest, and the suggested quantizer; sets the VAE's scale to the suggested one."""
     from models.latent_space import VaeDescription
     from models.quantizer import build_quantizer
+
     latents, moments = encode(vae, args, folder, device)
     mean, std = channel_moments(latents)
     scale, shift = suggest_scale(latents, args.per_channel)
@@ -200,11 +243,14 @@ def measure(vae: "AutoencoderKL", args: argparse.Namespace, folder: ImageFolderD
     scaled = vae.scale(latents)
 
     def build(bits: int, half: float) -> "TableQuantizer":
-        return build_quantizer(args.quantizer, bits, -half, half, latents=scaled.numpy() if args.quantizer == "lloyd" else None)
+        return build_quantizer(
+            args.quantizer, bits, -half, half, latents=scaled.numpy() if args.quantizer == "lloyd" else None
+        )
+
     points = rate_distortion(scaled, build, args.bits, args.range)
     count = min(args.decoded_images, len(latents))
     images, shown = [], [i * len(latents) // count for i in range(count)]
-    numbers = [i * len(folder) // len(latents) for i in shown]                                # the folder's numbers of the decoded images
+    numbers = [i * len(folder) // len(latents) for i in shown]  # the folder's numbers of the decoded images
     for part in range(0, count, args.batch_size):
         images.append(torch.stack([folder[n][0] for n in numbers[part : part + args.batch_size]]).to(device))
     alone, best = decoded_psnr(vae, images, latents[shown], lambda x: x), best_ranges(points)
@@ -213,36 +259,64 @@ def measure(vae: "AutoencoderKL", args: argparse.Namespace, folder: ImageFolderD
     good = [point for point in best if point["psnr"] >= alone - args.tolerance]
     chosen = good[0] if good else max(best, key=lambda p: p["psnr"])
     if not good:
-        logger.warning("no number of bits (--bits) is within %g dB of the VAE alone (--tolerance): the best is suggested", args.tolerance)
-    found = {"images": len(latents), "img_size": args.img_size, "quantizer": args.quantizer, "mean": mean.tolist(), "std": std.tolist(),
-             "excess_kurtosis": normal_distance(latents).tolist(), "low_frequency_share": low_frequency_share(latents).tolist(),
-             "channel_order": order, "psnr_vae_alone": alone, "points": points, "best": best, "suggested": chosen,
-             "stored_moments": stored_moments(vae, moments, images, build(chosen["bits"], chosen["range"]), shown)}
-    description = VaeDescription(vae.embed_dim, vae.stride, scale, shift, order, chosen["bits"], -chosen["range"], chosen["range"])
+        logger.warning(
+            "no number of bits (--bits) is within %g dB of the VAE alone (--tolerance): the best is suggested",
+            args.tolerance,
+        )
+    found = {
+        "images": len(latents),
+        "img_size": args.img_size,
+        "quantizer": args.quantizer,
+        "mean": mean.tolist(),
+        "std": std.tolist(),
+        "excess_kurtosis": normal_distance(latents).tolist(),
+        "low_frequency_share": low_frequency_share(latents).tolist(),
+        "channel_order": order,
+        "psnr_vae_alone": alone,
+        "points": points,
+        "best": best,
+        "suggested": chosen,
+        "stored_moments": stored_moments(vae, moments, images, build(chosen["bits"], chosen["range"]), shown),
+    }
+    description = VaeDescription(
+        vae.embed_dim, vae.stride, scale, shift, order, chosen["bits"], -chosen["range"], chosen["range"]
+    )
     return found, description, build(chosen["bits"], chosen["range"])
 
 
-def stored_moments(vae: "AutoencoderKL", moments: Tensor, images: Sequence[Tensor], quantizer: "TableQuantizer", shown: Sequence[int]) -> dict:
+def stored_moments(
+    vae: "AutoencoderKL", moments: Tensor, images: Sequence[Tensor], quantizer: "TableQuantizer", shown: Sequence[int]
+) -> dict:
     """What half-precision caches cost: for each dtype the moments' largest error, the share of the means' indices that change, decoded PSNR."""
     device = images[0].device
     mean, figures = moments[shown].chunk(2, 1)[0], {}
     full = quantizer.quantize(vae.scale(moments.chunk(2, 1)[0]))
-    figures["float32"] = {"largest_error": 0.0, "indices_changed": 0.0, "psnr": decoded_psnr(vae, images, mean, quantizer.to(device))}
+    figures["float32"] = {
+        "largest_error": 0.0,
+        "indices_changed": 0.0,
+        "psnr": decoded_psnr(vae, images, mean, quantizer.to(device)),
+    }
     for name, dtype in STORED.items():
         kept = moments.to(dtype).float()
         changed = (quantizer.cpu().quantize(vae.scale(kept.chunk(2, 1)[0])) != full).double().mean()
-        figures[name] = {"largest_error": float((kept - moments).abs().max()), "indices_changed": float(changed),
-                         "psnr": decoded_psnr(vae, images, kept[shown].chunk(2, 1)[0], quantizer.to(device))}
+        figures[name] = {
+            "largest_error": float((kept - moments).abs().max()),
+            "indices_changed": float(changed),
+            "psnr": decoded_psnr(vae, images, kept[shown].chunk(2, 1)[0], quantizer.to(device)),
+        }
     return figures
 
 
 # ------------------------------------------------------------------------------------------------------------- output
 
+
 def plot(found: dict, path: Path) -> None:
     """Four panels: mean and spread by channel, share of low frequencies in the suggested order, error by bits and range, PSNR by bits."""
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     channels = np.arange(len(found["mean"]))
     axes[0, 0].errorbar(channels, found["mean"], yerr=found["std"], fmt="o", capsize=3)
@@ -255,12 +329,20 @@ def plot(found: dict, path: Path) -> None:
     for bits in dict.fromkeys(p["bits"] for p in found["points"]):
         line = [p for p in found["points"] if p["bits"] == bits]
         axes[1, 0].plot([p["range"] for p in line], [p["mse"] for p in line], marker=".", label=f"{bits} bits")
-    axes[1, 0].set(title=f"{found['quantizer']} quantizer: mean square error of scaled latents", xlabel="half range", yscale="log")
+    axes[1, 0].set(
+        title=f"{found['quantizer']} quantizer: mean square error of scaled latents", xlabel="half range", yscale="log"
+    )
     axes[1, 0].legend()
     best, chosen = found["best"], found["suggested"]
     axes[1, 1].plot([p["rate"] for p in best], [p["psnr"] for p in best], marker="o", label="best range of each")
     axes[1, 1].axhline(found["psnr_vae_alone"], color="gray", linestyle=":", label="VAE alone")
-    axes[1, 1].plot(chosen["rate"], chosen["psnr"], "s", color="crimson", label=f"suggested: {chosen['bits']} bits, ±{chosen['range']:g}")
+    axes[1, 1].plot(
+        chosen["rate"],
+        chosen["psnr"],
+        "s",
+        color="crimson",
+        label=f"suggested: {chosen['bits']} bits, ±{chosen['range']:g}",
+    )
     axes[1, 1].set(title="decoded images", xlabel="entropy of the indices, bits per scalar", ylabel="PSNR, dB")
     axes[1, 1].legend()
     with replacing(path) as file:
@@ -272,23 +354,36 @@ def report(found: dict, description: "VaeDescription") -> str:
     """The figures as text."""
     lines = [f"{'channel':>8}{'mean':>10}{'std':>10}{'kurtosis':>10}{'low freq.':>10}"]
     rows = zip(found["mean"], found["std"], found["excess_kurtosis"], found["low_frequency_share"], strict=True)
-    lines += [f"{c:>8}{mean:>10.4f}{std:>10.4f}{tails:>10.2f}{low:>10.3f}" for c, (mean, std, tails, low) in enumerate(rows)]
+    lines += [
+        f"{c:>8}{mean:>10.4f}{std:>10.4f}{tails:>10.2f}{low:>10.3f}" for c, (mean, std, tails, low) in enumerate(rows)
+    ]
     lines += ["", f"{'bits':>8}{'range':>10}{'MSE':>12}{'entropy':>10}{'clamped':>10}{'PSNR':>10}"]
-    lines += [f"{p['bits']:>8}{p['range']:>10g}{p['mse']:>12.3g}{p['rate']:>10.3f}{p['clamped']:>10.2%}{p['psnr']:>10.3f}" for p in found["best"]]
+    lines += [
+        f"{p['bits']:>8}{p['range']:>10g}{p['mse']:>12.3g}{p['rate']:>10.3f}{p['clamped']:>10.2%}{p['psnr']:>10.3f}"
+        for p in found["best"]
+    ]
     lines += [f"{'VAE alone':>10}{'':>40}{found['psnr_vae_alone']:>10.3f}", ""]
     lines += [f"{'moments stored as':>18}{'largest error':>16}{'indices changed':>18}{'PSNR':>10}"]
-    lines += [f"{name:>18}{f['largest_error']:>16.3g}{f['indices_changed']:>18.3%}{f['psnr']:>10.3f}" for name, f in found["stored_moments"].items()]
-    return "\n".join([*lines, "", "suggested: " + json.dumps({key: value for key, value in asdict(description).items()})])
+    lines += [
+        f"{name:>18}{f['largest_error']:>16.3g}{f['indices_changed']:>18.3%}{f['psnr']:>10.3f}"
+        for name, f in found["stored_moments"].items()
+    ]
+    return "\n".join(
+        [*lines, "", "suggested: " + json.dumps({key: value for key, value in asdict(description).items()})]
+    )
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """Measure and write. Raises ValueError or OSError for bad input."""
     from models.latent_space import description_path
     from models.vae import load_vae
+
     args.vae_path = download.local_path(args.vae_path, "--vae_path")
     vae = load_vae(args.vae_path)
     if args.img_size % vae.stride:
-        raise ValueError(f"--img_size {args.img_size} is not a multiple of the stride {vae.stride} of {args.vae_path} (--vae_path)")
+        raise ValueError(
+            f"--img_size {args.img_size} is not a multiple of the stride {vae.stride} of {args.vae_path} (--vae_path)"
+        )
     folder = ImageFolderDataset(Path(args.data_path) / "train", args.img_size, False, args.on_bad_image)
     if len(folder) < 2:
         raise ValueError(f"{args.data_path} (--data_path) holds {len(folder)} image; at least two are needed")
@@ -302,7 +397,9 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     logger.info("wrote stats.json, description.json, quantizer.json and vae_stats.png to %s", output)
     if args.install:
         write_json(description_path(args.vae_path), asdict(description))
-        logger.info("wrote %s: every script takes scale, order, bits and range from it", description_path(args.vae_path))
+        logger.info(
+            "wrote %s: every script takes scale, order, bits and range from it", description_path(args.vae_path)
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

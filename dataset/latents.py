@@ -20,6 +20,7 @@ RECORD = "cache.json"
 
 # ------------------------------------------------------------------------------------------------------------- cache.json
 
+
 def read_record(cache: str | Path, flag: str = "--cached_path") -> dict | None:
     """cache.json as a dict, None if there is none. ValueError naming the file if it is no record of main_cache.py."""
     path = Path(cache) / RECORD
@@ -27,22 +28,39 @@ def read_record(cache: str | Path, flag: str = "--cached_path") -> dict | None:
         return None
     try:
         record = json.loads(path.read_text())
-        if not isinstance(record, dict) or not isinstance(record["img_size"], (int, type(None))) or not isinstance(record["complete"], bool):
+        if (
+            not isinstance(record, dict)
+            or not isinstance(record["img_size"], (int, type(None)))
+            or not isinstance(record["complete"], bool)
+        ):
             raise ValueError("img_size and complete are not as expected")
         shards = record.get("shards", [])
-        if not isinstance(shards, list) or not all(isinstance(s, dict) and isinstance(s["name"], str) and isinstance(s["sha256"], str) for s in shards):
+        if not isinstance(shards, list) or not all(
+            isinstance(s, dict) and isinstance(s["name"], str) and isinstance(s["sha256"], str) for s in shards
+        ):
             raise ValueError("its list of shards is not as expected")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} ({flag}) is not a record of main_cache.py ({type(error).__name__}: {error}); choose another folder, "
-                         "or cache the images anew with --overwrite") from error
+        raise ValueError(
+            f"{path} ({flag}) is not a record of main_cache.py ({type(error).__name__}: {error}); choose another folder, "
+            "or cache the images anew with --overwrite"
+        ) from error
     foreign = [s["name"] for s in shards if not NAME.fullmatch(s["name"])]
     if foreign:
-        raise ValueError(f"{path} ({flag}) names a shard {foreign[0]!r}, which is no file of this folder; it was tampered with, and is refused")
+        raise ValueError(
+            f"{path} ({flag}) names a shard {foreign[0]!r}, which is no file of this folder; it was tampered with, and is refused"
+        )
     return record
 
 
-def check_record(cache: str | Path, record: dict | None, *, fingerprint: str, img_size: int, classes: Sequence[str] | None = None,
-                 flag: str = "--cached_path") -> None:
+def check_record(
+    cache: str | Path,
+    record: dict | None,
+    *,
+    fingerprint: str,
+    img_size: int,
+    classes: Sequence[str] | None = None,
+    flag: str = "--cached_path",
+) -> None:
     """ValueError naming both sides if the cache is not finished, or of another VAE, image size or class list than the run.
 
     A cache without a record (published scripts) is taken as it is. classes: what the run has been trained with so far, if it has.
@@ -51,40 +69,61 @@ def check_record(cache: str | Path, record: dict | None, *, fingerprint: str, im
         logger.info("%s has no %s: that its latents are from --vae_path is taken on trust", cache, RECORD)
         return
     if not record["complete"]:
-        raise ValueError(f"{cache} ({flag}) is not finished: run main_cache.py again with the command that began it, it encodes what is missing")
+        raise ValueError(
+            f"{cache} ({flag}) is not finished: run main_cache.py again with the command that began it, it encodes what is missing"
+        )
     made_with = record.get("latent_fingerprint")
     if made_with is None:
         logger.info("%s does not say which VAE made it: that it was --vae_path is taken on trust", cache)
     elif made_with != fingerprint:
-        raise ValueError(f"{cache} ({flag}) was made with another VAE ({record.get('vae_file')}) than --vae_path (fingerprints {made_with[:12]} and "
-                         f"{fingerprint[:12]}); cache the images anew, or name that VAE")
+        raise ValueError(
+            f"{cache} ({flag}) was made with another VAE ({record.get('vae_file')}) than --vae_path (fingerprints {made_with[:12]} and "
+            f"{fingerprint[:12]}); cache the images anew, or name that VAE"
+        )
     if record["img_size"] not in (None, img_size):
-        raise ValueError(f"{cache} ({flag}) was made with --img_size {record['img_size']}, this run has --img_size {img_size}; cache the images anew")
+        raise ValueError(
+            f"{cache} ({flag}) was made with --img_size {record['img_size']}, this run has --img_size {img_size}; cache the images anew"
+        )
     check_classes(cache, record.get("classes"), classes, flag)
 
 
-def check_classes(cache: str | Path, cached: object, expected: Sequence[str] | None, flag: str = "--cached_path") -> None:
+def check_classes(
+    cache: str | Path, cached: object, expected: Sequence[str] | None, flag: str = "--cached_path"
+) -> None:
     """ValueError naming the first difference between a cache's class list and the one that the run has been trained with."""
     if expected is None or not isinstance(cached, list) or list(expected) == cached:
         return
-    first = next((i for i, (a, b) in enumerate(zip(cached, expected, strict=False)) if a != b), min(len(cached), len(expected)))
+    first = next(
+        (i for i, (a, b) in enumerate(zip(cached, expected, strict=False)) if a != b), min(len(cached), len(expected))
+    )
     here, there = (names[first] if first < len(names) else "none" for names in (cached, list(expected)))
-    raise ValueError(f"{cache} ({flag}) has {len(cached)} classes, the checkpoint was trained with {len(expected)}; first difference: class {first} is "
-                     f"{here!r} here and {there!r} there")
+    raise ValueError(
+        f"{cache} ({flag}) has {len(cached)} classes, the checkpoint was trained with {len(expected)}; first difference: class {first} is "
+        f"{here!r} here and {there!r} there"
+    )
 
 
-def check_quantizer(cache: str | Path, record: dict | None, tables: Sequence[float], min_value: float, max_value: float) -> None:
+def check_quantizer(
+    cache: str | Path, record: dict | None, tables: Sequence[float], min_value: float, max_value: float
+) -> None:
     """ValueError if cached indices were made with another quantizer than the model's: levels on [-3, 3], and the range they are mapped to."""
     made = (record or {}).get("quantizer") or {}
     levels = made.get("reconstruction_values", [])
-    same = len(levels) == len(tables) and np.allclose(levels, tables, rtol=0, atol=1e-5) and (made["min"], made["max"]) == (min_value, max_value)
+    same = (
+        len(levels) == len(tables)
+        and np.allclose(levels, tables, rtol=0, atol=1e-5)
+        and (made["min"], made["max"]) == (min_value, max_value)
+    )
     if not same:
-        raise ValueError(f"{cache} (--cached_path) holds indices of a {made.get('kind')} quantizer with {len(levels)} levels on "
-                         f"[{made.get('min')}, {made.get('max')}]; the model has {len(tables)} on [{min_value}, {max_value}]. Give the same "
-                         "--quant_bits, --quant_min, --quant_max and --quantizer as main_cache.py had, or cache the images anew")
+        raise ValueError(
+            f"{cache} (--cached_path) holds indices of a {made.get('kind')} quantizer with {len(levels)} levels on "
+            f"[{made.get('min')}, {made.get('max')}]; the model has {len(tables)} on [{min_value}, {max_value}]. Give the same "
+            "--quant_bits, --quant_min, --quant_max and --quantizer as main_cache.py had, or cache the images anew"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- data sets
+
 
 class CachedLatents(Dataset):
     """The published cache, root/<class>/<image file name>.npz with `moments` and `moments_flip` -> (moments (2C, h, w) float32, label).
@@ -99,11 +138,13 @@ class CachedLatents(Dataset):
         self.folder = list_folder(root, (".npz",), class_num, flag)
         self.flip, self.flag = flip, flag
         self.classes = self.folder.classes
-        self.samples = sorted(self.folder.samples, key=lambda s: (s[1], str(Path(s[0]).parent), Path(s[0]).name.removesuffix(".npz")))
+        self.samples = sorted(
+            self.folder.samples, key=lambda s: (s[1], str(Path(s[0]).parent), Path(s[0]).name.removesuffix(".npz"))
+        )
         self.labels = [label for _, label in self.samples]
         self.record = read_record(root, flag)
         self.shape: tuple[int, ...] | None = None
-        self.shape = tuple(self[0][0].shape)                    # reads one file now, so that a wrong cache fails at the start
+        self.shape = tuple(self[0][0].shape)  # reads one file now, so that a wrong cache fails at the start
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -115,13 +156,17 @@ class CachedLatents(Dataset):
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 moments = torch.from_numpy(arrays[key]).float()
-        except Exception as error:                              # zipfile, zlib, numpy and the disk each have their own
-            raise ValueError(f"cached latents {path} ({self.flag}) cannot be read, cache this image anew: {error}") from error
+        except Exception as error:  # zipfile, zlib, numpy and the disk each have their own
+            raise ValueError(
+                f"cached latents {path} ({self.flag}) cannot be read, cache this image anew: {error}"
+            ) from error
         if not torch.isfinite(moments).all():
             raise ValueError(f"cached latents {path} ({self.flag}) hold NaN or infinite values, cache this image anew")
         if self.shape is not None and tuple(moments.shape) != self.shape:
-            raise ValueError(f"cached latents {path} ({self.flag}) have shape {tuple(moments.shape)}, those of {self.samples[0][0]} {self.shape}; "
-                             "cache all images with the same VAE and size")
+            raise ValueError(
+                f"cached latents {path} ({self.flag}) have shape {tuple(moments.shape)}, those of {self.samples[0][0]} {self.shape}; "
+                "cache all images with the same VAE and size"
+            )
         return moments, label
 
 
@@ -137,18 +182,24 @@ class ShardedLatents(Dataset):
         check_named(root, flag)
         self.record = read_record(root, flag)
         if self.record is None or not self.record.get("shards"):
-            raise ValueError(f"{root} ({flag}) holds no finished shards: run main_cache.py again with the command that began it")
+            raise ValueError(
+                f"{root} ({flag}) holds no finished shards: run main_cache.py again with the command that began it"
+            )
         self.shards = [Shard(Path(root) / entry["name"], flag) for entry in self.record["shards"]]
         for shard, entry in zip(self.shards, self.record["shards"], strict=True):
             if shard.sha256 != entry["sha256"] or shard.spec != self.shards[0].spec:
-                raise ValueError(f"shard {shard.path} ({flag}) is not the one that {RECORD} lists (checksum of its head); delete it and run main_cache.py "
-                                 "again, it encodes only what is missing")
+                raise ValueError(
+                    f"shard {shard.path} ({flag}) is not the one that {RECORD} lists (checksum of its head); delete it and run main_cache.py "
+                    "again, it encodes only what is missing"
+                )
         self.spec = self.shards[0].spec
         self.mode, self.shape = self.spec.mode, self.spec.shape
         self.classes: list[str] = self.record["classes"]
         self.mirrored = bool(self.record["flips"])
         if flip and not self.mirrored:
-            raise ValueError(f"{root} ({flag}) was made with --no_flip and has no mirrored images: train with --no_flip too, or cache anew")
+            raise ValueError(
+                f"{root} ({flag}) was made with --no_flip and has no mirrored images: train with --no_flip too, or cache anew"
+            )
         if class_num is not None and len(self.classes) > class_num:
             raise ValueError(f"{root} ({flag}) has {len(self.classes)} classes, more than --class_num {class_num}")
         self.flip, self.crops = flip, self.spec.views // (2 if self.mirrored else 1)
@@ -158,7 +209,9 @@ class ShardedLatents(Dataset):
         if not len(self._labels):
             raise ValueError(f"{root} ({flag}) holds not one image")
         if self._labels.max() >= len(self.classes):
-            raise ValueError(f"{root} ({flag}) has a label {self._labels.max()} but {len(self.classes)} classes; it was tampered with, and is refused")
+            raise ValueError(
+                f"{root} ({flag}) has a label {self._labels.max()} but {len(self.classes)} classes; it was tampered with, and is refused"
+            )
 
     @property
     def labels(self) -> list[int]:
@@ -177,7 +230,7 @@ class ShardedLatents(Dataset):
     def read_batch(self, indices: Sequence[Index]) -> tuple[Tensor, Tensor]:
         """Records (B, ...) and labels (B,) of many samples, each as `self[index]` gives it."""
         data = torch.empty(len(indices), self.spec.nbytes, dtype=torch.uint8)
-        if get_worker_info() is not None:                       # into shared memory at once, which spares a copy
+        if get_worker_info() is not None:  # into shared memory at once, which spares a copy
             data = data.new(torch.UntypedStorage._new_shared(data.numel(), device="cpu")).resize_(data.shape)
         rows, numbers = data.numpy(), [split_index(index) for index in indices]
         for row, (number, seed) in zip(rows, numbers, strict=True):
@@ -195,13 +248,19 @@ def check_named(root: str | Path, flag: str) -> None:
         raise ValueError(f"--use_cached needs the folder of the cache: give {flag}")
 
 
-def open_cache(root: str | Path, flip: bool = True, class_num: int | None = None, flag: str = "--cached_path") -> CachedLatents | ShardedLatents:
+def open_cache(
+    root: str | Path, flip: bool = True, class_num: int | None = None, flag: str = "--cached_path"
+) -> CachedLatents | ShardedLatents:
     """The data set of a cache folder, whatever its format. FileNotFoundError or ValueError naming the folder if it is none."""
     check_named(root, flag)
     record = read_record(root, flag)
     if record is not None and not record["complete"]:
-        raise ValueError(f"{root} ({flag}) is not finished: run main_cache.py again with the command that began it, it encodes what is missing")
+        raise ValueError(
+            f"{root} ({flag}) is not finished: run main_cache.py again with the command that began it, it encodes what is missing"
+        )
     kind = ShardedLatents if record is not None and record.get("format") == "shards" else CachedLatents
     if record is None and Path(root).is_dir() and any(Path(root).glob("*.safetensors")):
-        raise ValueError(f"{root} ({flag}) holds shards but no {RECORD}, which says what they are; run main_cache.py again")
+        raise ValueError(
+            f"{root} ({flag}) holds shards but no {RECORD}, which says what they are; run main_cache.py again"
+        )
     return kind(root, flip, class_num, flag)

@@ -15,7 +15,7 @@ from dataset.images import read_image, to_tensor
 from util.log import get_logger
 
 logger = get_logger()
-Index = int | tuple[int, int]       # a sample's number, or (number, seed of its random draws)
+Index = int | tuple[int, int]  # a sample's number, or (number, seed of its random draws)
 BAD_IMAGE_CHOICES = ("error", "skip")
 
 
@@ -31,7 +31,9 @@ def list_folder(root: str | Path, extensions: tuple[str, ...], class_num: int | 
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{root} ({flag}): {error}") from error
     if not folder.samples:
-        raise FileNotFoundError(f"{root} ({flag}) holds class folders but no {'/'.join(e.lstrip('.') for e in extensions)} files")
+        raise FileNotFoundError(
+            f"{root} ({flag}) holds class folders but no {'/'.join(e.lstrip('.') for e in extensions)} files"
+        )
     if class_num is not None and len(folder.classes) > class_num:
         raise ValueError(f"{root} ({flag}) has {len(folder.classes)} class folders, more than --class_num {class_num}")
     return folder
@@ -60,8 +62,15 @@ class ImageFolderDataset(Dataset):
     puts the next readable image in its place so that batches keep their size.
     """
 
-    def __init__(self, root: str | Path, img_size: int, flip: bool = True, on_bad_image: str = "error", class_num: int | None = None,
-                 flag: str = "--data_path"):
+    def __init__(
+        self,
+        root: str | Path,
+        img_size: int,
+        flip: bool = True,
+        on_bad_image: str = "error",
+        class_num: int | None = None,
+        flag: str = "--data_path",
+    ):
         self.folder = list_folder(root, IMG_EXTENSIONS, class_num, flag)
         self.img_size, self.flip, self.bad = img_size, flip, BadImages(on_bad_image)
         self.classes, self.labels, self.samples = self.folder.classes, self.folder.targets, self.folder.samples
@@ -133,12 +142,16 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
     r-th part; the rest that fills no batch is dropped. A sample's seed depends on (seed, epoch, place in the epoch).
     """
 
-    def __init__(self, num_samples: int, batch_size: int, rank: int, world_size: int, seed: int, flag: str = "--batch_size"):
+    def __init__(
+        self, num_samples: int, batch_size: int, rank: int, world_size: int, seed: int, flag: str = "--batch_size"
+    ):
         self.global_batch = batch_size * world_size
         if batch_size < 1:
             raise ValueError(f"{flag} must be at least 1, got {batch_size}")
         if num_samples < self.global_batch:
-            raise ValueError(f"the data set has {num_samples} samples, fewer than one global batch of {batch_size} x {world_size} processes; lower {flag}")
+            raise ValueError(
+                f"the data set has {num_samples} samples, fewer than one global batch of {batch_size} x {world_size} processes; lower {flag}"
+            )
         self.num_samples, self.batch_size, self.rank, self.seed = num_samples, batch_size, rank, seed
         self.epoch, self.start = 0, 0
 
@@ -160,6 +173,14 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
 
 def build_loader(dataset: Dataset, sampler: Sampler, num_workers: int, pin_memory: bool) -> DataLoader:
     """DataLoader over a batch sampler; workers stay alive between epochs. A data set with `read_batch` collates by itself."""
-    batched = {"batch_sampler": sampler} if not hasattr(dataset, "read_batch") else {"sampler": sampler, "batch_size": None}
-    return DataLoader(Batches(dataset) if "sampler" in batched else dataset, **batched, num_workers=num_workers,
-                      pin_memory=pin_memory and torch.cuda.is_available(), persistent_workers=num_workers > 0, prefetch_factor=4 if num_workers else None)
+    batched = (
+        {"batch_sampler": sampler} if not hasattr(dataset, "read_batch") else {"sampler": sampler, "batch_size": None}
+    )
+    return DataLoader(
+        Batches(dataset) if "sampler" in batched else dataset,
+        **batched,
+        num_workers=num_workers,
+        pin_memory=pin_memory and torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+        prefetch_factor=4 if num_workers else None,
+    )

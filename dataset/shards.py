@@ -35,7 +35,8 @@ DTYPES = {"float16": ("F16", torch.float16), "float32": ("F32", torch.float32), 
 NAME = re.compile(r"shard-\d{5,}\.safetensors")
 ALIGNMENT = 64
 LARGEST_HEADER = 2**20
-TRAVERSAL = re.compile(rb"(?:^|\0)/|(?:^|[\0/])\.\.(?:[\0/]|$)|\\|(?:^|\0)[A-Za-z]:")       # absolute, with .., or with a backslash or drive
+# absolute, with .., or with a backslash or drive
+TRAVERSAL = re.compile(rb"(?:^|\0)/|(?:^|[\0/])\.\.(?:[\0/]|$)|\\|(?:^|\0)[A-Za-z]:")
 
 
 def shard_name(number: int) -> str:
@@ -44,15 +45,16 @@ def shard_name(number: int) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- records
 
+
 def pack_bits(indices: np.ndarray, bits: int) -> np.ndarray:
     """Whole numbers (..., n) in [0, 2^bits) -> uint8 (..., bits * ceil(n/8)), one plane after the other, the lowest bit's first."""
-    planes = (indices[..., None, :] >> np.arange(bits, dtype=indices.dtype)[:, None]) & 1                    # (..., bits, n)
+    planes = (indices[..., None, :] >> np.arange(bits, dtype=indices.dtype)[:, None]) & 1  # (..., bits, n)
     return np.packbits(planes.astype(np.uint8), axis=-1).reshape(*indices.shape[:-1], -1)
 
 
 def unpack_bits(packed: np.ndarray, bits: int, n: int) -> np.ndarray:
     """Inverse of `pack_bits`: uint8 (..., bits * ceil(n/8)) -> int16 (..., n)."""
-    planes = np.unpackbits(packed.reshape(*packed.shape[:-1], bits, -1), axis=-1, count=n)                   # (..., bits, n)
+    planes = np.unpackbits(packed.reshape(*packed.shape[:-1], bits, -1), axis=-1, count=n)  # (..., bits, n)
     out = planes[..., bits - 1, :].astype(np.int16)
     for bit in range(bits - 2, -1, -1):
         out <<= 1
@@ -65,7 +67,7 @@ class RecordSpec:
     """What a record is. shape: of one view: (2C, h, w) moments, (C, h, w) mean or indices. bits: of indices only, else 0."""
 
     mode: str
-    dtype: str                      # of moments and mean; indices are bit planes
+    dtype: str  # of moments and mean; indices are bit planes
     shape: tuple[int, int, int]
     views: int
     bits: int = 0
@@ -77,7 +79,11 @@ class RecordSpec:
     @property
     def nbytes(self) -> int:
         """Bytes of one view of one image."""
-        return self.bits * -(-self.numbers // 8) if self.mode == "indices" else self.numbers * DTYPES[self.dtype][1].itemsize
+        return (
+            self.bits * -(-self.numbers // 8)
+            if self.mode == "indices"
+            else self.numbers * DTYPES[self.dtype][1].itemsize
+        )
 
     def to_bytes(self, values: Tensor) -> np.ndarray:
         """Values (..., *shape) -> uint8 (..., nbytes). ValueError if one does not fit the dtype, or is NaN or infinite."""
@@ -86,7 +92,11 @@ class RecordSpec:
             return pack_bits(flat.numpy().astype(np.int16), self.bits)
         stored = flat.to(DTYPES[self.dtype][1])
         if not torch.isfinite(stored).all():
-            what = "NaN or infinite" if not torch.isfinite(flat).all() else f"too large for {self.dtype} (--dtype): use bfloat16 or float32"
+            what = (
+                "NaN or infinite"
+                if not torch.isfinite(flat).all()
+                else f"too large for {self.dtype} (--dtype): use bfloat16 or float32"
+            )
             raise ValueError(f"the VAE's latents of an image are {what}")
         return stored.contiguous().view(torch.uint8).numpy()
 
@@ -98,6 +108,7 @@ class RecordSpec:
 
 
 # ------------------------------------------------------------------------------------------------------------- layout
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -112,8 +123,12 @@ class Layout:
         n, s = self.images, self.spec
         kind = "U8" if s.mode == "indices" else DTYPES[s.dtype][0]
         shape = [n, s.views, s.nbytes] if s.mode == "indices" else [n, s.views, *s.shape]
-        return {"labels": ("I32", [n], 4 * n), "crc32": ("U32", [n, s.views], 4 * n * s.views),
-                "paths": ("U8", [len(self.path_bytes)], len(self.path_bytes)), s.mode: (kind, shape, n * s.views * s.nbytes)}
+        return {
+            "labels": ("I32", [n], 4 * n),
+            "crc32": ("U32", [n, s.views], 4 * n * s.views),
+            "paths": ("U8", [len(self.path_bytes)], len(self.path_bytes)),
+            s.mode: (kind, shape, n * s.views * s.nbytes),
+        }
 
     def header(self, index_crc: int) -> bytes:
         """Length and JSON of a safetensors header, padded so that what follows is aligned."""
@@ -121,7 +136,12 @@ class Layout:
         for name, (dtype, shape, size) in self._sizes.items():
             entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
             offset += size
-        about = {"format": FORMAT, "bits": str(self.spec.bits), "shape": json.dumps(self.spec.shape), "index_crc32": f"{index_crc:08x}"}
+        about = {
+            "format": FORMAT,
+            "bits": str(self.spec.bits),
+            "shape": json.dumps(self.spec.shape),
+            "index_crc32": f"{index_crc:08x}",
+        }
         text = json.dumps({"__metadata__": about} | entries, separators=(",", ":")).encode()
         text += b" " * (-(len(text) + 8) % ALIGNMENT)
         return len(text).to_bytes(8, "little") + text
@@ -151,6 +171,7 @@ def make_layout(spec: RecordSpec, paths: Sequence[str]) -> Layout:
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
+
 class Shard:
     """A finished shard: its head in memory, its records through a memory map that is opened at the first read in each process.
 
@@ -164,13 +185,17 @@ class Shard:
             with self.path.open("rb") as file:
                 self._read_head(file)
         except FileNotFoundError:
-            raise ValueError(f"{self.path} ({flag}) is absent though cache.json lists it; run main_cache.py again to encode it anew") from None
+            raise ValueError(
+                f"{self.path} ({flag}) is absent though cache.json lists it; run main_cache.py again to encode it anew"
+            ) from None
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise self._broken(str(error) or type(error).__name__) from error
 
     def _broken(self, what: str) -> ValueError:
-        return ValueError(f"shard {self.path} ({self.flag}) is damaged: {what}. Delete this file and run main_cache.py again; it encodes only "
-                          "what is missing")
+        return ValueError(
+            f"shard {self.path} ({self.flag}) is damaged: {what}. Delete this file and run main_cache.py again; it encodes only "
+            "what is missing"
+        )
 
     def _read_head(self, file) -> None:  # noqa: ANN001
         size = os.fstat(file.fileno()).st_size
@@ -190,7 +215,7 @@ class Shard:
         if mode not in MODES or len(shape) != 3 or min(self.images, views, *shape, end - begin) < 1 or end > size:
             raise ValueError("its header is not consistent")
         index = file.read(4 * self.images * (1 + views) + end - begin)
-        self._paths = index[4 * self.images * (1 + views):]
+        self._paths = index[4 * self.images * (1 + views) :]
         layout = Layout(self.spec, self.images, self._paths)
         if size != layout.total_bytes:
             raise ValueError(f"it has {size} bytes, its header says {layout.total_bytes}")
@@ -220,14 +245,15 @@ class Shard:
             with self.path.open("rb") as file:
                 if os.fstat(file.fileno()).st_size < self.head_bytes + self.images * self.spec.views * self.spec.nbytes:
                     raise self._broken("it was cut short while in use")
-                keep = {"trackfd": False} if sys.version_info >= (3, 13) else {}       # or each map would keep a file descriptor
+                # or each map would keep a file descriptor
+                keep = {"trackfd": False} if sys.version_info >= (3, 13) else {}
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, **keep)
             flat = np.frombuffer(mapped, np.uint8, offset=self.head_bytes)
             self._map = flat.reshape(self.images, self.spec.views, self.spec.nbytes)
         return self._map
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_map": None}                                          # workers that are spawned map anew
+        return self.__dict__ | {"_map": None}  # workers that are spawned map anew
 
     def read(self, image: int, view: int, out: np.ndarray) -> None:
         """One record into `out` (nbytes,). ValueError naming file and image if its checksum is wrong."""
@@ -238,10 +264,15 @@ class Shard:
     def wrong_records(self) -> list[str]:
         """Names of all images with a record that does not match its checksum."""
         paths = self.paths
-        return [paths[i] for i in np.flatnonzero(self.present) if any(zlib.crc32(r) != c for r, c in zip(self.records[i], self.crcs[i], strict=True))]
+        return [
+            paths[i]
+            for i in np.flatnonzero(self.present)
+            if any(zlib.crc32(r) != c for r, c in zip(self.records[i], self.crcs[i], strict=True))
+        ]
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
+
 
 class ShardWriter:
     """Writes one shard batch by batch, so that a kill loses no more than the batch in hand.
@@ -280,12 +311,14 @@ class ShardWriter:
                 batch, crcs, present = json.loads(line)
                 crcs, present = np.array(crcs, np.uint32).reshape(-1, self.layout.spec.views), np.array(present, bool)
                 part = self.slots(batch)
-                records = np.frombuffer(os.pread(self._files[0], *self._extent(part)), np.uint8).reshape(*crcs.shape, -1)
+                records = np.frombuffer(os.pread(self._files[0], *self._extent(part)), np.uint8).reshape(
+                    *crcs.shape, -1
+                )
             except (ValueError, TypeError, OverflowError):
-                continue                                                               # a line cut short by the kill
+                continue  # a line cut short by the kill
             if len(crcs) == part.stop - part.start and (checksums(records) == crcs).all():
                 self._keep(batch, part, crcs, present)
-        os.write(self._files[1], b"\n")                                                # ends a half line
+        os.write(self._files[1], b"\n")  # ends a half line
 
     @property
     def is_open(self) -> bool:
@@ -336,7 +369,9 @@ class ShardWriter:
         """Begin from a finished shard whose batches `again` are to be written once more (images that can be read by now)."""
         shutil.copyfile(shard.path, self.partial)
         kept = [batch for batch in range(self.num_batches) if batch not in again]
-        lines = [json.dumps([b, shard.crcs[self.slots(b)].tolist(), shard.present[self.slots(b)].tolist()]) for b in kept]
+        lines = [
+            json.dumps([b, shard.crcs[self.slots(b)].tolist(), shard.present[self.slots(b)].tolist()]) for b in kept
+        ]
         self.journal.write_text("\n".join([self.key, *lines]) + "\n")
         self.open()
 
@@ -347,7 +382,7 @@ def allocate(path: Path, size: int) -> None:
         try:
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):                    # file systems that cannot reserve room
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # file systems that cannot reserve room
                 path.unlink()
                 raise
             file.truncate(size)

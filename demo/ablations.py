@@ -39,18 +39,32 @@ from util.log import get_logger, run_cli
 logger = get_logger()
 
 # Variant -> flags of main_tokenbridge.py that make it. "reversed order" is told by the VAE's file, which holds the channel order.
-VARIANTS = {"base": [], "parallel head": ["--head", "parallel"], "3 bits": ["--quant_bits", "3"], "4 bits": ["--quant_bits", "4"], "reversed order": []}
+VARIANTS = {
+    "base": [],
+    "parallel head": ["--head", "parallel"],
+    "3 bits": ["--quant_bits", "3"],
+    "4 bits": ["--quant_bits", "4"],
+    "reversed order": [],
+}
 BASE = "6 bits, autoregressive head, frequency order"
 # Ablation -> its variants, from worst to best by the paper.
-ABLATIONS = {"head": ("parallel head", "base"), "bits": ("3 bits", "4 bits", "base"), "order": ("reversed order", "base")}
-FIGURES = {"bits_per_dim": -1, "accuracy": +1, "frechet": -1}          # which direction is better
-MASK_RATIO_MIN = 0.3                                                   # the demo's
-SAMPLING = dict(cfg=2.0, temperature=0.9, num_iter=12)                 # the demo's
+ABLATIONS = {
+    "head": ("parallel head", "base"),
+    "bits": ("3 bits", "4 bits", "base"),
+    "order": ("reversed order", "base"),
+}
+FIGURES = {"bits_per_dim": -1, "accuracy": +1, "frechet": -1}  # which direction is better
+MASK_RATIO_MIN = 0.3  # the demo's
+SAMPLING = dict(cfg=2.0, temperature=0.9, num_iter=12)  # the demo's
 
 
 def prepare(out: Path) -> None:
     """The demo's digits, VAE and cache, made by its own stages if they are not there; and the VAE's copy with the channel order reversed."""
-    stages = [stage for stage in build_stages(out, out, Size()) if stage.name in ("digits", "train VAE", "reconstruct", "cache")]
+    stages = [
+        stage
+        for stage in build_stages(out, out, Size())
+        if stage.name in ("digits", "train VAE", "reconstruct", "cache")
+    ]
     run_stages(stages, out)
     content = torch.load(out / "vae" / "vae.pth", weights_only=True)
     content["config"]["channel_order"] = content["config"]["channel_order"][::-1]
@@ -58,15 +72,69 @@ def prepare(out: Path) -> None:
     torch.save(content, out / "ablations" / "vae-reversed.pth")
 
 
-def train(variant: str, seed: int, steps: int, batch_size: int, out: Path, folder: Path) -> tuple[TokenBridge, AutoencoderKL]:
+def train(
+    variant: str, seed: int, steps: int, batch_size: int, out: Path, folder: Path
+) -> tuple[TokenBridge, AutoencoderKL]:
     """A trained model of this variant, EMA weights, and its VAE; continues a run that was cut short."""
     vae = out / "ablations" / "vae-reversed.pth" if variant == "reversed order" else out / "vae" / "vae.pth"
-    main_tokenbridge.main([str(x) for x in (
-        "--model", "tokenbridge_digits", "--img_size", digits.SIZE, "--class_num", 10, "--buffer_size", 8, "--vae_path", vae, "--use_cached",
-        "--cached_path", out / "cache", "--no_flip", "--batch_size", batch_size, "--epochs", 100_000, "--max_steps", steps, "--lr", 1e-3,
-        "--min_lr", 2e-5, "--warmup_epochs", 0, "--ema_rate", 0.99, "--grad_clip", 1, "--attn_dropout", 0, "--proj_dropout", 0,
-        "--mask_ratio_min", MASK_RATIO_MIN, "--save_last_freq", 5, "--log_freq", 100, "--num_workers", 0, "--device", "cpu", "--seed", seed,
-        "--output_dir", folder, "--resume", folder, *VARIANTS[variant])])
+    main_tokenbridge.main(
+        [
+            str(x)
+            for x in (
+                "--model",
+                "tokenbridge_digits",
+                "--img_size",
+                digits.SIZE,
+                "--class_num",
+                10,
+                "--buffer_size",
+                8,
+                "--vae_path",
+                vae,
+                "--use_cached",
+                "--cached_path",
+                out / "cache",
+                "--no_flip",
+                "--batch_size",
+                batch_size,
+                "--epochs",
+                100_000,
+                "--max_steps",
+                steps,
+                "--lr",
+                1e-3,
+                "--min_lr",
+                2e-5,
+                "--warmup_epochs",
+                0,
+                "--ema_rate",
+                0.99,
+                "--grad_clip",
+                1,
+                "--attn_dropout",
+                0,
+                "--proj_dropout",
+                0,
+                "--mask_ratio_min",
+                MASK_RATIO_MIN,
+                "--save_last_freq",
+                5,
+                "--log_freq",
+                100,
+                "--num_workers",
+                0,
+                "--device",
+                "cpu",
+                "--seed",
+                seed,
+                "--output_dir",
+                folder,
+                "--resume",
+                folder,
+                *VARIANTS[variant],
+            )
+        ]
+    )
     return load(folder, vae, device="cpu")
 
 
@@ -78,7 +146,7 @@ def bits_per_dim(model: TokenBridge, vae: AutoencoderKL, root: Path, rounds: int
     """
     data = ImageFolderDataset(root, digits.SIZE, flip=False)
     images, labels = torch.stack([data.load(i) for i in range(len(data))]), torch.tensor(data.labels)
-    latents = vae.scale(vae.encode(images).mode())                                           # (N, C, h, w)
+    latents = vae.scale(vae.encode(images).mode())  # (N, C, h, w)
     generator = torch.Generator().manual_seed(0)
     losses = []
     for i in range(rounds):
@@ -104,13 +172,17 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     return fid(*found)
 
 
-def judged(model: TokenBridge, vae: AutoencoderKL, num_images: int, seed: int, train_root: Path, folder: Path) -> tuple[float, float]:
+def judged(
+    model: TokenBridge, vae: AutoencoderKL, num_images: int, seed: int, train_root: Path, folder: Path
+) -> tuple[float, float]:
     """(accuracy, Fréchet distance) of num_images samples, as many of each class."""
     labels = [i * 10 // num_images for i in range(num_images)]
     return judge_images(model.generate(vae, labels, seed=seed, batch_size=50, **SAMPLING), labels, train_root, folder)
 
 
-def judge_images(images: Sequence[Image.Image], labels: Sequence[int], train_root: Path, folder: Path) -> tuple[float, float]:
+def judge_images(
+    images: Sequence[Image.Image], labels: Sequence[int], train_root: Path, folder: Path
+) -> tuple[float, float]:
     """(accuracy, Fréchet distance); the images are written to `folder`, since the classifier reads files."""
     files = [folder / f"{number:06d}.png" for number in range(len(images))]
     for file, image in zip(files, images, strict=True):
@@ -129,9 +201,23 @@ def run_variant(variant: str, seed: int, steps: int, batch_size: int, num_images
     model, vae = train(variant, seed, steps, batch_size, out, folder)
     bits = bits_per_dim(model, vae, out / "digits" / "val")
     accuracy, distance = judged(model, vae, num_images, seed, out / "digits" / "train", folder / "samples")
-    figures = {"variant": variant, "seed": seed, "steps": steps, "bits_per_dim": bits, "accuracy": accuracy, "frechet": distance}
+    figures = {
+        "variant": variant,
+        "seed": seed,
+        "steps": steps,
+        "bits_per_dim": bits,
+        "accuracy": accuracy,
+        "frechet": distance,
+    }
     write_json(result, figures)
-    logger.info("%s, seed %d: %.3f bits per dimension, accuracy %.1f%%, Fréchet distance %.3f", variant, seed, bits, 100 * accuracy, distance)
+    logger.info(
+        "%s, seed %d: %.3f bits per dimension, accuracy %.1f%%, Fréchet distance %.3f",
+        variant,
+        seed,
+        bits,
+        100 * accuracy,
+        distance,
+    )
     return figures
 
 
@@ -146,12 +232,23 @@ def verdict(worse: Sequence[float], better: Sequence[float], direction: int) -> 
 
 def summary(ablation: str, runs: dict[str, list[dict]]) -> dict:
     """Mean and standard deviation over seeds of every figure, and the paper's sign for each neighbouring pair of variants."""
-    table = {variant: {name: [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
-                       for name in FIGURES for values in [[run[name] for run in runs[variant]]]} for variant in runs}
+    table = {
+        variant: {
+            name: [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
+            for name in FIGURES
+            for values in [[run[name] for run in runs[variant]]]
+        }
+        for variant in runs
+    }
     variants = ABLATIONS[ablation]
-    signs = {f"{better} better than {worse}": {name: verdict([r[name] for r in runs[worse]], [r[name] for r in runs[better]], direction)
-                                               for name, direction in FIGURES.items() if not (ablation == "bits" and name == "bits_per_dim")}
-             for worse, better in zip(variants, variants[1:], strict=False)}
+    signs = {
+        f"{better} better than {worse}": {
+            name: verdict([r[name] for r in runs[worse]], [r[name] for r in runs[better]], direction)
+            for name, direction in FIGURES.items()
+            if not (ablation == "bits" and name == "bits_per_dim")
+        }
+        for worse, better in zip(variants, variants[1:], strict=False)
+    }
     return {"ablation": ablation, "base": BASE, "table": table, "signs": signs, "runs": runs}
 
 
@@ -176,7 +273,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps per run")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--num_images", type=int, default=300, help="samples per run")
-    parser.add_argument("--output_dir", default="demo/out", help="the demo's; its VAE and cache are used if they are there")
+    parser.add_argument(
+        "--output_dir", default="demo/out", help="the demo's; its VAE and cache are used if they are there"
+    )
     args = parser.parse_args(argv)
     at_least(args, seeds=1, steps=1, batch_size=1, num_images=20)
     out = check_writable(args.output_dir, "--output_dir").resolve()
@@ -184,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     wanted = list(ABLATIONS) if args.ablation == "all" else [args.ablation]
     variants = list(dict.fromkeys(variant for ablation in wanted for variant in ABLATIONS[ablation]))
     runs: dict[str, list[dict]] = {variant: [] for variant in variants}
-    for seed in range(args.seeds):                                     # seed by seed, so that what is done early compares all variants
+    for seed in range(args.seeds):  # seed by seed, so that what is done early compares all variants
         for variant in variants:
             runs[variant].append(run_variant(variant, seed, args.steps, args.batch_size, args.num_images, out))
     for ablation in wanted:

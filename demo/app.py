@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 logger = get_logger()
 
 NO_CLASS = "no class"
-SHOWN = 256                 # pixels, at least, that a picture has on the page
-MOST = 16                   # pictures at a time
+SHOWN = 256  # pixels, at least, that a picture has on the page
+MOST = 16  # pictures at a time
 
 
 def need_gradio() -> "gr":
@@ -45,11 +45,14 @@ def need_gradio() -> "gr":
     try:
         import gradio
     except ImportError as error:
-        raise ValueError(f"the web demo needs gradio, an optional extra ({error}): make extras, or pip install -r requirements-extra.txt") from error
+        raise ValueError(
+            f"the web demo needs gradio, an optional extra ({error}): make extras, or pip install -r requirements-extra.txt"
+        ) from error
     return gradio
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
+
 
 def enlarge(image: Image.Image) -> Image.Image:
     """A whole multiple of a small picture, without smoothing, at least SHOWN pixels wide."""
@@ -79,13 +82,17 @@ def read_drawing(value: dict, size: int) -> tuple[Image.Image, Image.Image]:
         painted |= np.asarray(layer)[..., 3] > 0
     if not painted.any():
         raise ValueError("nothing was painted: paint over the part that is to be drawn anew")
-    image, mask = center_crop_adm(background, size), center_crop_adm(Image.fromarray(painted.astype(np.uint8) * 255).convert("RGB"), size)
+    image, mask = (
+        center_crop_adm(background, size),
+        center_crop_adm(Image.fromarray(painted.astype(np.uint8) * 255).convert("RGB"), size),
+    )
     if not (np.asarray(mask) > 127).any():
         raise ValueError("the painted part is too small, or lies outside the middle square that the model sees")
     return image, mask
 
 
 # ------------------------------------------------------------------------------------------------------------- the model behind the page
+
 
 class Studio:
     """A model, its VAE and the names of its classes; the functions that the page's buttons call."""
@@ -103,8 +110,18 @@ class Studio:
             raise ValueError(f"class {name!r} is none of the model's {len(self.names)}")
         return self.names.index(name)
 
-    def generate(self, name: str, seed: int, cfg: float, temperature: float, num_iter: int, count: int = 1, order: str = "random", watch: bool = True,
-                 drawing: dict | None = None) -> Iterator[tuple[Image.Image, str]]:
+    def generate(
+        self,
+        name: str,
+        seed: int,
+        cfg: float,
+        temperature: float,
+        num_iter: int,
+        count: int = 1,
+        order: str = "random",
+        watch: bool = True,
+        drawing: dict | None = None,
+    ) -> Iterator[tuple[Image.Image, str]]:
         """(picture, line below it) after each step that is shown, then of the result. With a drawing its painted part is drawn anew.
 
         The pictures so far cost a decoding each: they are shown for half of the time at most. ValueError for what does not fit.
@@ -113,8 +130,16 @@ class Studio:
             raise ValueError(f"1 to {MOST} pictures at a time, not {count}")
         edit = {} if drawing is None else dict(zip(("init", "mask"), read_drawing(drawing, self.size), strict=True))
         started, spent = time.perf_counter(), 0.0
-        steps = self.model.generate_steps(self.vae, [self.class_number(name)] * int(count), seed=int(seed), num_iter=int(num_iter), cfg=float(cfg),
-                                          temperature=float(temperature), order=order, **edit)
+        steps = self.model.generate_steps(
+            self.vae,
+            [self.class_number(name)] * int(count),
+            seed=int(seed),
+            num_iter=int(num_iter),
+            cfg=float(cfg),
+            temperature=float(temperature),
+            order=order,
+            **edit,
+        )
         for step in steps:
             now = time.perf_counter()
             if watch and not step.done and spent <= (now - started) / 2:
@@ -122,7 +147,10 @@ class Studio:
                 spent += time.perf_counter() - now
         with torch.no_grad():
             pixels = decode(self.vae, step.state.latents, range(int(count))).permute(0, 2, 3, 1).cpu().numpy()
-        yield side_by_side([Image.fromarray(p) for p in pixels]), f"done: class {name}, seed {int(seed)}, {time.perf_counter() - started:.1f} s"
+        yield (
+            side_by_side([Image.fromarray(p) for p in pixels]),
+            f"done: class {name}, seed {int(seed)}, {time.perf_counter() - started:.1f} s",
+        )
 
 
 def progress_line(step: GenerationStep) -> str:
@@ -132,6 +160,7 @@ def progress_line(step: GenerationStep) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
+
 
 def build_page(studio: Studio, title: str) -> "gr.Blocks":
     """The page; every button calls `Studio.generate`."""
@@ -147,8 +176,10 @@ def build_page(studio: Studio, title: str) -> "gr.Blocks":
         yield from shown(*values, 1, "random", True, drawing)
 
     with gr.Blocks(title=title, analytics_enabled=False) as page:
-        gr.Markdown(f"## {title}\n{studio.size} x {studio.size} pixels, {len(studio.names)} classes, {studio.model.num_tokens} tokens of "
-                    f"{studio.model.token_dim} dimensions. Grey tokens are not known yet.")
+        gr.Markdown(
+            f"## {title}\n{studio.size} x {studio.size} pixels, {len(studio.names)} classes, {studio.model.num_tokens} tokens of "
+            f"{studio.model.token_dim} dimensions. Grey tokens are not known yet."
+        )
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 name = gr.Dropdown([*studio.names, NO_CLASS], value=studio.names[0], label="class", elem_id="class")
@@ -156,7 +187,9 @@ def build_page(studio: Studio, title: str) -> "gr.Blocks":
                 cfg = gr.Slider(1, 8, 2, step=0.1, label="guidance", elem_id="cfg")
                 temperature = gr.Slider(0, 1.5, 0.9, step=0.01, label="temperature", elem_id="temperature")
                 most = max(64, studio.model.num_tokens)
-                num_iter = gr.Slider(1, most, min(16, studio.model.num_tokens), step=1, label="iterations", elem_id="iterations")
+                num_iter = gr.Slider(
+                    1, most, min(16, studio.model.num_tokens), step=1, label="iterations", elem_id="iterations"
+                )
             with gr.Column(scale=2), gr.Tabs():
                 with gr.Tab("generate"):
                     with gr.Row():
@@ -164,16 +197,44 @@ def build_page(studio: Studio, title: str) -> "gr.Blocks":
                         order = gr.Dropdown(list(ORDERS), value="random", label="order of the tokens", elem_id="order")
                         watch = gr.Checkbox(True, label="watch tokens unmask", elem_id="watch")
                     with gr.Row():
-                        go, stop = gr.Button("Generate", variant="primary", elem_id="go"), gr.Button("Stop", elem_id="stop")
-                    result = gr.Image(label="pictures", format="png", interactive=False, buttons=["download", "fullscreen"], elem_id="result")
-                    line = gr.Textbox(show_label=False, interactive=False, elem_id="line", placeholder="Generate draws pictures of the class")
+                        go, stop = (
+                            gr.Button("Generate", variant="primary", elem_id="go"),
+                            gr.Button("Stop", elem_id="stop"),
+                        )
+                    result = gr.Image(
+                        label="pictures",
+                        format="png",
+                        interactive=False,
+                        buttons=["download", "fullscreen"],
+                        elem_id="result",
+                    )
+                    line = gr.Textbox(
+                        show_label=False,
+                        interactive=False,
+                        elem_id="line",
+                        placeholder="Generate draws pictures of the class",
+                    )
                 with gr.Tab("edit", elem_id="edit"):
                     take = gr.Button("Take the last result", elem_id="take")
-                    editor = gr.ImageEditor(label="paint over what is to be drawn anew", type="numpy", sources=("upload",), transforms=(),
-                                            brush=gr.Brush(default_size=24, colors=["#ff4081"], color_mode="fixed"), layers=False, format="png",
-                                            canvas_size=(SHOWN * 2, SHOWN * 2), elem_id="editor")
+                    editor = gr.ImageEditor(
+                        label="paint over what is to be drawn anew",
+                        type="numpy",
+                        sources=("upload",),
+                        transforms=(),
+                        brush=gr.Brush(default_size=24, colors=["#ff4081"], color_mode="fixed"),
+                        layers=False,
+                        format="png",
+                        canvas_size=(SHOWN * 2, SHOWN * 2),
+                        elem_id="editor",
+                    )
                     draw = gr.Button("Draw the painted part anew", variant="primary", elem_id="draw")
-                    edited = gr.Image(label="result", format="png", interactive=False, buttons=["download", "fullscreen"], elem_id="edited")
+                    edited = gr.Image(
+                        label="result",
+                        format="png",
+                        interactive=False,
+                        buttons=["download", "fullscreen"],
+                        elem_id="edited",
+                    )
                     edit_line = gr.Textbox(show_label=False, interactive=False, elem_id="edit-line")
         settings = [name, seed, cfg, temperature, num_iter]
         running = go.click(shown, [*settings, count, order, watch], [result, line])
@@ -210,12 +271,18 @@ def check_port(host: str, port: int) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--resume", default="demo/out/model", help="checkpoint file, folder, or hf://OWNER/REPOSITORY/PATH")
+    parser.add_argument(
+        "--resume", default="demo/out/model", help="checkpoint file, folder, or hf://OWNER/REPOSITORY/PATH"
+    )
     parser.add_argument("--vae_path", default="", help="its VAE; by default the one that it was trained with")
     parser.add_argument("--weights", default="ema", choices=CHOICES)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--names", default="", help="JSON file with a list of class names, or an object from number to name")
-    parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 lets every machine of the network in")
+    parser.add_argument(
+        "--names", default="", help="JSON file with a list of class names, or an object from number to name"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 lets every machine of the network in"
+    )
     parser.add_argument("--port", type=int, default=7860)
     return parser
 
@@ -239,12 +306,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_port(args.host, args.port)
     device = dist.pick_device(args.device)
     path = find_file(download.local_path(args.resume, "--resume"))
-    model, vae = load(path, download.local_path(args.vae_path, "--vae_path") or None, weights=args.weights, device=device)
+    model, vae = load(
+        path, download.local_path(args.vae_path, "--vae_path") or None, weights=args.weights, device=device
+    )
     page = build_page(Studio(model, vae, names or class_names(path)), f"TokenBridge: {args.resume}")
     if args.host not in ("127.0.0.1", "localhost", "::1"):
         logger.warning("--host %s: other machines can reach the page, and there is no password", args.host)
-    page.queue(default_concurrency_limit=1).launch(server_name=args.host, server_port=args.port, share=False, quiet=True, ssr_mode=False, footer_links=[],
-                                                   theme=gr.themes.Base(font=["system-ui"], font_mono=["monospace"]), prevent_thread_lock=True)
+    page.queue(default_concurrency_limit=1).launch(
+        server_name=args.host,
+        server_port=args.port,
+        share=False,
+        quiet=True,
+        ssr_mode=False,
+        footer_links=[],
+        theme=gr.themes.Base(font=["system-ui"], font_mono=["monospace"]),
+        prevent_thread_lock=True,
+    )
     print(f"open http://{args.host}:{args.port} in a browser; Ctrl-C ends it", flush=True)
     page.block_thread()
 

@@ -10,14 +10,16 @@ from sklearn.svm import SVC
 
 from dataset.images import atomic_write, read_image
 
-SIZE = 32                  # pixels; load_digits is 8x8
+SIZE = 32  # pixels; load_digits is 8x8
 VAL_SHARE = 0.1
 
 
 def split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{"train" | "val": (images (N, 8, 8) in [0, 16], labels (N,))}: the 1,797 real digits, stratified, always the same split."""
     data = load_digits()
-    train_x, val_x, train_y, val_y = train_test_split(data.images, data.target, test_size=VAL_SHARE, stratify=data.target, random_state=0)
+    train_x, val_x, train_y, val_y = train_test_split(
+        data.images, data.target, test_size=VAL_SHARE, stratify=data.target, random_state=0
+    )
     return {"train": (train_x, train_y), "val": (val_x, val_y)}
 
 
@@ -26,7 +28,9 @@ def write_image_folder(root: str | Path) -> dict[str, int]:
     counts = {}
     for part, (images, labels) in split().items():
         for number, (pixels, label) in enumerate(zip(images, labels, strict=True)):
-            image = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+            image = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8)).resize(
+                (SIZE, SIZE), Image.Resampling.BICUBIC
+            )
             atomic_write(image.convert("RGB"), Path(root) / part / str(label) / f"{number:04d}.png")
         counts[part] = len(labels)
     return counts

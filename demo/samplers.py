@@ -43,49 +43,69 @@ SETTINGS: dict[str, dict] = {
 }
 
 
-def draw(model: TokenBridge, vae: AutoencoderKL, labels: Sequence[int], seed: int, options: dict) -> tuple[list[Image.Image], float]:
+def draw(
+    model: TokenBridge, vae: AutoencoderKL, labels: Sequence[int], seed: int, options: dict
+) -> tuple[list[Image.Image], float]:
     """The images and the seconds that they took."""
     started = time.perf_counter()
     images = model.generate(vae, list(labels), seed=seed, batch_size=50, **SAMPLING | options)
     return images, time.perf_counter() - started
 
 
-def study(model: TokenBridge, vae: AutoencoderKL, num_images: int, seeds: Sequence[int], out: Path) -> dict[str, dict[str, list[float]]]:
+def study(
+    model: TokenBridge, vae: AutoencoderKL, num_images: int, seeds: Sequence[int], out: Path
+) -> dict[str, dict[str, list[float]]]:
     """Setting -> its figures, one per seed: seconds (of all images), accuracy, frechet, equal."""
     labels = [i * 10 // num_images for i in range(num_images)]
-    found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "accuracy": [], "frechet": [], "equal": []} for name in SETTINGS}
-    model.generate(vae, labels[:50], batch_size=50, **SAMPLING)                              # warm up
+    found: dict[str, dict[str, list[float]]] = {
+        name: {"seconds": [], "accuracy": [], "frechet": [], "equal": []} for name in SETTINGS
+    }
+    model.generate(vae, labels[:50], batch_size=50, **SAMPLING)  # warm up
     for seed in seeds:
         exact: list[Image.Image] = []
         for name, options in SETTINGS.items():
             images, seconds = draw(model, vae, labels, seed, options)
             exact = exact or images
-            accuracy, distance = judge_images(images, labels, out / "digits" / "train", out / "samplers" / name.replace(" ", "-").replace(",", ""))
+            accuracy, distance = judge_images(
+                images, labels, out / "digits" / "train", out / "samplers" / name.replace(" ", "-").replace(",", "")
+            )
             equal = statistics.mean(a.tobytes() == b.tobytes() for a, b in zip(images, exact, strict=True))
             for key, value in (("seconds", seconds), ("accuracy", accuracy), ("frechet", distance), ("equal", equal)):
                 found[name][key].append(value)
-        logger.info("seed %d: %s", seed, ", ".join(f"{name} {figures['accuracy'][-1]:.1%}" for name, figures in found.items()))
+        logger.info(
+            "seed %d: %s", seed, ", ".join(f"{name} {figures['accuracy'][-1]:.1%}" for name, figures in found.items())
+        )
     return found
 
 
 def print_study(found: dict[str, dict[str, list[float]]], num_images: int) -> None:
     """Mean and standard deviation over the seeds; the time as a ratio to the exact sampler's."""
+
     def spread(values: Sequence[float], form: str, unit: float = 1.0) -> str:
         values = [value * unit for value in values]
-        return format(statistics.mean(values), form) + (f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else "")
-    print(f"\n{num_images} images per seed, {SAMPLING['num_iter']} iterations, cfg {SAMPLING['cfg']}, temperature {SAMPLING['temperature']}; "
-          "mean ± standard deviation over seeds")
+        return format(statistics.mean(values), form) + (
+            f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+        )
+
+    print(
+        f"\n{num_images} images per seed, {SAMPLING['num_iter']} iterations, cfg {SAMPLING['cfg']}, temperature {SAMPLING['temperature']}; "
+        "mean ± standard deviation over seeds"
+    )
     print(f"{'':<38}{'time':>8}{'accuracy, %':>18}{'Fréchet distance':>20}{'equal images':>16}")
     base = statistics.mean(found[EXACT]["seconds"])
     for name, figures in found.items():
-        print(f"{name:<38}{statistics.mean(figures['seconds']) / base:>7.2f}x{spread(figures['accuracy'], '.1f', 100):>18}"
-              f"{spread(figures['frechet'], '.3f'):>20}{statistics.mean(figures['equal']):>16.1%}")
+        print(
+            f"{name:<38}{statistics.mean(figures['seconds']) / base:>7.2f}x{spread(figures['accuracy'], '.1f', 100):>18}"
+            f"{spread(figures['frechet'], '.3f'):>20}{statistics.mean(figures['equal']):>16.1%}"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the study on OUT/model, print the table. ValueError for bad input."""
     parser = make_parser(__doc__)
-    parser.add_argument("--output_dir", default="demo/out", help="the demo's: its digits, VAE and model are read from there")
+    parser.add_argument(
+        "--output_dir", default="demo/out", help="the demo's: its digits, VAE and model are read from there"
+    )
     parser.add_argument("--num_images", type=int, default=500, help="images per setting and seed")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args(argv)

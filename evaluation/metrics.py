@@ -25,11 +25,11 @@ from util.dist import agree, all_reduce_sum, float32_precision
 CPU = torch.device("cpu")
 FEATURE_DIM = 2048
 SPATIAL_CHANNELS, SPATIAL_GRID = 7, 17
-SPATIAL_DIM = SPATIAL_GRID**2 * SPATIAL_CHANNELS          # ADM's sFID features: 2023
+SPATIAL_DIM = SPATIAL_GRID**2 * SPATIAL_CHANNELS  # ADM's sFID features: 2023
 LOGITS_DIM = 1008
-IS_SPLITS, IS_SEED = 10, 2020                             # parts over which the Inception Score is averaged, torch-fidelity's shuffle
-INCEPTION_CHUNK = 32                                      # images at a time, so that activations stay below 1 GiB
-PRC_NEIGHBOURS, PRC_CHUNK = 3, 250                       # precision and recall: k, and rows of the distance matrix at a time
+IS_SPLITS, IS_SEED = 10, 2020  # parts over which the Inception Score is averaged, torch-fidelity's shuffle
+INCEPTION_CHUNK = 32  # images at a time, so that activations stay below 1 GiB
+PRC_NEIGHBOURS, PRC_CHUNK = 3, 250  # precision and recall: k, and rows of the distance matrix at a time
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 
 
@@ -39,14 +39,16 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return (10 * torch.log10(255.0**2 / error.clamp_min(255.0**2 * 1e-10))).float()
 
 
-SSIM_SIGMA, SSIM_RADIUS = 1.5, 5                          # the Gaussian window of Wang et al. 2004: 11 x 11 pixels
+SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # the Gaussian window of Wang et al. 2004: 11 x 11 pixels
 SMALLEST_FOR_SSIM = 2 * SSIM_RADIUS + 1
-SSIM_CHUNK = 16                                           # images at a time, so that float64 maps stay small beside the VAE's
+SSIM_CHUNK = 16  # images at a time, so that float64 maps stay small beside the VAE's
 
 
 def _gaussian_band(size: int, device: torch.device) -> Tensor:
     """Matrix (size, size - 10) that turns a row of pixels into its Gaussian means, only where the whole window fits."""
-    weights = torch.exp(-torch.arange(-SSIM_RADIUS, SSIM_RADIUS + 1, dtype=torch.float64, device=device) ** 2 / (2 * SSIM_SIGMA**2))
+    weights = torch.exp(
+        -(torch.arange(-SSIM_RADIUS, SSIM_RADIUS + 1, dtype=torch.float64, device=device) ** 2) / (2 * SSIM_SIGMA**2)
+    )
     places = torch.arange(size - 2 * SSIM_RADIUS, device=device)
     band = torch.zeros(size, len(places), dtype=torch.float64, device=device)
     for offset, weight in enumerate(weights / weights.sum()):
@@ -63,8 +65,9 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
         raise ValueError(f"SSIM needs images of at least {SMALLEST_FOR_SSIM} pixels a side, got {tuple(a.shape[-2:])}")
     rows, columns = _gaussian_band(a.shape[-2], a.device).T, _gaussian_band(a.shape[-1], a.device)
 
-    def blur(x: Tensor) -> Tensor:                        # (N, 3, H, W) -> (N, 3, H-10, W-10)
+    def blur(x: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, 3, H-10, W-10)
         return rows @ (x @ columns)
+
     c1, c2, values = (0.01 * 255) ** 2, (0.03 * 255) ** 2, []
     for x, y in zip(a.double().split(SSIM_CHUNK), b.double().split(SSIM_CHUNK), strict=True):
         mean_x, mean_y = blur(x), blur(y)
@@ -77,13 +80,16 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------------- Inception
 
+
 def find_inception_weights(path: str | None) -> Path:
     """The weights file: `path` (--inception_weights), else torch-fidelity's download cache. FileNotFoundError says what to put where."""
     cached = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
     found = Path(path) if path else cached
     if not found.is_file():
-        raise FileNotFoundError(f"no Inception weights at {found}: download {URL_INCEPTION_V3} and give its path with --inception_weights, "
-                                f"or put it at {cached}")
+        raise FileNotFoundError(
+            f"no Inception weights at {found}: download {URL_INCEPTION_V3} and give its path with --inception_weights, "
+            f"or put it at {cached}"
+        )
     return found
 
 
@@ -105,14 +111,21 @@ def fetch_inception_weights(path: str | None, download: bool = True) -> Path:
 
 def _download(absent: FileNotFoundError) -> FileNotFoundError | None:
     """torch-fidelity's weights into its cache; None if that worked, otherwise `absent` with the reason."""
-    target, timeout = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1], socket.getdefaulttimeout()
+    target, timeout = (
+        Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1],
+        socket.getdefaulttimeout(),
+    )
     try:
-        socket.setdefaulttimeout(20)                                    # a firewall that swallows packets would hold the job for ever
+        socket.setdefaulttimeout(20)  # a firewall that swallows packets would hold the job for ever
         target.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(target), hash_prefix=target.stem.rsplit("-", 1)[1], progress=False)
+        torch.hub.download_url_to_file(
+            URL_INCEPTION_V3, str(target), hash_prefix=target.stem.rsplit("-", 1)[1], progress=False
+        )
         return None
-    except Exception as error:                                          # URLError, timeouts, a wrong hash, a full disk
-        return FileNotFoundError(f"{absent} (the download failed: {(str(error).splitlines() or [type(error).__name__])[0]})")
+    except Exception as error:  # URLError, timeouts, a wrong hash, a full disk
+        return FileNotFoundError(
+            f"{absent} (the download failed: {(str(error).splitlines() or [type(error).__name__])[0]})"
+        )
     finally:
         socket.setdefaulttimeout(timeout)
 
@@ -129,12 +142,17 @@ class InceptionFeatures:
     def __init__(self, weights: str | None, device: torch.device):
         path = fetch_inception_weights(weights)
         try:
-            torch.load(path, map_location="cpu", weights_only=True)        # torch-fidelity itself would run code in the file
-            self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path)).to(device)
+            torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity itself would run code in the file
+            self.network = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], str(path)
+            ).to(device)
         except Exception as error:
-            raise ValueError(f"{path} (--inception_weights) does not hold torch-fidelity's Inception weights: "
-                             f"{(str(error).splitlines() or [type(error).__name__])[0]}") from error
-        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)      # its channels come first in the block's 768
+            raise ValueError(
+                f"{path} (--inception_weights) does not hold torch-fidelity's Inception weights: "
+                f"{(str(error).splitlines() or [type(error).__name__])[0]}"
+            ) from error
+        # its channels come first in the block's 768
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
         self.device, self.sha256 = device, file_sha256(path)
 
     def _keep_spatial(self, module: torch.nn.Module, inputs: object, output: Tensor) -> None:
@@ -164,13 +182,14 @@ def file_sha256(path: str | Path) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- running sums
 
+
 class FeatureStatistics:
     """Mean and covariance of features that arrive in batches: float64, centred, mergeable over processes without loss (Chan et al. 1979)."""
 
     def __init__(self, dim: int = FEATURE_DIM):
         self.count = torch.zeros((), dtype=torch.float64)
         self.mean = torch.zeros(dim, dtype=torch.float64)
-        self.scatter = torch.zeros(dim, dim, dtype=torch.float64)          # sum of (x - mean)(x - mean)^T
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64)  # sum of (x - mean)(x - mean)^T
 
     @float32_precision(CPU)
     def update(self, features: Tensor) -> None:
@@ -221,7 +240,9 @@ class InceptionScoreSums:
         order = np.random.RandomState(IS_SEED).permutation(num_images)
         place = np.empty(num_images, dtype=np.int64)
         place[order] = np.arange(num_images)
-        self.split_of = torch.from_numpy(np.searchsorted([(i + 1) * num_images // splits for i in range(splits)], place, side="right"))
+        self.split_of = torch.from_numpy(
+            np.searchsorted([(i + 1) * num_images // splits for i in range(splits)], place, side="right")
+        )
         self.count = torch.zeros(splits, dtype=torch.float64)
         self.p = torch.zeros(splits, LOGITS_DIM, dtype=torch.float64)
         self.p_log_p = torch.zeros(splits, dtype=torch.float64)
@@ -253,6 +274,7 @@ class InceptionScoreSums:
 
 # ------------------------------------------------------------------------------------------------------------- scores
 
+
 def fid(stats_1: dict[str, np.ndarray], stats_2: dict[str, np.ndarray]) -> float:
     """Frechet distance of two {"mu", "sigma"}, by torch-fidelity's formula."""
     with float32_precision(CPU):
@@ -272,7 +294,9 @@ def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
     Precision: the share of generated images within the manifold of the real ones; recall the reverse. ValueError for fewer than 4 images.
     """
     if min(len(generated), len(real)) <= PRC_NEIGHBOURS:
-        raise ValueError(f"precision and recall need more than {PRC_NEIGHBOURS} images of each kind, got {len(generated)} and {len(real)}")
+        raise ValueError(
+            f"precision and recall need more than {PRC_NEIGHBOURS} images of each kind, got {len(generated)} and {len(real)}"
+        )
     with float32_precision(generated.device):
         found = prc_features_to_metric(
             generated, real, prc_neighborhood=PRC_NEIGHBOURS, prc_batch_size=PRC_CHUNK, save_cpu_ram=True, verbose=False
@@ -285,7 +309,8 @@ def kid(generated: Tensor, real: Tensor) -> tuple[float, float]:
     size = min(KID_SUBSET_SIZE, len(generated), len(real))
     with float32_precision(generated.device):
         found = kid_features_to_metric(
-            generated, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=IS_SEED, verbose=False)
+            generated, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=IS_SEED, verbose=False
+        )
     return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
 
 
@@ -298,7 +323,7 @@ def fid_infinity(features: Tensor, reference: dict[str, np.ndarray], points: int
     if len(features) < 2 * points:
         raise ValueError(f"the extrapolation of FID needs at least {2 * points} images, got {len(features)}")
     values, vectors = np.linalg.eigh(reference["sigma"])
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T                                   # symmetric root of the reference's covariance
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T  # symmetric root of the reference's covariance
     shuffled = torch.from_numpy(np.random.RandomState(IS_SEED).permutation(len(features)))
     sizes = np.linspace(len(features) / points, len(features), points).round().astype(int)
     statistics, distances, done = FeatureStatistics(features.shape[1]), [], 0
@@ -314,7 +339,7 @@ def fid_infinity(features: Tensor, reference: dict[str, np.ndarray], points: int
 
 # ------------------------------------------------------------------------------------------------------------- LPIPS
 
-ALEXNET = "alexnet-owt-7be5be79.pth"                       # torchvision's name for the weights that LPIPS was calibrated on
+ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's name for the weights that LPIPS was calibrated on
 SMALLEST_FOR_LPIPS = 64
 
 
@@ -328,16 +353,22 @@ class Lpips:
     def __init__(self, path: str | None, device: torch.device):
         found = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
         if not found.is_file():
-            raise FileNotFoundError(f"no AlexNet weights at {found}: download https://download.pytorch.org/models/{ALEXNET} and give its path "
-                                    "with --lpips_weights")
+            raise FileNotFoundError(
+                f"no AlexNet weights at {found}: download https://download.pytorch.org/models/{ALEXNET} and give its path "
+                "with --lpips_weights"
+            )
         import lpips  # optional: slow to import, and needed for this alone
+
         self.network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval().requires_grad_(False)
-        own = {key: f"features.{key.split('.', 1)[1]}" for key in self.network.net.state_dict()}        # slice2.3.weight is features.3.weight
+        # slice2.3.weight is features.3.weight
+        own = {key: f"features.{key.split('.', 1)[1]}" for key in self.network.net.state_dict()}
         try:
             state = torch.load(found, map_location="cpu", weights_only=True)
             self.network.net.load_state_dict({key: state[theirs] for key, theirs in own.items()}, strict=True)
         except Exception as error:
-            raise ValueError(f"{found} (--lpips_weights) does not hold torchvision's AlexNet: {(str(error).splitlines() or [''])[0]}") from error
+            raise ValueError(
+                f"{found} (--lpips_weights) does not hold torchvision's AlexNet: {(str(error).splitlines() or [''])[0]}"
+            ) from error
         self.network.to(device)
         self.device = device
 

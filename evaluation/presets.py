@@ -11,24 +11,52 @@ from util.log import get_logger
 
 logger = get_logger()
 
-_PUBLISHED = dict(evaluate=True, num_images=50000, num_iter=256, cfg_schedule="linear", quant_bits=6, eval_bsz=256, weights="ema",
-                  precision="fp16")
+_PUBLISHED = dict(
+    evaluate=True,
+    num_images=50000,
+    num_iter=256,
+    cfg_schedule="linear",
+    quant_bits=6,
+    eval_bsz=256,
+    weights="ema",
+    precision="fp16",
+)
 _FOLDER = "pretrained_models/tokenbridge"
 
 EVAL_PRESETS: dict[str, dict[str, object]] = {
-    "large_eval": dict(model="tokenbridge_large", resume=f"{_FOLDER}/tokenbridge_large", cfg=3.1, temperature=0.96, **_PUBLISHED),
-    "huge_eval": dict(model="tokenbridge_huge", resume=f"{_FOLDER}/tokenbridge_huge", cfg=3.45, temperature=0.91, **_PUBLISHED),
+    "large_eval": dict(
+        model="tokenbridge_large", resume=f"{_FOLDER}/tokenbridge_large", cfg=3.1, temperature=0.96, **_PUBLISHED
+    ),
+    "huge_eval": dict(
+        model="tokenbridge_huge", resume=f"{_FOLDER}/tokenbridge_huge", cfg=3.45, temperature=0.91, **_PUBLISHED
+    ),
 }
 # ImageNet 256 x 256, published (SPEC 9)
 EXPECTED: dict[str, dict[str, float]] = {
     "large_eval": {"fid": 1.76, "inception_score": 294.8, "precision": 0.80, "recall": 0.63},
-    "huge_eval": {"fid": 1.55, "inception_score": 313.3, "precision": 0.80, "recall": 0.65}}
+    "huge_eval": {"fid": 1.55, "inception_score": 313.3, "precision": 0.80, "recall": 0.65},
+}
 NAMES = {"fid": "FID", "inception_score": "Inception Score", "precision": "precision", "recall": "recall"}
 
 # The rest of the published evaluation, by the names of a record in eval.jsonl: what decides the distribution of the images ...
-_REST = dict(vae_path=KL16, img_size=256, class_num=1000, quant_min=-5.0, quant_max=5.0, head_start="official", order="random",
-             mask_schedule="cosine", temperature_schedule="constant", channel_temperature=[], top_k=0, top_p=1.0, reuse_features=1,
-             reuse_guidance=1, device="cuda", tf32=False)
+_REST = dict(
+    vae_path=KL16,
+    img_size=256,
+    class_num=1000,
+    quant_min=-5.0,
+    quant_max=5.0,
+    head_start="official",
+    order="random",
+    mask_schedule="cosine",
+    temperature_schedule="constant",
+    channel_temperature=[],
+    top_k=0,
+    top_p=1.0,
+    reuse_features=1,
+    reuse_guidance=1,
+    device="cuda",
+    tf32=False,
+)
 # ... and what only decides which images are drawn from it, or how fast.
 _NEUTRAL = dict(seed=1, eval_bsz=256, processes=8, compile=False)
 FID_STATS, PR_REFERENCE, STATS_BLOB = (
@@ -36,7 +64,7 @@ FID_STATS, PR_REFERENCE, STATS_BLOB = (
     PUBLISHED["adm_batch"].target,
     PUBLISHED["stats"].git_blob,
 )  # ADM's
-INCEPTION_SHA256 = "6726825d"                                  # torch-fidelity's weights: the beginning, as in their file name
+INCEPTION_SHA256 = "6726825d"  # torch-fidelity's weights: the beginning, as in their file name
 
 
 def apply_eval_preset(args: argparse.Namespace, given: set[str]) -> None:
@@ -48,17 +76,26 @@ def apply_eval_preset(args: argparse.Namespace, given: set[str]) -> None:
     chosen = dict(published)
     if "precision" not in given and dist.pick_device(args.device).type == "cpu":
         chosen["precision"] = "fp32"
-        logger.info("--preset %s on a CPU: --precision fp32, the published evaluation uses fp16 autocast on a GPU", args.preset)
+        logger.info(
+            "--preset %s on a CPU: --precision fp32, the published evaluation uses fp16 autocast on a GPU", args.preset
+        )
     for name in chosen.keys() - given:
         setattr(args, name, chosen[name])
-    won = [name for name in published if name in given and getattr(args, name) not in (published[name], [published[name]])]
+    won = [
+        name for name in published if name in given and getattr(args, name) not in (published[name], [published[name]])
+    ]
     given.update(chosen)
     logger.info("--preset %s: %s", args.preset, " ".join(flag_text(name, value) for name, value in chosen.items()))
     if won:
-        logger.info("given on the command line instead of the preset's: %s",
-                    ", ".join(f"--{name} (preset {published[name]})" for name in won))
-    logger.info("expected (published): %s%s", ", ".join(f"{NAMES[key]} {value:g}" for key, value in EXPECTED[args.preset].items()),
-                "; with other settings than the preset's the figures are not comparable" if won else "")
+        logger.info(
+            "given on the command line instead of the preset's: %s",
+            ", ".join(f"--{name} (preset {published[name]})" for name in won),
+        )
+    logger.info(
+        "expected (published): %s%s",
+        ", ".join(f"{NAMES[key]} {value:g}" for key, value in EXPECTED[args.preset].items()),
+        "; with other settings than the preset's the figures are not comparable" if won else "",
+    )
 
 
 def published_settings(preset: str) -> dict[str, object]:
@@ -70,7 +107,7 @@ def published_settings(preset: str) -> dict[str, object]:
 def run_settings(record: Mapping[str, object]) -> dict[str, object]:
     """The settings of a record of eval.jsonl under the flags' names; device without its number."""
     settings = {key: list(value) if isinstance(value, tuple) else value for key, value in record.items()}
-    settings.pop("precision", None)                                        # the score of that name
+    settings.pop("precision", None)  # the score of that name
     for old, new in (("arithmetic", "precision"), ("batch_size", "eval_bsz"), ("world_size", "processes")):
         if old in settings:
             settings[new] = settings.pop(old)
@@ -99,13 +136,22 @@ def comparison(preset: str, record: Mapping[str, object]) -> str:
     lines = [f"{'--preset ' + preset:<22}{'published':>11}{'here':>11}{'difference':>12}"]
     for key, published in EXPECTED[preset].items():
         here = record.get(key)
-        lines.append(f"{NAMES[key]:<22}{published:>11.4g}" + (f"{here:>11.4g}{here - published:>+12.4g}" if isinstance(here, (int, float)) else
-                                                              f"{'-':>11}{'not computed':>14}"))
+        lines.append(
+            f"{NAMES[key]:<22}{published:>11.4g}"
+            + (
+                f"{here:>11.4g}{here - published:>+12.4g}"
+                if isinstance(here, (int, float))
+                else f"{'-':>11}{'not computed':>14}"
+            )
+        )
     settings = run_settings(record)
     decisive = differences(settings, published_settings(preset)) + reference_differences(record)
     neutral = differences(settings, _NEUTRAL)
-    lines.append(f"differs from the published run, figures are not comparable: {'; '.join(decisive)}" if decisive else
-                 "settings are the published ones")
+    lines.append(
+        f"differs from the published run, figures are not comparable: {'; '.join(decisive)}"
+        if decisive
+        else "settings are the published ones"
+    )
     if neutral:
         lines.append(f"differs, but the images are drawn from the same distribution: {'; '.join(neutral)}")
     lines.append("always different (docs/differences.md): the random numbers, and the VAE decodes in float32")

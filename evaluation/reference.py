@@ -34,18 +34,18 @@ from util.log import get_logger, run_cli
 
 logger = get_logger()
 CROPS = ("adm", "none")
-KEEP_FEATURES = 10_000         # as many images as ADM's reference batches have
+KEEP_FEATURES = 10_000  # as many images as ADM's reference batches have
 
 
 @dataclass
 class Reference:
     """Statistics of the real images; arrays in float64, features in float32. What the source does not tell is None."""
 
-    mu: np.ndarray                          # (2048,)
-    sigma: np.ndarray                       # (2048, 2048)
-    mu_s: np.ndarray | None = None          # (2023,) ADM's spatial features
+    mu: np.ndarray  # (2048,)
+    sigma: np.ndarray  # (2048, 2048)
+    mu_s: np.ndarray | None = None  # (2023,) ADM's spatial features
     sigma_s: np.ndarray | None = None
-    features: Tensor | None = None          # (N, 2048) of some of the images, for precision, recall, KID
+    features: Tensor | None = None  # (N, 2048) of some of the images, for precision, recall, KID
     img_size: int | None = None
     crop: str | None = None
     num_images: int | None = None
@@ -61,6 +61,7 @@ class Reference:
 
 
 # ------------------------------------------------------------------------------------------------------------- images
+
 
 class UintImages(Dataset):
     """Image files -> uint8 (3, S, S). crop "adm": resized and cropped as for training; "none": they must have the size already."""
@@ -78,8 +79,10 @@ class UintImages(Dataset):
         if self.crop == "adm":
             image = center_crop_adm(image, self.img_size)
         if image.size != (self.img_size, self.img_size):
-            raise ValueError(f"{self.files[i]} is {image.width} x {image.height} pixels, expected {self.img_size} x {self.img_size} as the others; "
-                             "mixed sizes need --crop adm")
+            raise ValueError(
+                f"{self.files[i]} is {image.width} x {image.height} pixels, expected {self.img_size} x {self.img_size} as the others; "
+                "mixed sizes need --crop adm"
+            )
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -87,7 +90,9 @@ def image_files(folder: Path, flag: str) -> list[Path]:
     """All images below the folder, sorted by path. FileNotFoundError if there are none."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
     if not files:
-        raise FileNotFoundError(f"{folder} ({flag}) holds no images ({', '.join(e.lstrip('.') for e in IMG_EXTENSIONS)})")
+        raise FileNotFoundError(
+            f"{folder} ({flag}) holds no images ({', '.join(e.lstrip('.') for e in IMG_EXTENSIONS)})"
+        )
     return files
 
 
@@ -122,9 +127,20 @@ def npz_batches(path: Path, batch_size: int, limit: int) -> Iterator[Tensor]:
 
 # ------------------------------------------------------------------------------------------------------------- making
 
+
 @torch.no_grad()
-def make_reference(source: str | Path, extractor: InceptionFeatures, *, img_size: int | None, crop: str = "adm", num_images: int | None = None,
-                   keep_features: int = KEEP_FEATURES, batch_size: int = 32, num_workers: int = 0, flag: str = "--data_path") -> Reference:
+def make_reference(
+    source: str | Path,
+    extractor: InceptionFeatures,
+    *,
+    img_size: int | None,
+    crop: str = "adm",
+    num_images: int | None = None,
+    keep_features: int = KEEP_FEATURES,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    flag: str = "--data_path",
+) -> Reference:
     """Statistics of a folder of images or of an npz with arr_0; every process calls it, each reads its share of the batches.
 
     The result is the same for any number of processes, on each of them. features: of the first `keep_features` images.
@@ -135,7 +151,7 @@ def make_reference(source: str | Path, extractor: InceptionFeatures, *, img_size
         files = image_files(source, flag)[:num_images]
         data = UintImages(files, img_size, crop)
         total, size = len(files), data.img_size
-        data[0]                                                            # a wrong size is told before the loader starts
+        data[0]  # a wrong size is told before the loader starts
     else:
         shape = npz_shape(source, flag)
         total, size, crop = min(shape[0], num_images or shape[0]), shape[1], "none"
@@ -148,8 +164,11 @@ def make_reference(source: str | Path, extractor: InceptionFeatures, *, img_size
     if source.is_dir():
         stream = zip(mine, build_loader(data, mine, num_workers, False), strict=True)
     else:
-        stream = ((batch, images) for i, (batch, images) in enumerate(zip(batches, npz_batches(source, batch_size, total), strict=True))
-                  if i % dist.world_size() == dist.rank())
+        stream = (
+            (batch, images)
+            for i, (batch, images) in enumerate(zip(batches, npz_batches(source, batch_size, total), strict=True))
+            if i % dist.world_size() == dist.rank()
+        )
     pool, spatial, kept = FeatureStatistics(FEATURE_DIM), FeatureStatistics(SPATIAL_DIM), {}
     error = None
     try:
@@ -176,13 +195,26 @@ def save_reference(path: str | Path, reference: Reference) -> None:
     """An .npz with ADM's keys and ours."""
     extra = {} if reference.features is None else {"features": reference.features.numpy()}
     with replacing(path, sync=True) as file:
-        np.savez(file, mu=reference.mu, sigma=reference.sigma, mu_s=reference.mu_s, sigma_s=reference.sigma_s, img_size=reference.img_size,
-                 crop=reference.crop, num_images=reference.num_images, inception_sha256=reference.inception_sha256, **extra)
+        np.savez(
+            file,
+            mu=reference.mu,
+            sigma=reference.sigma,
+            mu_s=reference.mu_s,
+            sigma_s=reference.sigma_s,
+            img_size=reference.img_size,
+            crop=reference.crop,
+            num_images=reference.num_images,
+            inception_sha256=reference.inception_sha256,
+            **extra,
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
 
-def load_reference_stats(path: str | Path, flag: str = "--fid_stats", dim: int = FEATURE_DIM, spatial_dim: int = SPATIAL_DIM) -> Reference:
+
+def load_reference_stats(
+    path: str | Path, flag: str = "--fid_stats", dim: int = FEATURE_DIM, spatial_dim: int = SPATIAL_DIM
+) -> Reference:
     """The statistics in an .npz with mu and sigma; clear errors naming the file. Code in it is never run."""
     path = Path(path)
     if not path.is_file():
@@ -197,14 +229,26 @@ def load_reference_stats(path: str | Path, flag: str = "--fid_stats", dim: int =
                 raise ValueError(f"it has no array {' or '.join(missing)}, only {', '.join(arrays.files[:6])}")
             if ("mu_s" in arrays) != ("sigma_s" in arrays):
                 raise ValueError("it has only one of mu_s and sigma_s")
-            stats = {key: np.asarray(arrays[key], dtype=np.float64) for key in ("mu", "sigma", "mu_s", "sigma_s") if key in arrays}
-            features = torch.from_numpy(np.asarray(arrays["features"], dtype=np.float32)) if "features" in arrays else None
-            known = {key: arrays[key].item() for key in ("img_size", "crop", "num_images", "inception_sha256") if key in arrays}
+            stats = {
+                key: np.asarray(arrays[key], dtype=np.float64)
+                for key in ("mu", "sigma", "mu_s", "sigma_s")
+                if key in arrays
+            }
+            features = (
+                torch.from_numpy(np.asarray(arrays["features"], dtype=np.float32)) if "features" in arrays else None
+            )
+            known = {
+                key: arrays[key].item()
+                for key in ("img_size", "crop", "num_images", "inception_sha256")
+                if key in arrays
+            }
     except Exception as error:
         raise ValueError(f"{path} ({flag}) is not a file of FID statistics: {error}") from error
     for mu, sigma, size in (("mu", "sigma", dim), ("mu_s", "sigma_s", spatial_dim)):
         if mu in stats and (stats[mu].shape != (size,) or stats[sigma].shape != (size, size)):
-            raise ValueError(f"{path} ({flag}): {mu} {stats[mu].shape}, {sigma} {stats[sigma].shape}; expected ({size},) and ({size}, {size})")
+            raise ValueError(
+                f"{path} ({flag}): {mu} {stats[mu].shape}, {sigma} {stats[sigma].shape}; expected ({size},) and ({size}, {size})"
+            )
     if features is not None and (features.ndim != 2 or features.shape[1] != dim):
         raise ValueError(f"{path} ({flag}): features {tuple(features.shape)}, expected (N, {dim})")
     bad = [key for key, value in stats.items() if not np.isfinite(value).all()]
@@ -213,8 +257,15 @@ def load_reference_stats(path: str | Path, flag: str = "--fid_stats", dim: int =
     return Reference(**stats, features=features, **known)
 
 
-def load_reference(path: str | Path, extractor: InceptionFeatures, img_size: int, *, batch_size: int = 32, num_workers: int = 0,
-                   flag: str = "--fid_stats") -> Reference:
+def load_reference(
+    path: str | Path,
+    extractor: InceptionFeatures,
+    img_size: int,
+    *,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    flag: str = "--fid_stats",
+) -> Reference:
     """The reference for images of this size, from whatever `path` is (see the module); every process calls it.
 
     ValueError if the file says that it was made from another size, another crop or with other Inception weights.
@@ -230,29 +281,38 @@ def load_reference(path: str | Path, extractor: InceptionFeatures, img_size: int
     if "arr_0" not in arrays:
         reference = load_reference_stats(path, flag)
     elif npz_shape(path, flag)[1] != img_size:
-        raise ValueError(f"{path} ({flag}) holds images of {npz_shape(path, flag)[1]} pixels, the model makes {img_size}")
+        raise ValueError(
+            f"{path} ({flag}) holds images of {npz_shape(path, flag)[1]} pixels, the model makes {img_size}"
+        )
     elif "mu" not in arrays:
         return make_reference(path, extractor, **made)
-    else:                                                  # ADM's reference batch: statistics of the whole data set, and some images for the rest
+    else:  # ADM's reference batch: statistics of the whole data set, and some images for the rest
         reference = load_reference_stats(path, flag)
         reference.features = make_reference(path, extractor, **made).features
         reference.img_size = img_size
     if reference.img_size not in (None, img_size):
-        raise ValueError(f"{path} ({flag}) was made from images of {reference.img_size} pixels, the model makes {img_size}: "
-                         f"make another with python -m tools.fid_stats --img_size {img_size}")
+        raise ValueError(
+            f"{path} ({flag}) was made from images of {reference.img_size} pixels, the model makes {img_size}: "
+            f"make another with python -m tools.fid_stats --img_size {img_size}"
+        )
     if reference.img_size is None and "in256" in path.name and img_size != 256:
-        raise ValueError(f"{path} ({flag}) is of images of 256 pixels, the model makes {img_size}: make another with python -m tools.fid_stats")
+        raise ValueError(
+            f"{path} ({flag}) is of images of 256 pixels, the model makes {img_size}: make another with python -m tools.fid_stats"
+        )
     if reference.crop not in (None, *CROPS):
         raise ValueError(f"{path} ({flag}) was made with the crop {reference.crop!r}, which this code does not know")
     if reference.inception_sha256 not in (None, extractor.sha256):
-        raise ValueError(f"{path} ({flag}) was made with other Inception weights than --inception_weights; make it anew with these")
+        raise ValueError(
+            f"{path} ({flag}) was made with other Inception weights than --inception_weights; make it anew with these"
+        )
     if reference.img_size is None:
         logger.info("%s does not say which size its images had: that it is %d is taken on trust", path, img_size)
     return reference
 
 
-def load_references(fid_stats: str | Path, pr_reference: str | Path | None, extractor: InceptionFeatures, img_size: int,
-                    **more: int) -> Reference:
+def load_references(
+    fid_stats: str | Path, pr_reference: str | Path | None, extractor: InceptionFeatures, img_size: int, **more: int
+) -> Reference:
     """The reference of --fid_stats, with the features for precision, recall and KID from --pr_reference where that is
     given.
 
@@ -262,25 +322,42 @@ def load_references(fid_stats: str | Path, pr_reference: str | Path | None, extr
     if pr_reference:
         features = load_reference(pr_reference, extractor, img_size, flag="--pr_reference", **more).features
         if features is None:
-            raise ValueError(f"{pr_reference} (--pr_reference) holds neither images (arr_0) nor features of them; "
-                             "python -m tools.download adm_batch fetches ADM's reference batch of ImageNet 256")
+            raise ValueError(
+                f"{pr_reference} (--pr_reference) holds neither images (arr_0) nor features of them; "
+                "python -m tools.download adm_batch fetches ADM's reference batch of ImageNet 256"
+            )
         reference.features = features
     return reference
 
 
 # ------------------------------------------------------------------------------------------------------------- command line
 
+
 def build_parser() -> argparse.ArgumentParser:
     """The flags of python -m tools.fid_stats."""
     parser = make_parser(__doc__)
     parser.add_argument("--data_path", required=True, help="folder with images below it, or an npz with arr_0")
     parser.add_argument("--out", required=True, help="the .npz to write")
-    parser.add_argument("--img_size", type=int, default=None, help="side of the images; without it that of the first image")
-    parser.add_argument("--crop", default="adm", choices=CROPS, help="adm: resize and crop as training does; none: the images have the size already")
+    parser.add_argument(
+        "--img_size", type=int, default=None, help="side of the images; without it that of the first image"
+    )
+    parser.add_argument(
+        "--crop",
+        default="adm",
+        choices=CROPS,
+        help="adm: resize and crop as training does; none: the images have the size already",
+    )
     parser.add_argument("--num_images", type=int, default=None, help="the first so many images only")
-    parser.add_argument("--keep_features", type=int, default=KEEP_FEATURES, help="features of so many images for precision, recall and KID (8 KiB each)")
+    parser.add_argument(
+        "--keep_features",
+        type=int,
+        default=KEEP_FEATURES,
+        help="features of so many images for precision, recall and KID (8 KiB each)",
+    )
     parser.add_argument("--batch_size", type=int, default=64, help="images per process at a time")
-    parser.add_argument("--inception_weights", default=None, help="torch-fidelity's Inception weights; default: its download")
+    parser.add_argument(
+        "--inception_weights", default=None, help="torch-fidelity's Inception weights; default: its download"
+    )
     add_process_flags(parser, seed=0)
     return parser
 
@@ -298,12 +375,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         device = dist.init(args.device, args.dist_url)
         check_writable(Path(args.out).parent, "--out")
-        reference = make_reference(args.data_path, InceptionFeatures(args.inception_weights, device), img_size=args.img_size, crop=args.crop,
-                                   num_images=args.num_images, keep_features=args.keep_features, batch_size=args.batch_size,
-                                   num_workers=args.num_workers)
+        reference = make_reference(
+            args.data_path,
+            InceptionFeatures(args.inception_weights, device),
+            img_size=args.img_size,
+            crop=args.crop,
+            num_images=args.num_images,
+            keep_features=args.keep_features,
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+        )
         if dist.is_main():
             save_reference(args.out, reference)
-            logger.info("wrote %s: %d images of %d pixels, sha256 %s", args.out, reference.num_images, reference.img_size, file_sha256(args.out))
+            logger.info(
+                "wrote %s: %d images of %d pixels, sha256 %s",
+                args.out,
+                reference.num_images,
+                reference.img_size,
+                file_sha256(args.out),
+            )
     finally:
         dist.shutdown()
 

@@ -87,11 +87,18 @@ def table(rows: Sequence[dict]) -> str:
     computed.
     """
     published = any(row.get(key) is not None for row in rows for key in PUBLISHED_IS_ABOUT)
-    columns = [column for column in TABLE if column[1] in ALWAYS or published and column[1] == "fid"
-               or any(row.get(column[1]) is not None for row in rows)]
+    columns = [
+        column
+        for column in TABLE
+        if column[1] in ALWAYS
+        or published
+        and column[1] == "fid"
+        or any(row.get(column[1]) is not None for row in rows)
+    ]
 
     def cell(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
+
     lines = [f"{'':<22}" + "".join(f"{title:>{width}}" for title, _, _, width in columns) + f"{'indices used':>14}"]
     for row in rows:
         used = "-" if row["bits"] is None else f"{row['indices_used']}/{2 ** row['bits']}"
@@ -137,13 +144,18 @@ def draw_rate_distortion(path: Path, rows: Sequence[dict]) -> None:
     quantizer and range, the VAE alone dashed.
     """
     from matplotlib.figure import Figure  # slow to import
+
     alone, quantized = rows[0], [row for row in rows if row["bits"] is not None]
     titles = {"psnr": "PSNR, dB", "fid": "FID", "rfid": "rFID"}
     keys = {key: title for key, title in titles.items() if key == "psnr" or alone.get(key) is not None}
     figure = Figure(figsize=(4.8 * len(keys), 3.8), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys.items(), strict=True):
         for name in dict.fromkeys((row["quantizer"], row["range"]) for row in quantized):
-            points = sorted((row["entropy_bits_per_image"], row[key], row["bits"]) for row in quantized if (row["quantizer"], row["range"]) == name)
+            points = sorted(
+                (row["entropy_bits_per_image"], row[key], row["bits"])
+                for row in quantized
+                if (row["quantizer"], row["range"]) == name
+            )
             label = f"±{name[1]:g}" + ("" if name[0] == "gaussian" else f", {name[0]}")
             axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=label)
             for x, y, bits in points:

@@ -48,9 +48,9 @@ from util.files import replacing, write_json
 from util.log import get_logger
 
 logger = get_logger()
-FEW_IMAGES = 10_000              # with fewer, FID is visibly too high
-ROUNDTRIP_PSNR = 15.0            # dB; a VAE that fits its latents gives 25 and more
-ROUNDTRIP_STD = (0.25, 4.0)      # of scaled latents, which are made to have 1
+FEW_IMAGES = 10_000  # with fewer, FID is visibly too high
+ROUNDTRIP_PSNR = 15.0  # dB; a VAE that fits its latents gives 25 and more
+ROUNDTRIP_STD = (0.25, 4.0)  # of scaled latents, which are made to have 1
 
 
 def spread_of_labels(labels: Sequence[int], class_num: int) -> str:
@@ -65,17 +65,20 @@ def spread_of_labels(labels: Sequence[int], class_num: int) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- scores of one set of images
 
+
 class Scores:
     """Sums over the images of all processes, and what they come to; the features themselves are kept only if a score needs them."""
 
-    def __init__(self, num_images: int, reference: Reference, with_infinity: bool = False, device: torch.device | None = None):
+    def __init__(
+        self, num_images: int, reference: Reference, with_infinity: bool = False, device: torch.device | None = None
+    ):
         self.reference, self.with_infinity, self.num_images = reference, with_infinity, num_images
-        self.device = device or torch.device("cpu")                        # where the distances of all pairs of images are computed
+        self.device = device or torch.device("cpu")  # where the distances of all pairs of images are computed
         self.pool = FeatureStatistics(len(reference.mu))
         self.spatial = FeatureStatistics(SPATIAL_DIM) if reference.spatial is not None else None
         self.classes = InceptionScoreSums(num_images)
         self.kept: dict[int, Tensor] | None = {} if with_infinity or reference.features is not None else None
-        self.flaws = torch.zeros(3, dtype=torch.float64)                   # images, near constant, saturated
+        self.flaws = torch.zeros(3, dtype=torch.float64)  # images, near constant, saturated
 
     def add(self, numbers: Sequence[int], found: dict[str, Tensor]) -> None:
         """A batch's features and flaws (`EvalStore` has the same keys)."""
@@ -85,7 +88,9 @@ class Scores:
         self.classes.update(numbers, found["logits_unbiased"])
         if self.kept is not None:
             self.kept[numbers[0]] = found["2048"].cpu()
-        self.flaws += torch.tensor([len(numbers), *(float(found[key].sum()) for key in ("near_constant", "saturated"))], dtype=torch.float64)
+        self.flaws += torch.tensor(
+            [len(numbers), *(float(found[key].sum()) for key in ("near_constant", "saturated"))], dtype=torch.float64
+        )
 
     def finish(self) -> dict | None:
         """The scores, on rank 0 (None elsewhere); every process must call it."""
@@ -98,19 +103,30 @@ class Scores:
         if images != self.num_images:
             raise RuntimeError(f"{images:.0f} images were scored instead of {self.num_images}")
         score, spread = self.classes.score()
-        scores = {"fid": fid(self.pool.as_dict(), self.reference.pool), "inception_score": score, "inception_score_std": spread,
-                  "sfid": None if self.spatial is None else fid(self.spatial.as_dict(), self.reference.spatial),
-                  "precision": None, "recall": None, "kid": None, "kid_std": None, "fid_infinity": None,
-                  "near_constant_share": near_constant / images, "saturated_share": saturated / images}
+        scores = {
+            "fid": fid(self.pool.as_dict(), self.reference.pool),
+            "inception_score": score,
+            "inception_score_std": spread,
+            "sfid": None if self.spatial is None else fid(self.spatial.as_dict(), self.reference.spatial),
+            "precision": None,
+            "recall": None,
+            "kid": None,
+            "kid_std": None,
+            "fid_infinity": None,
+            "near_constant_share": near_constant / images,
+            "saturated_share": saturated / images,
+        }
         if parts is not None:
             features = torch.empty(self.num_images, len(self.reference.mu))
-            for one in parts:                                              # one process holds its own batches only: freed as they are copied
+            for one in parts:  # one process holds its own batches only: freed as they are copied
                 while one:
                     first, part = one.popitem()
                     features[first : first + len(part)] = part
             self.kept = None
             if self.reference.features is not None:
-                scores["precision"], scores["recall"] = precision_recall(features.to(self.device), self.reference.features.to(self.device))
+                scores["precision"], scores["recall"] = precision_recall(
+                    features.to(self.device), self.reference.features.to(self.device)
+                )
                 scores["kid"], scores["kid_std"] = kid(features, self.reference.features)
             if self.with_infinity:
                 scores["fid_infinity"] = fid_infinity(features, self.reference.pool)
@@ -119,15 +135,30 @@ class Scores:
 
 def warn_of_flaws(scores: dict) -> None:
     """Say so if many images show nothing."""
-    for key, what in (("near_constant_share", "show next to nothing (black, grey or one colour)"),
-                      ("saturated_share", "are saturated (nearly all values 0 or 255)")):
+    for key, what in (
+        ("near_constant_share", "show next to nothing (black, grey or one colour)"),
+        ("saturated_share", "are saturated (nearly all values 0 or 255)"),
+    ):
         if scores[key] > SUSPICIOUS_SHARE:
-            logger.warning("%.0f %% of the images %s: a broken or untrained model, the EMA of a short run (--weights model), or another VAE's latents",
-                           100 * scores[key], what)
+            logger.warning(
+                "%.0f %% of the images %s: a broken or untrained model, the EMA of a short run (--weights model), or another VAE's latents",
+                100 * scores[key],
+                what,
+            )
 
 
-def evaluate(model: TokenBridge, vae: AutoencoderKL, labels: Sequence[int], settings: SampleSettings, features: InceptionFeatures, reference: Reference,
-             device: torch.device, *, store: EvalStore | None = None, with_infinity: bool = False) -> dict | None:
+def evaluate(
+    model: TokenBridge,
+    vae: AutoencoderKL,
+    labels: Sequence[int],
+    settings: SampleSettings,
+    features: InceptionFeatures,
+    reference: Reference,
+    device: torch.device,
+    *,
+    store: EvalStore | None = None,
+    with_infinity: bool = False,
+) -> dict | None:
     """Generate len(labels) images over all processes and score them; the scores on rank 0, None on the others.
 
     store: what is there already is not made again, what is made is written there. ValueError if an image's logits or pixels are not finite.
@@ -139,12 +170,12 @@ def evaluate(model: TokenBridge, vae: AutoencoderKL, labels: Sequence[int], sett
     if left < total:
         logger.info("%d of %d images of this process were made before", total - left, total)
     started, made = time.perf_counter(), 0
-    for batch in mine:                                         # in their order: the sums of a resumed run are those of any other, to the last bit
+    for batch in mine:  # in their order: the sums of a resumed run are those of any other, to the last bit
         found = None if batch in pending else store.read(batch)
         if found is not None:
             scores.add(batch, found)
             continue
-        (_, images), = generate(model, vae, labels, batch, settings, device)
+        ((_, images),) = generate(model, vae, labels, batch, settings, device)
         if roundtrip is None:
             roundtrip = vae_roundtrip(vae, images, model.quant_min, model.quant_max)
         found = features(images) | image_flaws(images)
@@ -153,19 +184,29 @@ def evaluate(model: TokenBridge, vae: AutoencoderKL, labels: Sequence[int], sett
         scores.add(batch, found)
         made += len(batch)
         rate = made / (time.perf_counter() - started)
-        logger.info("generated %d/%d images  %.2f images/s  ETA %.0f s", (total - left + made) * dist.world_size(), len(labels),
-                    rate * dist.world_size(), (left - made) / rate)
+        logger.info(
+            "generated %d/%d images  %.2f images/s  ETA %.0f s",
+            (total - left + made) * dist.world_size(),
+            len(labels),
+            rate * dist.world_size(),
+            (left - made) / rate,
+        )
     result = scores.finish()
     if result is not None:
         warn_of_flaws(result)
-        result |= {"vae_roundtrip": roundtrip, "images_per_s": made * dist.world_size() / max(time.perf_counter() - started, 1e-9) if made else None}
+        result |= {
+            "vae_roundtrip": roundtrip,
+            "images_per_s": made * dist.world_size() / max(time.perf_counter() - started, 1e-9) if made else None,
+        }
         if store is not None:
             store.write_archive(labels, settings.batch_size)
     return result
 
 
 @torch.no_grad()
-def vae_roundtrip(vae: AutoencoderKL, images: Tensor, quant_min: float, quant_max: float, count: int = 8) -> dict[str, float]:
+def vae_roundtrip(
+    vae: AutoencoderKL, images: Tensor, quant_min: float, quant_max: float, count: int = 8
+) -> dict[str, float]:
     """Encode and decode some of the generated images (B, 3, S, S): PSNR in dB, the scaled latents' standard deviation and share out of range.
 
     A VAE, a scale or a range that does not belong to the model shows here; then a warning is logged.
@@ -173,15 +214,24 @@ def vae_roundtrip(vae: AutoencoderKL, images: Tensor, quant_min: float, quant_ma
     images = images[:count]
     latents = vae.scale(vae.encode(images.to(next(vae.parameters()).device).float() / 127.5 - 1).mode())
     again = to_uint8(vae.decode(vae.unscale(latents)))
-    found = {"psnr": psnr(again, images.to(again.device)).mean().item(), "latent_std": latents.std().item(),
-             "out_of_range": ((latents < quant_min) | (latents > quant_max)).float().mean().item()}
+    found = {
+        "psnr": psnr(again, images.to(again.device)).mean().item(),
+        "latent_std": latents.std().item(),
+        "out_of_range": ((latents < quant_min) | (latents > quant_max)).float().mean().item(),
+    }
     if found["psnr"] < ROUNDTRIP_PSNR or not ROUNDTRIP_STD[0] < found["latent_std"] < ROUNDTRIP_STD[1]:
-        logger.warning("the VAE does not reproduce the generated images (PSNR %.1f dB, expected over %g; latents' standard deviation %.2f, expected "
-                       "about 1): is --vae_path the model's VAE, and is its scale right?", found["psnr"], ROUNDTRIP_PSNR, found["latent_std"])
+        logger.warning(
+            "the VAE does not reproduce the generated images (PSNR %.1f dB, expected over %g; latents' standard deviation %.2f, expected "
+            "about 1): is --vae_path the model's VAE, and is its scale right?",
+            found["psnr"],
+            ROUNDTRIP_PSNR,
+            found["latent_std"],
+        )
     return found
 
 
 # ------------------------------------------------------------------------------------------------------------- a run of --evaluate
+
 
 def provide_references(args: argparse.Namespace, img_size: int) -> None:
     """Fetch the published references that --fid_stats and --pr_reference name, if they are missing; refuse what is
@@ -207,7 +257,10 @@ def sweep_values(args: argparse.Namespace) -> list[tuple[float, float]]:
 
     ValueError if several are given where only one makes sense.
     """
-    values = {name: list(dict.fromkeys(value)) if isinstance(value := getattr(args, name), list) else [value] for name in ("cfg", "temperature")}
+    values = {
+        name: list(dict.fromkeys(value)) if isinstance(value := getattr(args, name), list) else [value]
+        for name in ("cfg", "temperature")
+    }
     for name, several in values.items():
         if len(several) > 1 and (args.sample or not (args.evaluate or args.online_eval)):
             hint = "; with --sample give --cfg_scale" if name == "cfg" and args.sample else ""
@@ -224,7 +277,9 @@ def sweep_values(args: argparse.Namespace) -> list[tuple[float, float]]:
 def online_pairs(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The evaluations of --online_eval, (guidance scale, temperature): first without guidance, then at every --cfg that is neither 1 nor 0."""
     temperatures = list(dict.fromkeys(temperature for _, temperature in pairs))
-    return [(1.0, temperature) for temperature in temperatures] + [(cfg, temperature) for cfg, temperature in pairs if cfg not in (0, 1)]
+    return [(1.0, temperature) for temperature in temperatures] + [
+        (cfg, temperature) for cfg, temperature in pairs if cfg not in (0, 1)
+    ]
 
 
 def plain(settings: SampleSettings) -> dict:
@@ -243,7 +298,7 @@ class Evaluator:
     features: InceptionFeatures
     reference: Reference
     output: Path
-    inputs: dict                       # what the scores depend on besides the sampler's settings
+    inputs: dict  # what the scores depend on besides the sampler's settings
 
     @classmethod
     def prepare(cls, args: argparse.Namespace, device: torch.device, img_size: int | None = None) -> "Evaluator":
@@ -277,41 +332,93 @@ class Evaluator:
                 else "they need images or features (--pr_reference)",
             )
         if args.num_images < FEW_IMAGES and dist.is_main():
-            logger.warning("%d images make FID too high: compare with runs of as many only, or add --fid_infinity; published numbers use 50,000",
-                           args.num_images)
+            logger.warning(
+                "%d images make FID too high: compare with runs of as many only, or add --fid_infinity; published numbers use 50,000",
+                args.num_images,
+            )
         return cls(args, device, settings, features, reference, output, inputs)
 
-    def __call__(self, model: TokenBridge, vae: AutoencoderKL, *, settings: SampleSettings | None = None, store: EvalStore | None = None,
-                 **about: object) -> dict | None:
+    def __call__(
+        self,
+        model: TokenBridge,
+        vae: AutoencoderKL,
+        *,
+        settings: SampleSettings | None = None,
+        store: EvalStore | None = None,
+        **about: object,
+    ) -> dict | None:
         """Scores of one setting, logged and appended to OUT/eval.jsonl with everything they depend on; rank 0 returns that record."""
         settings = settings or self.settings
         labels, started = balanced_labels(self.args.num_images, range(model.class_num)), time.perf_counter()
         logger.info("%d images: %s", len(labels), spread_of_labels(labels, model.class_num))
-        scores = evaluate(model, vae, labels, settings, self.features, self.reference, self.device, store=store, with_infinity=self.args.fid_infinity)
+        scores = evaluate(
+            model,
+            vae,
+            labels,
+            settings,
+            self.features,
+            self.reference,
+            self.device,
+            store=store,
+            with_infinity=self.args.fid_infinity,
+        )
         if scores is None:
             return None
-        record = scores | plain(settings) | self.inputs | about | {
-            "model": self.args.model, "img_size": model.config["img_size"], "vae_path": str(self.args.vae_path), "head_start": model.head_start,
-            "class_num": model.class_num, "quant_bits": model.config["quant_levels"].bit_length() - 1,
-            "quant_min": model.quant_min, "quant_max": model.quant_max,
-            "world_size": dist.world_size(), "device": str(self.device), "tf32": dist.allows_tf32(self.device), "torch": torch.__version__,
-            "seconds": time.perf_counter() - started, "time": time.time()}
+        record = (
+            scores
+            | plain(settings)
+            | self.inputs
+            | about
+            | {
+                "model": self.args.model,
+                "img_size": model.config["img_size"],
+                "vae_path": str(self.args.vae_path),
+                "head_start": model.head_start,
+                "class_num": model.class_num,
+                "quant_bits": model.config["quant_levels"].bit_length() - 1,
+                "quant_min": model.quant_min,
+                "quant_max": model.quant_max,
+                "world_size": dist.world_size(),
+                "device": str(self.device),
+                "tf32": dist.allows_tf32(self.device),
+                "torch": torch.__version__,
+                "seconds": time.perf_counter() - started,
+                "time": time.time(),
+            }
+        )
         with (self.output / "eval.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
-        logger.info("cfg %g, temperature %g, %d iterations: %s", settings.cfg, settings.temperature, settings.num_iter, in_words(record))
+        logger.info(
+            "cfg %g, temperature %g, %d iterations: %s",
+            settings.cfg,
+            settings.temperature,
+            settings.num_iter,
+            in_words(record),
+        )
         return record
 
-    def during_training(self, pairs: Sequence[tuple[float, float]], model: TokenBridge, vae: AutoencoderKL, step: int) -> None:
+    def during_training(
+        self, pairs: Sequence[tuple[float, float]], model: TokenBridge, vae: AutoencoderKL, step: int
+    ) -> None:
         """--online_eval: score the averaged model at each of `online_pairs(pairs)`; one line of eval.jsonl each."""
         for cfg, temperature in online_pairs(pairs):
-            self(model, vae, settings=replace(self.settings, cfg=cfg, temperature=temperature), step=step, weights="ema")
+            self(
+                model, vae, settings=replace(self.settings, cfg=cfg, temperature=temperature), step=step, weights="ema"
+            )
 
-    def run(self, model: TokenBridge, vae: AutoencoderKL, source: Path, pairs: Sequence[tuple[float, float]]) -> list[dict]:
+    def run(
+        self, model: TokenBridge, vae: AutoencoderKL, source: Path, pairs: Sequence[tuple[float, float]]
+    ) -> list[dict]:
         """--evaluate: every pair of guidance scale and temperature, each in a folder of its own; table, CSV and plot if there are several."""
         hashes = [None]
         if dist.is_main():
             hashes = [{"checkpoint_sha256": file_sha256(source), "vae_sha256": file_sha256(self.args.vae_path)}]
-        about = {"checkpoint": str(source), "weights": self.args.weights, "vae_config": vae.config, **dist.gather_objects(hashes[0])[0]}
+        about = {
+            "checkpoint": str(source),
+            "weights": self.args.weights,
+            "vae_config": vae.config,
+            **dist.gather_objects(hashes[0])[0],
+        }
         records = []
         for cfg, temperature in pairs:
             settings = replace(self.settings, cfg=cfg, temperature=temperature)
@@ -325,8 +432,21 @@ class Evaluator:
             folder = self.output / "eval" / f"cfg{cfg:g}-t{temperature:g}-{digest}"
             if dist.is_main():
                 write_json(folder / "settings.json", key)
-            logger.info("cfg %g, temperature %g: features%s in %s", cfg, temperature, "" if self.args.save_images == "none" else " and images", folder)
-            record = self(model, vae, settings=settings, store=EvalStore(folder, self.args.save_images), folder=str(folder), **about)
+            logger.info(
+                "cfg %g, temperature %g: features%s in %s",
+                cfg,
+                temperature,
+                "" if self.args.save_images == "none" else " and images",
+                folder,
+            )
+            record = self(
+                model,
+                vae,
+                settings=settings,
+                store=EvalStore(folder, self.args.save_images),
+                folder=str(folder),
+                **about,
+            )
             records += [record] if record is not None else []
         dist.barrier()
         if len(records) > 1:
@@ -340,13 +460,23 @@ class Evaluator:
 
 # ------------------------------------------------------------------------------------------------------------- reports
 
-COLUMNS = {"fid": "FID", "inception_score": "IS", "sfid": "sFID", "precision": "precision", "recall": "recall", "kid": "KID", "fid_infinity": "FID inf."}
+COLUMNS = {
+    "fid": "FID",
+    "inception_score": "IS",
+    "sfid": "sFID",
+    "precision": "precision",
+    "recall": "recall",
+    "kid": "KID",
+    "fid_infinity": "FID inf.",
+}
 
 
 def in_words(record: dict) -> str:
     """The scores that there are, on one line."""
     spread = {"inception_score": f" +- {record['inception_score_std']:.2f}"}
-    return "  ".join(f"{name} {record[key]:.4g}{spread.get(key, '')}" for key, name in COLUMNS.items() if record[key] is not None)
+    return "  ".join(
+        f"{name} {record[key]:.4g}{spread.get(key, '')}" for key, name in COLUMNS.items() if record[key] is not None
+    )
 
 
 def sweep_table(records: Sequence[dict]) -> str:
@@ -369,6 +499,7 @@ def write_sweep(records: Sequence[dict], output: Path) -> None:
     with replacing(output / "eval_sweep.csv") as file:
         file.write(text.getvalue().encode())
     from matplotlib.figure import Figure  # slow to import
+
     across, lines = ("cfg", "temperature") if len({r["cfg"] for r in records}) > 1 else ("temperature", "cfg")
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, key in zip(figure.subplots(1, 2), ("fid", "inception_score"), strict=True):

@@ -59,7 +59,7 @@ class EvalStore:
             if any(len(value) != len(numbers) for value in found.values()):
                 raise ValueError("it holds another number of images")
             return found
-        except Exception as error:                              # zipfile, zlib, numpy and the disk each have their own
+        except Exception as error:  # zipfile, zlib, numpy and the disk each have their own
             logger.warning("%s cannot be used (%s): its images are made again", path, error)
             return None
 
@@ -86,12 +86,19 @@ class EvalStore:
             return
         lacking = [self._batch_file(b[0]) for b in batches if not self._batch_file(b[0]).is_file()]
         if lacking:
-            raise ValueError(f"--save_images npz: {lacking[0]} and {len(lacking) - 1} more batches are not on this machine; "
-                             "with several machines --output_dir must be on a shared disk")
+            raise ValueError(
+                f"--save_images npz: {lacking[0]} and {len(lacking) - 1} more batches are not on this machine; "
+                "with several machines --output_dir must be on a shared disk"
+            )
         size = np.load(self._batch_file(0), mmap_mode="r", allow_pickle=False).shape[1]
-        with replacing(self.archive) as target, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with (
+            replacing(self.archive) as target,
+            zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+        ):
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (len(labels), size, size, 3)})
+                np.lib.format.write_array_header_1_0(
+                    file, {"descr": "|u1", "fortran_order": False, "shape": (len(labels), size, size, 3)}
+                )
                 for batch in batches:
                     file.write(np.load(self._batch_file(batch[0]), allow_pickle=False).tobytes())
             with archive.open("arr_1.npy", "w") as file:
@@ -103,13 +110,15 @@ class EvalStore:
 
 # ------------------------------------------------------------------------------------------------------------- do the images look like images?
 
-NEAR_CONSTANT = 2.0           # grey levels of standard deviation below which an image shows nothing
-SATURATED_SHARE = 0.9         # of an image's values at 0 or 255
-SUSPICIOUS_SHARE = 0.1        # of the images, before it is worth a warning
+NEAR_CONSTANT = 2.0  # grey levels of standard deviation below which an image shows nothing
+SATURATED_SHARE = 0.9  # of an image's values at 0 or 255
+SUSPICIOUS_SHARE = 0.1  # of the images, before it is worth a warning
 
 
 def image_flaws(images: Tensor) -> dict[str, Tensor]:
     """uint8 (B, 3, S, S) -> bool (B,) each: "near_constant" (black, grey, one colour) and "saturated" (nearly all values at 0 or 255)."""
     x = images.flatten(1)
-    return {"near_constant": x.float().std(1, correction=0) < NEAR_CONSTANT,
-            "saturated": ((x == 0) | (x == 255)).float().mean(1) > SATURATED_SHARE}
+    return {
+        "near_constant": x.float().std(1, correction=0) < NEAR_CONSTANT,
+        "saturated": ((x == 0) | (x == 255)).float().mean(1) > SATURATED_SHARE,
+    }

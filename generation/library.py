@@ -75,21 +75,24 @@ def preview(vae: AutoencoderKL, state: SamplerState) -> Tensor:
     images = to_bytes(vae.decode(vae.unscale(state.latents.float())))
     if state.num_masked == 0:
         return images
-    hidden = state.masked.repeat_interleave(vae.stride, 1).repeat_interleave(vae.stride, 2)              # (B, S, S)
+    hidden = state.masked.repeat_interleave(vae.stride, 1).repeat_interleave(vae.stride, 2)  # (B, S, S)
     return images.masked_fill(hidden.unsqueeze(1), 128)
 
 
 def decode(vae: AutoencoderKL, latents: Tensor, numbers: Sequence[int], hint: str = "") -> Tensor:
     """uint8 images (B, 3, S, S) from scaled latents; ValueError that names the first image (of `numbers`) that is not finite."""
-    images = vae.decode(vae.unscale(latents.float()))                                    # float32: half precision can overflow here
+    images = vae.decode(vae.unscale(latents.float()))  # float32: half precision can overflow here
     bad = (~torch.isfinite(images).flatten(1).all(1)).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"image {numbers[bad[0]]} (and {len(bad) - 1} more of its batch) came out NaN: the weights are broken, or the precision "
-                         f"overflowed; look at the checkpoint, or use --precision fp32{hint}")
+        raise ValueError(
+            f"image {numbers[bad[0]]} (and {len(bad) - 1} more of its batch) came out NaN: the weights are broken, or the precision "
+            f"overflowed; look at the checkpoint, or use --precision fp32{hint}"
+        )
     return to_bytes(images)
 
 
 # ------------------------------------------------------------------------------------------------------------- editing
+
 
 def picture_tensor(picture: Picture, size: int) -> Tensor:
     """(3, S, S) in [-1, 1] from a PIL image or a uint8 array (S, S, 3); a float tensor is taken as it is. ValueError for another size."""
@@ -99,7 +102,9 @@ def picture_tensor(picture: Picture, size: int) -> Tensor:
         array = np.array(picture.convert("RGB")) if isinstance(picture, Image.Image) else np.asarray(picture)
         x = torch.from_numpy(array.copy()).permute(2, 0, 1).float().div_(127.5).sub_(1)
     if tuple(x.shape) != (3, size, size):
-        raise ValueError(f"the image to edit (--init) is {x.shape[-1]} x {x.shape[-2]} pixels, the model makes {size} x {size}")
+        raise ValueError(
+            f"the image to edit (--init) is {x.shape[-1]} x {x.shape[-2]} pixels, the model makes {size} x {size}"
+        )
     return x
 
 
@@ -114,7 +119,9 @@ def token_mask(mask: Picture, size: int, grid: int) -> Tensor:
     if tuple(chosen.shape) == (size, size):
         chosen = chosen.view(grid, size // grid, grid, size // grid).any(3).any(1)
     if tuple(chosen.shape) != (grid, grid):
-        raise ValueError(f"the mask (--mask) is {tuple(chosen.shape)[::-1]}, it must have the image's {size} x {size} pixels or {grid} x {grid} tokens")
+        raise ValueError(
+            f"the mask (--mask) is {tuple(chosen.shape)[::-1]}, it must have the image's {size} x {size} pixels or {grid} x {grid} tokens"
+        )
     if not chosen.any():
         raise ValueError("the mask (--mask) chooses nothing: white pixels are regenerated")
     return chosen.flatten()
@@ -129,8 +136,19 @@ def encode_init(vae: AutoencoderKL, pictures: Sequence[Picture], size: int, devi
 
 # ------------------------------------------------------------------------------------------------------------- generating
 
-def generate_steps(model: TokenBridge, vae: AutoencoderKL, classes: Classes, *, seed: int = 0, first_index: int = 0, precision: str | None = None,
-                   init: Picture | None = None, mask: Picture | None = None, **options: object) -> Iterator[GenerationStep]:
+
+def generate_steps(
+    model: TokenBridge,
+    vae: AutoencoderKL,
+    classes: Classes,
+    *,
+    seed: int = 0,
+    first_index: int = 0,
+    precision: str | None = None,
+    init: Picture | None = None,
+    mask: Picture | None = None,
+    **options: object,
+) -> Iterator[GenerationStep]:
     """Draw one batch, a picture per entry of `classes`, and yield after every step; stop early by closing the iterator.
 
     Arguments as for `generate`. Everything is checked at the call, before the first step.
@@ -149,16 +167,27 @@ def generate_steps(model: TokenBridge, vae: AutoencoderKL, classes: Classes, *, 
 
 def _wrapped(states: Iterator[SamplerState], vae: AutoencoderKL, context: torch.autocast) -> Iterator[GenerationStep]:
     while True:
-        with context:                              # left while the caller has control
+        with context:  # left while the caller has control
             state = next(states, None)
         if state is None:
             return
         yield GenerationStep(state, vae)
 
 
-def generate(model: TokenBridge, vae: AutoencoderKL, classes: Classes, *, seed: int = 0, batch_size: int = 64, precision: str | None = None,
-             init: Picture | None = None, mask: Picture | None = None, on_step: Callable[[GenerationStep], None] | None = None,
-             progress: bool = False, **options: object) -> list[Image.Image]:
+def generate(
+    model: TokenBridge,
+    vae: AutoencoderKL,
+    classes: Classes,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    precision: str | None = None,
+    init: Picture | None = None,
+    mask: Picture | None = None,
+    on_step: Callable[[GenerationStep], None] | None = None,
+    progress: bool = False,
+    **options: object,
+) -> list[Image.Image]:
     """One PIL image per entry of `classes`: a class number, None for no class, or a mixture such as {207: 0.5, 360: 0.5}.
 
     Image i depends on (seed, i) alone, and is the one that `main_tokenbridge.py --sample --seed` writes as number i. options: num_iter, cfg,
@@ -169,10 +198,13 @@ def generate(model: TokenBridge, vae: AutoencoderKL, classes: Classes, *, seed: 
     starts = range(0, len(classes), batch_size)
     if progress:
         from tqdm import tqdm
+
         bar = tqdm(total=len(starts) * int(options.get("num_iter", 64)), unit="step")
     for first in starts:
         part = classes[first : first + batch_size]
-        for step in generate_steps(model, vae, part, seed=seed, first_index=first, precision=precision, init=init, mask=mask, **options):
+        for step in generate_steps(
+            model, vae, part, seed=seed, first_index=first, precision=precision, init=init, mask=mask, **options
+        ):
             if on_step is not None:
                 on_step(step)
             if progress:

@@ -26,7 +26,7 @@ from util.log import get_logger
 
 logger = get_logger()
 
-SHOWN_STEPS_IMAGES = 16           # --show_steps writes the unmasking of so many images; each frame costs a pass through the VAE
+SHOWN_STEPS_IMAGES = 16  # --show_steps writes the unmasking of so many images; each frame costs a pass through the VAE
 
 
 @dataclass(kw_only=True)
@@ -47,8 +47,8 @@ class SampleSettings(SamplerOptions):
 class Edit:
     """What --init and --mask say: only the chosen tokens are drawn."""
 
-    latents: Tensor               # (1, C, H, W) scaled
-    chosen: Tensor                # (L,) bool
+    latents: Tensor  # (1, C, H, W) scaled
+    chosen: Tensor  # (L,) bool
 
 
 def balanced_labels(num_images: int, classes: Sequence[int]) -> list[int]:
@@ -59,13 +59,26 @@ def balanced_labels(num_images: int, classes: Sequence[int]) -> list[int]:
 
 def mixtures(first: int, last: int, count: int) -> list[dict[int, float]]:
     """`count` class mixtures from all of class `first` to all of class `last`."""
-    return [{first: 1.0} if first == last else {first: 1 - i / max(1, count - 1), last: i / max(1, count - 1)} for i in range(count)]
+    return [
+        {first: 1.0} if first == last else {first: 1 - i / max(1, count - 1), last: i / max(1, count - 1)}
+        for i in range(count)
+    ]
 
 
 @torch.no_grad()
-def generate(model: TokenBridge, vae: AutoencoderKL, labels: Sequence[int | None | Mapping[int, float]], indices: Sequence[int], settings: SampleSettings,
-             device: torch.device, on_step: Callable[[int, int], None] | None = None, *, seeds: Sequence[int] | None = None, edit: Edit | None = None,
-             on_state: Callable[[list[int], SamplerState], None] | None = None) -> Iterator[tuple[list[int], Tensor]]:
+def generate(
+    model: TokenBridge,
+    vae: AutoencoderKL,
+    labels: Sequence[int | None | Mapping[int, float]],
+    indices: Sequence[int],
+    settings: SampleSettings,
+    device: torch.device,
+    on_step: Callable[[int, int], None] | None = None,
+    *,
+    seeds: Sequence[int] | None = None,
+    edit: Edit | None = None,
+    on_state: Callable[[list[int], SamplerState], None] | None = None,
+) -> Iterator[tuple[list[int], Tensor]]:
     """Yield (image numbers, uint8 images (B, 3, S, S)) for the image numbers `indices` with labels[i]; image i depends on (seed, i) only.
 
     labels: classes, or mixtures of them (see TokenBridge.class_embeddings). seeds: the sampler's own, one per image number, instead of those
@@ -78,8 +91,13 @@ def generate(model: TokenBridge, vae: AutoencoderKL, labels: Sequence[int | None
         batch_seeds = [image_seed(s.seed, i) if seeds is None else seeds[i] for i in numbers]
         editing = {} if edit is None else dict(init=edit.latents, regenerate=edit.chosen)
         with dist.autocast(device, s.precision):
-            for state in model.sample_steps(len(numbers), class_embedding=model.class_embeddings([labels[i] for i in numbers]), seeds=batch_seeds,
-                                            **editing, **s.options):
+            for state in model.sample_steps(
+                len(numbers),
+                class_embedding=model.class_embeddings([labels[i] for i in numbers]),
+                seeds=batch_seeds,
+                **editing,
+                **s.options,
+            ):
                 if on_step is not None:
                     on_step(state.step, state.num_iter)
                 if on_state is not None:
@@ -109,13 +127,25 @@ class StepFrames:
         self.frames.clear()
 
 
-def write_images(model: TokenBridge, vae: AutoencoderKL, labels: Sequence[int | Mapping[int, float]], settings: SampleSettings, device: torch.device,
-                 output: Path, *, seeds: Sequence[int] | None = None, edit: Edit | None = None, show_steps: int = 0,
-                 on_step: Callable[[int, int], None] | None = None) -> None:
+def write_images(
+    model: TokenBridge,
+    vae: AutoencoderKL,
+    labels: Sequence[int | Mapping[int, float]],
+    settings: SampleSettings,
+    device: torch.device,
+    output: Path,
+    *,
+    seeds: Sequence[int] | None = None,
+    edit: Edit | None = None,
+    show_steps: int = 0,
+    on_step: Callable[[int, int], None] | None = None,
+) -> None:
     """This process's share of the images, as output/000000.png and so on; with show_steps their unmasking in output/steps."""
     frames = StepFrames(vae, settings.num_iter, show_steps) if show_steps else None
     mine = range(dist.rank(), len(labels), dist.world_size())
-    for numbers, images in generate(model, vae, labels, mine, settings, device, on_step, seeds=seeds, edit=edit, on_state=frames):
+    for numbers, images in generate(
+        model, vae, labels, mine, settings, device, on_step, seeds=seeds, edit=edit, on_state=frames
+    ):
         for number, image in zip(numbers, images, strict=True):
             save_png(output / f"{number:06d}.png", image)
         if frames is not None:
@@ -125,13 +155,18 @@ def write_images(model: TokenBridge, vae: AutoencoderKL, labels: Sequence[int | 
 
 # ------------------------------------------------------------------------------------------------------------- --sample
 
+
 def sampler_options(args: argparse.Namespace) -> SamplerOptions:
     return SamplerOptions(**{name: getattr(args, name) for name in OPTION_NAMES})
 
 
 def sample_settings(args: argparse.Namespace, device: torch.device) -> SampleSettings:
-    return SampleSettings(seed=args.seed, batch_size=args.eval_bsz, precision=dist.pick_precision(args.precision, device),
-                          **vars(sampler_options(args)))
+    return SampleSettings(
+        seed=args.seed,
+        batch_size=args.eval_bsz,
+        precision=dist.pick_precision(args.precision, device),
+        **vars(sampler_options(args)),
+    )
 
 
 def parse_classes(text: str, class_num: int, flag: str = "--classes") -> list[int]:
@@ -154,9 +189,14 @@ def read_edit(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, 
         return None
     image, mask, size = read_image(args.init), read_image(args.mask), model.config["img_size"]
     if image.size != mask.size:
-        raise ValueError(f"{args.mask} (--mask) is {mask.width} x {mask.height} pixels, {args.init} (--init) {image.width} x {image.height}; "
-                         "they must have the same size")
-    return Edit(encode_init(vae, [center_crop_adm(image, size)], size, device), token_mask(center_crop_adm(mask, size), size, model.grid_size))
+        raise ValueError(
+            f"{args.mask} (--mask) is {mask.width} x {mask.height} pixels, {args.init} (--init) {image.width} x {image.height}; "
+            "they must have the same size"
+        )
+    return Edit(
+        encode_init(vae, [center_crop_adm(image, size)], size, device),
+        token_mask(center_crop_adm(mask, size), size, model.grid_size),
+    )
 
 
 def picture_grid(output: Path, numbers: Sequence[int], columns: int, name: str) -> None:
@@ -165,7 +205,14 @@ def picture_grid(output: Path, numbers: Sequence[int], columns: int, name: str) 
     save_grid(output / name, torch.stack(pictures), columns)
 
 
-def sample(args: argparse.Namespace, given: set[str], model: TokenBridge, vae: AutoencoderKL, source: Path, device: torch.device) -> None:
+def sample(
+    args: argparse.Namespace,
+    given: set[str],
+    model: TokenBridge,
+    vae: AutoencoderKL,
+    source: Path,
+    device: torch.device,
+) -> None:
     """Write OUT/000000.png and so on, class by class, OUT/grid.png and OUT/samples.json; a folder for each of --cfg_scale, and sweep.png."""
     seeds, count = None, args.num_images if "num_images" in given else None
     if args.interpolate:
@@ -173,7 +220,7 @@ def sample(args: argparse.Namespace, given: set[str], model: TokenBridge, vae: A
         if len(ends) != 2:
             raise ValueError(f"--interpolate takes two classes, got {args.interpolate!r}")
         labels = mixtures(*ends, count or 8)
-        seeds = [image_seed(args.seed, 0)] * len(labels)                       # one seed: only the class changes
+        seeds = [image_seed(args.seed, 0)] * len(labels)  # one seed: only the class changes
         each = len(labels)
     else:
         classes = parse_classes(args.classes, model.class_num)
@@ -190,10 +237,24 @@ def sample(args: argparse.Namespace, given: set[str], model: TokenBridge, vae: A
         for cfg, folder in sweep:
             settings.cfg = cfg
             bar.set_description(f"{len(labels)} images, cfg {cfg:g}")
-            write_images(model, vae, labels, settings, device, folder, seeds=seeds, edit=edit, show_steps=args.show_steps, on_step=lambda *_: bar.update())
+            write_images(
+                model,
+                vae,
+                labels,
+                settings,
+                device,
+                folder,
+                seeds=seeds,
+                edit=edit,
+                show_steps=args.show_steps,
+                on_step=lambda *_: bar.update(),
+            )
             if dist.is_main():
                 picture_grid(folder, range(shown), columns, "grid.png")
-                write_json(folder / "samples.json", asdict(settings) | {"checkpoint": str(source), "weights": args.weights, "labels": labels})
+                write_json(
+                    folder / "samples.json",
+                    asdict(settings) | {"checkpoint": str(source), "weights": args.weights, "labels": labels},
+                )
                 logger.info("wrote %d images, grid.png and samples.json to %s", len(labels), folder)
     if dist.is_main() and args.cfg_scale:
         shown = min(len(labels), 20)

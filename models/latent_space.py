@@ -38,30 +38,49 @@ class VaeDescription:
     quant_max: float | None = None
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.channels, int) and isinstance(self.stride, int) and self.channels >= 1 and self.stride >= 1):
-            raise ValueError(f"channels and stride must be whole numbers of at least 1, got {self.channels!r} and {self.stride!r}")
+        if not (
+            isinstance(self.channels, int) and isinstance(self.stride, int) and self.channels >= 1 and self.stride >= 1
+        ):
+            raise ValueError(
+                f"channels and stride must be whole numbers of at least 1, got {self.channels!r} and {self.stride!r}"
+            )
         for name in ("scale_factor", "shift"):
             value = getattr(self, name)
             values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
             if len(values) not in ((self.channels,) if isinstance(value, Sequence) else (1,)):
                 raise ValueError(f"{name} has {len(values)} values but the VAE has {self.channels} latent channels")
             if not all(isinstance(v, (int, float)) and math.isfinite(v) and (v or name == "shift") for v in values):
-                raise ValueError(f"{name} must be finite numbers{', none of them 0' if name == 'scale_factor' else ''}, got {value!r}")
+                raise ValueError(
+                    f"{name} must be finite numbers{', none of them 0' if name == 'scale_factor' else ''}, got {value!r}"
+                )
             setattr(self, name, [float(v) for v in values] if isinstance(value, Sequence) else float(value))
         if self.channel_order is not None:
             if not isinstance(self.channel_order, Sequence) or sorted(self.channel_order) != list(range(self.channels)):
-                raise ValueError(f"channel_order must be a permutation of 0..{self.channels - 1}, got {self.channel_order!r}")
+                raise ValueError(
+                    f"channel_order must be a permutation of 0..{self.channels - 1}, got {self.channel_order!r}"
+                )
             self.channel_order = [int(c) for c in self.channel_order]
         if self.quant_bits is not None and not (isinstance(self.quant_bits, int) and 1 <= self.quant_bits <= 12):
             raise ValueError(f"quant_bits must be a whole number from 1 to 12, got {self.quant_bits!r}")
         low, high = self.quant_min, self.quant_max
-        if (low is None) != (high is None) or low is not None and not (math.isfinite(low) and math.isfinite(high) and low < high):
+        if (
+            (low is None) != (high is None)
+            or low is not None
+            and not (math.isfinite(low) and math.isfinite(high) and low < high)
+        ):
             raise ValueError(f"quant_min must be less than quant_max, both finite; got {low!r} and {high!r}")
 
 
-KL16 = VaeDescription(16, 16, scale_factor=0.2325,            # 1/std of KL-16 latents on ImageNet (SPEC 2); belongs to those weights
-                      channel_order=[8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5],                        # by frequency (SPEC 5)
-                      quant_bits=6, quant_min=-5.0, quant_max=5.0)                                                 # SPEC 3
+# 1/std of KL-16 latents on ImageNet (SPEC 2); belongs to those weights
+KL16 = VaeDescription(
+    16,
+    16,
+    scale_factor=0.2325,
+    channel_order=[8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5],  # by frequency (SPEC 5)
+    quant_bits=6,
+    quant_min=-5.0,
+    quant_max=5.0,
+)  # SPEC 3
 
 
 def description_path(vae_path: str | Path) -> Path:
@@ -76,8 +95,11 @@ def read_description(path: str | Path) -> VaeDescription:
         content = json.loads(Path(path).read_text())
         known = {field.name for field in fields(VaeDescription)}
         if not isinstance(content, dict) or set(content) - known:
-            raise ValueError(f"unknown keys {sorted(set(content) - known)}; known are {', '.join(sorted(known))}" if isinstance(content, dict)
-                             else "it is no JSON object")
+            raise ValueError(
+                f"unknown keys {sorted(set(content) - known)}; known are {', '.join(sorted(known))}"
+                if isinstance(content, dict)
+                else "it is no JSON object"
+            )
         return VaeDescription(**content)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} does not describe a VAE (beside --vae_path): {error}") from error
@@ -99,14 +121,16 @@ class LatentSpace:
     channel_order: list[int] | None
     quant_range: tuple[float, float] | None = None
     quant_bits: int | None = None
-    deterministic = False           # True: no posterior, the encoder gives one latent
+    deterministic = False  # True: no posterior, the encoder gives one latent
 
     def set_description(self, found: VaeDescription) -> None:
         """Take over a description's values. ValueError if it is of another VAE: other channels or stride."""
         actual = (getattr(self, "embed_dim", found.channels), getattr(self, "stride", found.stride))
         if (found.channels, found.stride) != actual:
-            raise ValueError(f"the description (the JSON file beside --vae_path) says {found.channels} channels at stride {found.stride}, the VAE has "
-                             f"{actual[0]} at {actual[1]}")
+            raise ValueError(
+                f"the description (the JSON file beside --vae_path) says {found.channels} channels at stride {found.stride}, the VAE has "
+                f"{actual[0]} at {actual[1]}"
+            )
         self.embed_dim, self.stride = found.channels, found.stride
         self.scale_factor, self.shift = found.scale_factor, found.shift
         if found.channel_order is not None or not hasattr(self, "channel_order"):
@@ -118,7 +142,9 @@ class LatentSpace:
     @property
     def description(self) -> VaeDescription:
         low, high = self.quant_range or (None, None)
-        return VaeDescription(self.embed_dim, self.stride, self.scale_factor, self.shift, self.channel_order, self.quant_bits, low, high)
+        return VaeDescription(
+            self.embed_dim, self.stride, self.scale_factor, self.shift, self.channel_order, self.quant_bits, low, high
+        )
 
     @property
     def latent_config(self) -> dict:
@@ -154,5 +180,5 @@ class LatentSpace:
 def per_channel(value: Number, like: Tensor) -> float | Tensor:
     """A number as it is, or one per channel as (C, 1, 1) beside `like`."""
     if isinstance(value, Sequence):
-        return torch.tensor(list(value), device=like.device, dtype=like.dtype).view(-1, 1, 1)               # (C, 1, 1)
+        return torch.tensor(list(value), device=like.device, dtype=like.dtype).view(-1, 1, 1)  # (C, 1, 1)
     return value

@@ -28,7 +28,9 @@ class LayerCache:
     values: Tensor
 
     @classmethod
-    def allocate(cls, num_layers: int, shape: tuple[int, int, int, int], like: Tensor, dtype: torch.dtype) -> list["LayerCache"]:
+    def allocate(
+        cls, num_layers: int, shape: tuple[int, int, int, int], like: Tensor, dtype: torch.dtype
+    ) -> list["LayerCache"]:
         """One for each layer, of shape (N, heads, C, head_dim), cut from a single uninitialised tensor on the device of `like`."""
         return [cls(*layer.unbind()) for layer in like.new_empty((num_layers, 2, *shape), dtype=dtype).unbind()]
 
@@ -42,7 +44,9 @@ class CausalAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, attn_dropout: float = 0.0, proj_dropout: float = 0.0):
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"head width {dim} is not a multiple of its {num_heads} heads (channel_embed_dim, channel_heads)")
+            raise ValueError(
+                f"head width {dim} is not a multiple of its {num_heads} heads (channel_embed_dim, channel_heads)"
+            )
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.q_norm = nn.LayerNorm(self.head_dim, eps=LAYER_NORM_EPS)
@@ -57,14 +61,15 @@ class CausalAttention(nn.Module):
         position: all of the cache is attended to, later positions behind a mask (so it must hold numbers).
         """
         num_tokens, positions, dim = x.shape
-        q, k, v = self.qkv(x).view(num_tokens, positions, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # (N, heads, P, hd)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)      # autocast runs the norms in float32
+        # (N, heads, P, hd)
+        q, k, v = self.qkv(x).view(num_tokens, positions, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast runs the norms in float32
         mask = None
         if isinstance(start, Tensor):
             cache.keys.index_copy_(2, start, k)
             cache.values.index_copy_(2, start, v)
             k, v = cache.keys, cache.values
-            mask = (torch.arange(k.shape[2], device=k.device) <= start).unsqueeze(0)         # (1, C)
+            mask = (torch.arange(k.shape[2], device=k.device) <= start).unsqueeze(0)  # (1, C)
         elif cache is not None:
             cache.keys[:, :, start : start + positions] = k
             cache.values[:, :, start : start + positions] = v
@@ -80,9 +85,13 @@ def block_queries(block: nn.Module, x: Tensor, asking: Tensor | None = None) -> 
     heads = (attn.num_heads, attn.head_dim)
     if asking is None:
         return attn.qkv(block.norm1(x)).unflatten(-1, (3, *heads)).permute(2, 0, 3, 1, 4).unbind()
-    (query, key_value), (query_bias, key_value_bias) = (whole.split([dim, 2 * dim]) for whole in (attn.qkv.weight, attn.qkv.bias))
-    q = F.linear(block.norm1(asking), query, query_bias).unflatten(-1, heads).transpose(1, 2)                   # (N, heads, M, hd)
-    k, v = F.linear(block.norm1(x), key_value, key_value_bias).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4).unbind()
+    (query, key_value), (query_bias, key_value_bias) = (
+        whole.split([dim, 2 * dim]) for whole in (attn.qkv.weight, attn.qkv.bias)
+    )
+    q = F.linear(block.norm1(asking), query, query_bias).unflatten(-1, heads).transpose(1, 2)  # (N, heads, M, hd)
+    k, v = (
+        F.linear(block.norm1(x), key_value, key_value_bias).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4).unbind()
+    )
     return q, k, v
 
 
@@ -114,12 +123,14 @@ class AdaLNBlock(nn.Module):
     attn_dropout: rate on the attention weights; proj_dropout: after the attention's projection, the MLP's activation and its second Linear.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, attn_dropout: float = 0.0, proj_dropout: float = 0.0):
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, attn_dropout: float = 0.0, proj_dropout: float = 0.0
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = CausalAttention(dim, num_heads, attn_dropout, proj_dropout)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_dropout)                           # GELU (erf)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_dropout)  # GELU (erf)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def modulation(self, activated: Tensor) -> Modulation:
@@ -127,7 +138,9 @@ class AdaLNBlock(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation[1](activated).chunk(6, dim=-1)
         return shift_a, 1 + scale_a, gate_a, shift_m, 1 + scale_m, gate_m
 
-    def forward(self, x: Tensor, modulation: Modulation, cache: LayerCache | None = None, start: int | Tensor = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, modulation: Modulation, cache: LayerCache | None = None, start: int | Tensor = 0
+    ) -> Tensor:
         """x (N, P, H) -> (N, P, H), at positions start .. start+P-1."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
         x = torch.addcmul(x, gate_a, self.attn(torch.addcmul(shift_a, self.norm1(x), scale_a), cache, start))

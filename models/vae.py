@@ -28,7 +28,7 @@ class DiagonalGaussian:
 
     def __init__(self, parameters: Tensor):
         self.parameters = parameters
-        self.mean, logvar = parameters.chunk(2, dim=1)        # (B, C, h, w) each
+        self.mean, logvar = parameters.chunk(2, dim=1)  # (B, C, h, w) each
         self.logvar = logvar.clamp(-30.0, 20.0)
 
     @property
@@ -87,8 +87,9 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))   # (B, 1, HW, ch)
-        h = F.scaled_dot_product_attention(q, k, v)                                                        # (B, 1, HW, ch)
+        # (B, 1, HW, ch)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, HW, ch)
         return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
 
 
@@ -134,13 +135,19 @@ class Middle(nn.Module):
 class Level(nn.Module):
     """One resolution: residual blocks (`block`), attention after each (`attn`, may be empty), then a change of resolution or none."""
 
-    def __init__(self, blocks: list[nn.Module], attention: list[nn.Module], resample_name: str = "", resample: nn.Module | None = None):
+    def __init__(
+        self,
+        blocks: list[nn.Module],
+        attention: list[nn.Module],
+        resample_name: str = "",
+        resample: nn.Module | None = None,
+    ):
         super().__init__()
         self.block = nn.ModuleList(blocks)
         self.attn = nn.ModuleList(attention)
         self.resample_name = resample_name
         if resample is not None:
-            self.add_module(resample_name, resample)          # the checkpoints call it `downsample` or `upsample`
+            self.add_module(resample_name, resample)  # the checkpoints call it `downsample` or `upsample`
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
@@ -153,7 +160,9 @@ class Level(nn.Module):
 class Encoder(nn.Module):
     """Image (B, 3, H, W) -> (B, 2C, h, w), before quant_conv. `num_res_blocks` blocks at each level, attention at the last."""
 
-    def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, attention: bool, groups: int, out_channels: int):
+    def __init__(
+        self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, attention: bool, groups: int, out_channels: int
+    ):
         super().__init__()
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         self.down = nn.ModuleList()
@@ -172,16 +181,18 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)                                   # (B, ch, H, W)
+        x = self.conv_in(x)  # (B, ch, H, W)
         for level in self.down:
-            x = level(x)                                      # (B, ch*mult, H/2^i, W/2^i)
+            x = level(x)  # (B, ch*mult, H/2^i, W/2^i)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
     """Latents (B, C, h, w), after post_quant_conv -> image (B, 3, H, W). `up[0]` is full resolution; no attention in the levels."""
 
-    def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, attention: bool, groups: int, in_channels: int):
+    def __init__(
+        self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, attention: bool, groups: int, in_channels: int
+    ):
         super().__init__()
         width = ch * ch_mult[-1]
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
@@ -198,7 +209,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(z))                         # (B, ch*mult[-1], h, w)
+        x = self.mid(self.conv_in(z))  # (B, ch*mult[-1], h, w)
         for level in reversed(self.up):
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
@@ -215,21 +226,41 @@ class AutoencoderKL(nn.Module, LatentSpace):
     Raises ValueError on sizes that do not fit, and what `load_weights` raises.
     """
 
-    def __init__(self, embed_dim: int = 16, ch_mult: Sequence[int] = (1, 1, 2, 2, 4), ckpt_path: str | None = None, *,
-                 ch: int = 128, num_res_blocks: int = 2, attention: bool = True, norm_groups: int = 32,
-                 scale_factor: float | Sequence[float] = KL16_SCALE, shift: float | Sequence[float] = 0.0,
-                 channel_order: Sequence[int] | None = None):
+    def __init__(
+        self,
+        embed_dim: int = 16,
+        ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
+        ckpt_path: str | None = None,
+        *,
+        ch: int = 128,
+        num_res_blocks: int = 2,
+        attention: bool = True,
+        norm_groups: int = 32,
+        scale_factor: float | Sequence[float] = KL16_SCALE,
+        shift: float | Sequence[float] = 0.0,
+        channel_order: Sequence[int] | None = None,
+    ):
         super().__init__()
         ch_mult = tuple(int(m) for m in ch_mult)
         if embed_dim < 1 or ch < 1 or num_res_blocks < 1 or not ch_mult or min(ch_mult) < 1:
-            raise ValueError(f"VAE sizes must be positive: embed_dim {embed_dim}, ch {ch}, ch_mult {ch_mult}, num_res_blocks {num_res_blocks}")
+            raise ValueError(
+                f"VAE sizes must be positive: embed_dim {embed_dim}, ch {ch}, ch_mult {ch_mult}, num_res_blocks {num_res_blocks}"
+            )
         if any(ch * m % norm_groups for m in (1, *ch_mult)):
-            raise ValueError(f"every VAE width (ch {ch} times ch_mult {ch_mult}) must be a multiple of norm_groups {norm_groups}")
+            raise ValueError(
+                f"every VAE width (ch {ch} times ch_mult {ch_mult}) must be a multiple of norm_groups {norm_groups}"
+            )
         if channel_order is None and embed_dim == 16 and ch_mult == (1, 1, 2, 2, 4) and ch == 128:
             channel_order = KL16_CHANNEL_ORDER
         self.set_description(VaeDescription(embed_dim, 2 ** (len(ch_mult) - 1), scale_factor, shift, channel_order))
-        self._architecture = dict(embed_dim=embed_dim, ch_mult=list(ch_mult), ch=ch, num_res_blocks=num_res_blocks,
-                                  attention=attention, norm_groups=norm_groups)
+        self._architecture = dict(
+            embed_dim=embed_dim,
+            ch_mult=list(ch_mult),
+            ch=ch,
+            num_res_blocks=num_res_blocks,
+            attention=attention,
+            norm_groups=norm_groups,
+        )
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, attention, norm_groups, 2 * embed_dim)
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, attention, norm_groups, embed_dim)
         self.quant_conv = nn.Conv2d(2 * embed_dim, 2 * embed_dim, 1)
@@ -245,8 +276,10 @@ class AutoencoderKL(nn.Module, LatentSpace):
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Image (B, 3, H, W) in [-1, 1] -> posterior over raw latents (B, C, h, w). ValueError unless stride divides H and W."""
         if x.shape[-1] % self.stride or x.shape[-2] % self.stride:
-            raise ValueError(f"image size {tuple(x.shape[-2:])} is not a multiple of the VAE's stride {self.stride} (--img_size)")
-        return DiagonalGaussian(self.quant_conv(self.encoder(x)))          # moments (B, 2C, h, w)
+            raise ValueError(
+                f"image size {tuple(x.shape[-2:])} is not a multiple of the VAE's stride {self.stride} (--img_size)"
+            )
+        return DiagonalGaussian(self.quant_conv(self.encoder(x)))  # moments (B, 2C, h, w)
 
     def decode(self, z: Tensor) -> Tensor:
         """Raw (unscaled) latents (B, C, h, w) -> image (B, 3, H, W), about [-1, 1], not clipped."""
@@ -257,11 +290,15 @@ def read_vae_file(path: str | Path) -> dict:
     """The dict in a VAE checkpoint; weights under "model". Clear FileNotFoundError or ValueError naming the file otherwise."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no VAE weights at {path} (--vae_path): give the path of a checkpoint such as pretrained_models/vae/kl16.ckpt, "
-                                "which `python -m tools.download vae` fetches")
+        raise FileNotFoundError(
+            f"no VAE weights at {path} (--vae_path): give the path of a checkpoint such as pretrained_models/vae/kl16.ckpt, "
+            "which `python -m tools.download vae` fetches"
+        )
     content = read_file(path, "--vae_path")
     if not isinstance(content.get("model"), dict):
-        raise ValueError(f'{path} (--vae_path) has no weights under the key "model"; found {sorted(map(str, content))[:8]}')
+        raise ValueError(
+            f'{path} (--vae_path) has no weights under the key "model"; found {sorted(map(str, content))[:8]}'
+        )
     return content
 
 
@@ -275,20 +312,34 @@ def load_weights(vae: AutoencoderKL, path: str | Path, content: dict | None = No
     weights, own = content["model"], vae.state_dict()
     missing = [key for key in own if key not in weights]
     if missing:
-        raise ValueError(f"{path} (--vae_path) lacks {len(missing)} of the VAE's {len(own)} keys, first: {', '.join(missing[:4])}")
-    wrong = [f"{key}: file {_shape(weights[key])}, VAE {_shape(own[key])}" for key in own if _shape(weights[key]) != _shape(own[key])]
+        raise ValueError(
+            f"{path} (--vae_path) lacks {len(missing)} of the VAE's {len(own)} keys, first: {', '.join(missing[:4])}"
+        )
+    wrong = [
+        f"{key}: file {_shape(weights[key])}, VAE {_shape(own[key])}"
+        for key in own
+        if _shape(weights[key]) != _shape(own[key])
+    ]
     if wrong:
-        raise ValueError(f"{path} (--vae_path) has {len(wrong)} weights of another shape: {'; '.join(wrong[:4])} (see --vae_embed_dim)")
+        raise ValueError(
+            f"{path} (--vae_path) has {len(wrong)} weights of another shape: {'; '.join(wrong[:4])} (see --vae_embed_dim)"
+        )
     not_finite = [key for key in own if not torch.isfinite(weights[key]).all()]
     if not_finite:
         raise ValueError(f"{path} (--vae_path) holds NaN or infinite weights, first: {', '.join(not_finite[:4])}")
-    extra = [key for key in content if key not in ("model", "config", "description")] + [key for key in weights if key not in own]
+    extra = [key for key in content if key not in ("model", "config", "description")] + [
+        key for key in weights if key not in own
+    ]
     if extra:
-        logger.info("%s: ignoring %d keys that are not the VAE's weights: %s", path, len(extra), ", ".join(map(str, extra[:8])))
+        logger.info(
+            "%s: ignoring %d keys that are not the VAE's weights: %s", path, len(extra), ", ".join(map(str, extra[:8]))
+        )
     vae.load_state_dict({key: weights[key] for key in own}, strict=True)
 
 
-def load_vae(path: str | Path, embed_dim: int | None = None, stride: int | None = None) -> "AutoencoderKL | DiffusersVAE":
+def load_vae(
+    path: str | Path, embed_dim: int | None = None, stride: int | None = None
+) -> "AutoencoderKL | DiffusersVAE":
     """A frozen VAE in eval mode from a checkpoint, or from a folder that diffusers wrote (models/vae_diffusers.py).
 
     Its shape comes from the file's "config", KL-16 where there is none; what its latents are like (scale, shift, order, range) from the JSON file
@@ -297,6 +348,7 @@ def load_vae(path: str | Path, embed_dim: int | None = None, stride: int | None 
     """
     if Path(path).is_dir():
         from models.vae_diffusers import load_diffusers_vae
+
         vae = load_diffusers_vae(path)
     else:
         vae = load_checkpoint_vae(path, embed_dim)
@@ -321,6 +373,6 @@ def load_checkpoint_vae(path: str | Path, embed_dim: int | None = None) -> Autoe
             vae.set_description(VaeDescription(**content["description"]))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} (--vae_path): its config does not describe a VAE of this code: {error}") from error
-    if embed_dim in (None, vae.embed_dim):                                 # else load_vae refuses in its own words
+    if embed_dim in (None, vae.embed_dim):  # else load_vae refuses in its own words
         load_weights(vae, path, content)
     return vae

@@ -20,7 +20,8 @@ class PointPosterior(DiagonalGaussian):
     """The posterior of an encoder that gives one latent (B, C, h, w): no spread, every sample is that latent."""
 
     def __init__(self, latent: Tensor):
-        super().__init__(torch.cat([latent, torch.full_like(latent, -30.0)], 1))       # the smallest log-variance that is not clamped
+        # the smallest log-variance that is not clamped
+        super().__init__(torch.cat([latent, torch.full_like(latent, -30.0)], 1))
 
     @property
     def std(self) -> Tensor:
@@ -60,7 +61,9 @@ class DiffusersVAE(nn.Module, LatentSpace):
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Image (B, 3, H, W) in [-1, 1] -> posterior over raw latents (B, C, h, w). ValueError unless stride divides H and W."""
         if x.shape[-1] % self.stride or x.shape[-2] % self.stride:
-            raise ValueError(f"image size {tuple(x.shape[-2:])} is not a multiple of the VAE's stride {self.stride} (--img_size)")
+            raise ValueError(
+                f"image size {tuple(x.shape[-2:])} is not a multiple of the VAE's stride {self.stride} (--img_size)"
+            )
         found = self.net.encode(x)
         return PointPosterior(found.latent) if self.deterministic else DiagonalGaussian(found.latent_dist.parameters)
 
@@ -80,25 +83,43 @@ def load_diffusers_vae(folder: str | Path) -> DiffusersVAE:
     try:
         kind = json.loads((folder / "config.json").read_text())["_class_name"]
     except FileNotFoundError:
-        raise FileNotFoundError(f"{folder} (--vae_path) is a folder without config.json: give a checkpoint file, or a VAE folder of diffusers") from None
+        raise FileNotFoundError(
+            f"{folder} (--vae_path) is a folder without config.json: give a checkpoint file, or a VAE folder of diffusers"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'} (--vae_path) is no config of diffusers: {type(error).__name__} {error}") from error
+        raise ValueError(
+            f"{folder / 'config.json'} (--vae_path) is no config of diffusers: {type(error).__name__} {error}"
+        ) from error
     if kind not in CLASSES:
-        raise ValueError(f"{folder} (--vae_path) holds a {kind}; of diffusers' classes {' and '.join(CLASSES)} can be used")
+        raise ValueError(
+            f"{folder} (--vae_path) holds a {kind}; of diffusers' classes {' and '.join(CLASSES)} can be used"
+        )
     if not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"{folder} (--vae_path) has no .safetensors weights; save it anew with save_pretrained")
     try:
         import diffusers
     except ImportError as error:
-        raise ValueError(f"{folder} (--vae_path) is a VAE of diffusers, which is not installed: pip install -r requirements-extra.txt") from error
+        raise ValueError(
+            f"{folder} (--vae_path) is a VAE of diffusers, which is not installed: pip install -r requirements-extra.txt"
+        ) from error
     try:
-        net, about = getattr(diffusers, kind).from_pretrained(folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32,
-                                                              low_cpu_mem_usage=False, output_loading_info=True)
-    except Exception as error:                                             # safetensors, torch, accelerate and diffusers each have their own
-        raise ValueError(f"{folder} (--vae_path) cannot be loaded by diffusers: {str(error).splitlines()[0]}") from error
+        net, about = getattr(diffusers, kind).from_pretrained(
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # safetensors, torch, accelerate and diffusers each have their own
+        raise ValueError(
+            f"{folder} (--vae_path) cannot be loaded by diffusers: {str(error).splitlines()[0]}"
+        ) from error
     lacking = about.get("missing_keys") or []
     if lacking:
-        raise ValueError(f"{folder} (--vae_path) lacks {len(lacking)} of the VAE's weights, first: {sorted(lacking)[0]}")
+        raise ValueError(
+            f"{folder} (--vae_path) lacks {len(lacking)} of the VAE's weights, first: {sorted(lacking)[0]}"
+        )
     bad = [name for name, value in net.state_dict().items() if not torch.isfinite(value).all()]
     if bad:
         raise ValueError(f"{folder} (--vae_path) holds NaN or infinite weights, first: {bad[0]}")

@@ -30,10 +30,12 @@ from training.sharding import cannot_shard
 REPO = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
-torch.set_num_threads(1)        # tiny models gain nothing from more, and lose much where the cores are shared; the same sums on any machine
+# tiny models gain nothing from more, and lose much where the cores are shared; the same sums on any machine
+torch.set_num_threads(1)
 
 
 # ------------------------------------------------------------------------------------------------------- golden arrays
+
 
 def golden_arrays(name: str) -> dict[str, np.ndarray]:
     """The arrays of tests/golden/<name>.npz."""
@@ -67,6 +69,7 @@ def fill_golden(module: nn.Module) -> nn.Module:
 
 # ------------------------------------------------------------------------------------------------------- small models
 
+
 def tiny_config(**changes: object) -> dict:
     """Constructor arguments of the golden tiny model: 4x4 tokens of 16 channels, 16 levels, 10 classes, dropout and label drop 0."""
     return golden_json("train_tiny")["config"] | dict(attn_dropout=0.0, proj_dropout=0.0, label_drop_prob=0.0) | changes
@@ -81,21 +84,27 @@ def tiny_vae(**changes: object) -> AutoencoderKL:
     """A VAE whose latents fit the tiny model (64 px <-> 16 channels at 4x4), weights drawn from seed 0, eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return AutoencoderKL(**(dict(embed_dim=16, ch_mult=(1, 1, 2, 2, 2), ch=8, num_res_blocks=1, norm_groups=4) | changes)).eval()
+        return AutoencoderKL(
+            **(dict(embed_dim=16, ch_mult=(1, 1, 2, 2, 2), ch=8, num_res_blocks=1, norm_groups=4) | changes)
+        ).eval()
 
 
 def tiny_batch(batch: int = 4, channels: int = 16, grid: int = 4, classes: int = 10) -> tuple[Tensor, Tensor]:
     """Latents (B, C, h, w) ~ N(0, 1) and labels (B,), always the same."""
     rng = np.random.default_rng(5)
-    return torch.from_numpy(rng.standard_normal((batch, channels, grid, grid)).astype(np.float32)), torch.from_numpy(rng.integers(classes, size=batch))
+    return torch.from_numpy(rng.standard_normal((batch, channels, grid, grid)).astype(np.float32)), torch.from_numpy(
+        rng.integers(classes, size=batch)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- real pictures
+
 
 @functools.cache
 def photographs() -> list[np.ndarray]:
     """scikit-learn's two photographs (china.jpg, flower.jpg), uint8 (427, 640, 3). Read only: shared by all tests."""
     from sklearn.datasets import load_sample_images
+
     return [np.asarray(image, dtype=np.uint8) for image in load_sample_images().images]
 
 
@@ -120,6 +129,7 @@ def image_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # ------------------------------------------------------------------------------------------------------- log, processes, operations
 
+
 class _Messages(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
@@ -141,10 +151,23 @@ def messages() -> Iterator[list[str]]:
     logger.setLevel(level)
 
 
-def run_processes(arguments: Sequence[str | Path], nproc: int, timeout: float = 120, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+def run_processes(
+    arguments: Sequence[str | Path], nproc: int, timeout: float = 120, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
     """`torchrun --nproc_per_node=nproc ARGUMENTS` on a free port, in the repository, one thread each; output captured as text."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", *map(str, arguments)]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={nproc}",
+        *map(str, arguments),
+    ]
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""} | (env or {})
     return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=timeout)
 
@@ -170,7 +193,7 @@ class RecordOps(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
-        self.devices: list[tuple[str, str]] = []     # (operation, device type of a result)
+        self.devices: list[tuple[str, str]] = []  # (operation, device type of a result)
         self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204

@@ -57,10 +57,21 @@ class Hub:
         if self.token and request.headers.get("Authorization") != f"Bearer {self.token}":
             return self.send(request, 401, json.dumps({"error": "no token"}).encode(), {"X-Error-Code": "GatedRepo"})
         if re.fullmatch(rf"/api/models/{re.escape(self.name)}(/revision/[^/]+)?", path):
-            siblings = [{"rfilename": name, "size": len(content), "blobId": "0" * 40,
-                         "lfs": {"sha256": self.sha256(name), "size": len(content), "pointerSize": 134}} for name, content in self.files.items()]
+            siblings = [
+                {
+                    "rfilename": name,
+                    "size": len(content),
+                    "blobId": "0" * 40,
+                    "lfs": {"sha256": self.sha256(name), "size": len(content), "pointerSize": 134},
+                }
+                for name, content in self.files.items()
+            ]
             siblings += [{"rfilename": name, "size": 1, "blobId": "0" * 40} for name in self.listed]
-            return self.send(request, 200, json.dumps({"id": self.name, "modelId": self.name, "sha": COMMIT, "siblings": siblings}).encode())
+            return self.send(
+                request,
+                200,
+                json.dumps({"id": self.name, "modelId": self.name, "sha": COMMIT, "siblings": siblings}).encode(),
+            )
         match = re.fullmatch(rf"/{re.escape(self.name)}/resolve/[^/]+/(.+)", path)
         if match and match[1] in self.files:
             return self.send_file(request, match[1])
@@ -78,7 +89,9 @@ class Hub:
         if path == "/api/validate-yaml":
             return self.send(request, 200, json.dumps({"errors": [], "warnings": []}).encode())
         if path.endswith("/preupload/main"):
-            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
             return self.send(request, 200, json.dumps({"files": files}).encode())
         if path.endswith("/commit/main"):
             self.uploads = [json.loads(line) for line in body.splitlines()]
@@ -92,14 +105,29 @@ class Hub:
         if asked:
             start = int(asked[1])
         etag = f'"{self.sha256(name)}"'
-        headers = {"ETag": etag, "X-Linked-Etag": etag, "X-Linked-Size": str(len(content)), "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {
+            "ETag": etag,
+            "X-Linked-Etag": etag,
+            "X-Linked-Size": str(len(content)),
+            "X-Repo-Commit": COMMIT,
+            "Accept-Ranges": "bytes",
+        }
         if asked:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         self.send(request, 206 if asked else 200, content[start:], headers, may_cut=True)
 
-    def send(self, request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str] | None = None, may_cut: bool = False) -> None:
+    def send(
+        self,
+        request: BaseHTTPRequestHandler,
+        status: int,
+        body: bytes,
+        headers: dict[str, str] | None = None,
+        may_cut: bool = False,
+    ) -> None:
         request.send_response(status)
-        for key, value in ({"Content-Length": str(len(body)), "Content-Type": "application/json"} | (headers or {})).items():
+        for key, value in (
+            {"Content-Length": str(len(body)), "Content-Type": "application/json"} | (headers or {})
+        ).items():
             request.send_header(key, value)
         request.end_headers()
         if request.command == "HEAD":

@@ -36,19 +36,25 @@ NAMES = ("model.safetensors", "config.json", "vae.safetensors", "vae.json", "REA
 def write_safetensors(path: Path, weights: dict[str, torch.Tensor]) -> None:
     """Written whole or not at all."""
     from safetensors.torch import save
+
     with replacing(path, sync=True) as file:
-        file.write(save({key: value.detach().cpu().contiguous() for key, value in weights.items()}, metadata={"format": "pt"}))
+        file.write(
+            save({key: value.detach().cpu().contiguous() for key, value in weights.items()}, metadata={"format": "pt"})
+        )
 
 
 def lowered(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The weights in another precision; the quantizer's tables and the mask stay float32. ValueError if one does not fit into it."""
     from checkpoints.weights import TABLES
+
     kept = (*TABLES, "channel_mask")
     result = {key: value if key in kept else value.to(dtype) for key, value in weights.items()}
     lost = [key for key, value in result.items() if key not in kept and not torch.isfinite(value).all()]
     if lost:
-        raise ValueError(f"--dtype {str(dtype).removeprefix('torch.')} cannot hold the weights {', '.join(lost[:3])}: they overflow; "
-                         "use float32 or bfloat16")
+        raise ValueError(
+            f"--dtype {str(dtype).removeprefix('torch.')} cannot hold the weights {', '.join(lost[:3])}: they overflow; "
+            "use float32 or bfloat16"
+        )
     return result
 
 
@@ -69,8 +75,8 @@ Class-conditional image generation with TokenBridge ([arXiv 2503.16430](https://
 | | |
 |---|---|
 | model | {name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {which} weights in {dtype}{step} |
-| images | {c['img_size']} x {c['img_size']} pixels, {model.class_num} classes |
-| tokens | {model.num_tokens} of {model.token_dim} dimensions, {c['quant_levels'].bit_length() - 1} bits each, {c['quant_min']:g} to {c['quant_max']:g} |
+| images | {c["img_size"]} x {c["img_size"]} pixels, {model.class_num} classes |
+| tokens | {model.num_tokens} of {model.token_dim} dimensions, {c["quant_levels"].bit_length() - 1} bits each, {c["quant_min"]:g} to {c["quant_max"]:g} |
 | VAE | {vae.embed_dim} channels at stride {vae.stride}, in vae.safetensors |
 | head start | {model.head_start} |
 | quality | not measured: run `main_tokenbridge.py --evaluate --resume THIS_FOLDER` and write the figures here |
@@ -89,18 +95,29 @@ def to_folder(source: Path, output: Path, vae_path: str | None, weights: str, dt
     """Write the five files. ValueError or OSError for what does not fit; nothing is written then."""
     from checkpoints.weights import one_layout, read_file, structure_from_shapes
     from generation.loading import load
+
     content = one_layout(read_file(source, mmap=True), str(source))
     model, vae = load(source, vae_path, weights=weights)
     config = content.get("config") if isinstance(content.get("config"), dict) else None
     name = config["model_name"] if config else structure_from_shapes(content["model"], str(source))[0]
     step = {"step": content["step"]} if isinstance(content.get("step"), int) else {}
-    described = (config or {}) | {"model_name": name, "model": model.config, "vae": vae.config, "vae_fingerprint": vae.latent_fingerprint()}
-    described["args"] = {key: value for key, value in (described.get("args") or {}).items() if "path" not in key and "dir" not in key}
+    described = (config or {}) | {
+        "model_name": name,
+        "model": model.config,
+        "vae": vae.config,
+        "vae_fingerprint": vae.latent_fingerprint(),
+    }
+    described["args"] = {
+        key: value for key, value in (described.get("args") or {}).items() if "path" not in key and "dir" not in key
+    }
     state = lowered(model.state_dict(), DTYPES[dtype])
     check_writable(output, "--output_dir")
-    write_safetensors(output / "vae.safetensors", vae.state_dict())        # the model last: it is what a folder is known by
+    write_safetensors(output / "vae.safetensors", vae.state_dict())  # the model last: it is what a folder is known by
     write_json(output / "vae.json", {"config": vae.config})
-    write_json(output / "config.json", {"model_type": "tokenbridge", "weights": weights, "dtype": dtype, "config": described} | step)
+    write_json(
+        output / "config.json",
+        {"model_type": "tokenbridge", "weights": weights, "dtype": dtype, "config": described} | step,
+    )
     with replacing(output / "README.md") as file:
         file.write(model_card(name, model, vae, weights, dtype, step).encode())
     write_safetensors(output / "model.safetensors", state)
@@ -111,6 +128,7 @@ def to_checkpoint(source: Path, output: Path) -> None:
     """model.safetensors and what lies beside it -> checkpoint-last.pth and vae.pth, which the published scripts' layout reads too."""
     from checkpoints.weights import read_file
     from generation.loading import load
+
     content = read_file(source)
     model, vae = load(source, weights=content.get("weights", "ema"))
     state, which = model.state_dict(), content.get("weights", "ema")
@@ -126,23 +144,32 @@ def to_checkpoint(source: Path, output: Path) -> None:
 def push(folder: Path, repository: str) -> str:
     """Upload the folder's five files as one commit to a hub repository, made private if it is new; returns the commit's address."""
     from huggingface_hub import HfApi
+
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     try:
         api.create_repo(repository, exist_ok=True, private=True)
-        commit = api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(NAMES), commit_message="TokenBridge weights")
+        commit = api.upload_folder(
+            repo_id=repository, folder_path=folder, allow_patterns=list(NAMES), commit_message="TokenBridge weights"
+        )
     except download.hub_errors() as error:
-        raise OSError(f"cannot push to {repository} (--push): {(str(error).splitlines() or [type(error).__name__])[0]}; the folder {folder} is complete, "
-                      "push it again once HF_TOKEN and the connection are right") from error
+        raise OSError(
+            f"cannot push to {repository} (--push): {(str(error).splitlines() or [type(error).__name__])[0]}; the folder {folder} is complete, "
+            "push it again once HF_TOKEN and the connection are right"
+        ) from error
     return commit.commit_url
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("checkpoint", help="checkpoint file or folder (or hf://...) to export; a model.safetensors goes the other way")
+    parser.add_argument(
+        "checkpoint", help="checkpoint file or folder (or hf://...) to export; a model.safetensors goes the other way"
+    )
     parser.add_argument("--output_dir", required=True, help="folder to write to; it must not hold an export already")
     parser.add_argument("--vae_path", default="", help="the model's VAE; by default the one that it was trained with")
     parser.add_argument("--weights", default="ema", choices=("ema", "model"))
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="precision of the model's weights in the file")
+    parser.add_argument(
+        "--dtype", default="float32", choices=list(DTYPES), help="precision of the model's weights in the file"
+    )
     parser.add_argument("--push", default="", help="OWNER/REPOSITORY on the hub to upload the folder to")
     return parser
 
@@ -150,6 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, export. ValueError or OSError for bad input."""
     from checkpoints.weights import SAFE, find_file
+
     args = build_parser().parse_args(argv)
     output = Path(args.output_dir)
     if args.push and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push):
@@ -160,7 +188,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = find_file(download.local_path(args.checkpoint, "checkpoint"))
     if source.suffix == ".safetensors":
         if args.push or args.dtype != "float32" or args.weights != "ema" or args.vae_path:
-            raise ValueError(f"{source} is an export already and becomes a checkpoint: --push, --dtype, --weights and --vae_path are for the other way")
+            raise ValueError(
+                f"{source} is an export already and becomes a checkpoint: --push, --dtype, --weights and --vae_path are for the other way"
+            )
         to_checkpoint(source, output)
         return
     to_folder(source, output, download.local_path(args.vae_path, "--vae_path") or None, args.weights, args.dtype)

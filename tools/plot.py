@@ -81,7 +81,9 @@ class Expected:
                 continue
             reached += 1
             if not abs(seen.mean() - wanted) <= self.tolerance:
-                lines.append(f"step {step}: loss {seen.mean():.3f}, a healthy run has {wanted:.2f} +- {self.tolerance:g}")
+                lines.append(
+                    f"step {step}: loss {seen.mean():.3f}, a healthy run has {wanted:.2f} +- {self.tolerance:g}"
+                )
         return reached, lines
 
 
@@ -93,7 +95,7 @@ def draw(folders: Sequence[Path], width: int | None = None, expected: Expected |
         c = read_columns(folder)
         over = width or max(1, len(c["loss"]) // 50)
         label = str(folder) + (f" ({c['skipped'][0]} steps skipped)" if c["skipped"][0] else "")
-        line, = loss.plot(c["step"], smooth(c["loss"], over), label=label)
+        (line,) = loss.plot(c["step"], smooth(c["loss"], over), label=label)
         loss.plot(c["step"], c["loss"], color=line.get_color(), alpha=0.25, linewidth=0.7)
         rate.plot(c["step"], c["lr"], label=str(folder))
         norm.plot(c["step"], smooth(c["grad_norm"], over), label=str(folder))
@@ -102,7 +104,14 @@ def draw(folders: Sequence[Path], width: int | None = None, expected: Expected |
     norm.set(title="gradient norm before clipping", xlabel="step", yscale="log")
     if expected is not None:
         centre = np.array(expected.loss)
-        loss.fill_between(expected.steps, centre - expected.tolerance, centre + expected.tolerance, color="green", alpha=0.15, label="healthy")
+        loss.fill_between(
+            expected.steps,
+            centre - expected.tolerance,
+            centre + expected.tolerance,
+            color="green",
+            alpha=0.15,
+            label="healthy",
+        )
     loss.legend()
     first = read_columns(folders[0])
     dims.set(title=f"loss of each dimension in head order: {folders[0]}", xlabel="step")
@@ -120,8 +129,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("folders", nargs="+", help="--output_dir of training runs")
     parser.add_argument("--output", default="", help="PNG to write; default: curves.png in the first folder")
-    parser.add_argument("--smooth", type=int, default=None, help="steps to average over; default: a fiftieth of the run")
-    parser.add_argument("--expected", default="", help="JSON file with the course of a healthy run, such as demo/expected_loss.json")
+    parser.add_argument(
+        "--smooth", type=int, default=None, help="steps to average over; default: a fiftieth of the run"
+    )
+    parser.add_argument(
+        "--expected", default="", help="JSON file with the course of a healthy run, such as demo/expected_loss.json"
+    )
     args = parser.parse_args(argv)
     at_least(args, smooth=1)
     folders = [Path(folder) for folder in args.folders]
@@ -134,7 +147,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(path)
     for folder in folders if expected is not None else ():
         reached, departures = expected.departures(read_columns(folder))
-        print(f"{folder}: " + ("\n".join(departures) if departures else f"healthy at all {reached} of {len(expected.steps)} places that it has reached"))
+        print(
+            f"{folder}: "
+            + (
+                "\n".join(departures)
+                if departures
+                else f"healthy at all {reached} of {len(expected.steps)} places that it has reached"
+            )
+        )
 
 
 if __name__ == "__main__":

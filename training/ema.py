@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from training.sharding import like
 
-SIGMA_RELS = (0.05, 0.10)           # of the averages with power-function profiles that training keeps, as in the paper (PowerEma)
+# of the averages with power-function profiles that training keeps, as in the paper (PowerEma)
+SIGMA_RELS = (0.05, 0.10)
 
 
 def rate_at(rate: float, warmup: bool, step: int) -> float:
@@ -42,7 +43,9 @@ class ModelEma:
     @torch.no_grad()
     def update(self, step: int = 0) -> None:
         """One step, one fused operation over all parameters. `step` matters during a warm-up only."""
-        torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in self.parameters.values()], 1 - self.rate_at(step))
+        torch._foreach_lerp_(
+            list(self.shadow.values()), [p.detach() for p in self.parameters.values()], 1 - self.rate_at(step)
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.shadow

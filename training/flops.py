@@ -9,10 +9,27 @@ from collections.abc import Mapping
 # Dense peak, TFLOP/s, from the makers' data sheets: (half precision with float32 sums, float32 as TF32 where the device has it).
 # The first name that is part of the device's own name counts, so the special ones come first.
 PEAKS: dict[str, tuple[float, float]] = {
-    "B200": (2250, 1125), "H200": (989, 495), "H100 PCIe": (756, 378), "H100 NVL": (835, 418), "GH200": (989, 495), "H100": (989, 495),
-    "A100": (312, 156), "A800": (312, 156), "A40": (150, 75), "A30": (165, 82), "A10G": (70, 35), "A10": (125, 62.5), "L40S": (362, 183),
-    "L40": (181, 90.5), "L4": (121, 60), "RTX 6000 Ada": (364, 182), "RTX A6000": (155, 77.4), "RTX 4090": (165, 82.6), "RTX 3090": (71, 35.6),
-    "V100": (125, 15.7), "T4": (65, 8.1),
+    "B200": (2250, 1125),
+    "H200": (989, 495),
+    "H100 PCIe": (756, 378),
+    "H100 NVL": (835, 418),
+    "GH200": (989, 495),
+    "H100": (989, 495),
+    "A100": (312, 156),
+    "A800": (312, 156),
+    "A40": (150, 75),
+    "A30": (165, 82),
+    "A10G": (70, 35),
+    "A10": (125, 62.5),
+    "L40S": (362, 183),
+    "L40": (181, 90.5),
+    "L4": (121, 60),
+    "RTX 6000 Ada": (364, 182),
+    "RTX A6000": (155, 77.4),
+    "RTX 4090": (165, 82.6),
+    "RTX 3090": (71, 35.6),
+    "V100": (125, 15.7),
+    "T4": (65, 8.1),
 }
 
 
@@ -39,8 +56,11 @@ def forward_flops(config: Mapping, num_masked: int) -> float:
     encoder = 2 * visible * dims * wide + c["encoder_depth"] * block_flops(seen, wide, ratio)
     decoder = 2 * seen * wide * deep + c["decoder_depth"] * block_flops(slots + tokens, deep, ratio)
     head = c["channel_embed_dim"]
-    layer = 2 * dims * 6 * head**2 + block_flops(dims, head, ratio)                         # adaLN, then attention over the dimensions, and MLP
-    per_token = 2 * deep * head + c["channel_depth"] * layer + 2 * dims * 2 * head**2 + 2 * dims * head * c["quant_levels"]
+    # adaLN, then attention over the dimensions, and MLP
+    layer = 2 * dims * 6 * head**2 + block_flops(dims, head, ratio)
+    per_token = (
+        2 * deep * head + c["channel_depth"] * layer + 2 * dims * 2 * head**2 + 2 * dims * head * c["quant_levels"]
+    )
     return encoder + decoder + num_masked * per_token
 
 

@@ -29,14 +29,34 @@ from util.log import get_logger, run_cli
 
 logger = get_logger()
 
-FOLDER = "posthoc_ema"              # of the snapshots, in the run's folder
-MAX_RESIDUAL = 0.1                  # a profile that is off by more is another average than the one asked for
-NOT_THE_COURSE = ("resume", "start_epoch", "batch_size", "accum_iter", "log_freq", "save_last_freq", "save_every_steps", "keep_last", "sample_freq",
-                  "online_eval", "eval_freq", "eval_bsz", "posthoc_ema_freq", "device", "num_workers", "pin_mem", "world_size", "local_rank",
-                  "dist_on_itp", "dist_url")
+FOLDER = "posthoc_ema"  # of the snapshots, in the run's folder
+MAX_RESIDUAL = 0.1  # a profile that is off by more is another average than the one asked for
+NOT_THE_COURSE = (
+    "resume",
+    "start_epoch",
+    "batch_size",
+    "accum_iter",
+    "log_freq",
+    "save_last_freq",
+    "save_every_steps",
+    "keep_last",
+    "sample_freq",
+    "online_eval",
+    "eval_freq",
+    "eval_bsz",
+    "posthoc_ema_freq",
+    "device",
+    "num_workers",
+    "pin_mem",
+    "world_size",
+    "local_rank",
+    "dist_on_itp",
+    "dist_url",
+)
 
 
 # ------------------------------------------------------------------------------------------------------------- the fit
+
 
 def inner_product(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
     """Integral of p_a p_b, where p(tau) = (gamma + 1) tau^gamma / t^(gamma+1) on [0, t]; the arguments broadcast (appendix C)."""
@@ -45,18 +65,26 @@ def inner_product(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b
     return both * (earlier / later) ** np.where(t_a < t_b, gamma_b, gamma_a)
 
 
-def fit(steps: Sequence[int], sigma_rels: Sequence[float], step: int, wanted: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def fit(
+    steps: Sequence[int], sigma_rels: Sequence[float], step: int, wanted: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
     """Weights (K, N) that add the averages of `sigma_rels` at `steps` (K each) up to those of length `wanted` (N) at `step`, and residuals (N,).
 
     Least squares over the profiles. The weights of each sum add up to 1, as every profile's integral does (the paper leaves that free). Residual:
     ||sum - wanted profile|| / ||wanted profile||, in L2.
     """
-    t, gamma = np.array(steps, dtype=np.float64)[:, None], np.array([power_exponent(s) for s in sigma_rels])[:, None]       # (K, 1)
-    end, target = np.full((1, len(wanted)), float(step)), np.array([[power_exponent(s) for s in wanted]])                   # (1, N)
-    a, b, c = inner_product(t, gamma, t.T, gamma.T), inner_product(t, gamma, end, target), inner_product(end, target, end, target)
-    scale = 1 / np.sqrt(np.diag(a))[:, None]                                   # to profiles of norm 1, better conditioned
-    system = np.block([[a * scale * scale.T, scale], [scale.T, np.zeros((1, 1))]])          # (K + 1, K + 1), with Lagrange's multiplier
-    weights = np.linalg.lstsq(system, np.vstack([b * scale, np.ones_like(c)]), rcond=1e-13)[0][:-1] * scale                 # (K, N)
+    # (K, 1)
+    t, gamma = np.array(steps, dtype=np.float64)[:, None], np.array([power_exponent(s) for s in sigma_rels])[:, None]
+    end, target = np.full((1, len(wanted)), float(step)), np.array([[power_exponent(s) for s in wanted]])  # (1, N)
+    a, b, c = (
+        inner_product(t, gamma, t.T, gamma.T),
+        inner_product(t, gamma, end, target),
+        inner_product(end, target, end, target),
+    )
+    scale = 1 / np.sqrt(np.diag(a))[:, None]  # to profiles of norm 1, better conditioned
+    # (K + 1, K + 1), with Lagrange's multiplier
+    system = np.block([[a * scale * scale.T, scale], [scale.T, np.zeros((1, 1))]])
+    weights = np.linalg.lstsq(system, np.vstack([b * scale, np.ones_like(c)]), rcond=1e-13)[0][:-1] * scale  # (K, N)
     squared = (weights * (a @ weights - 2 * b)).sum(0) + c[0]
     return weights, np.sqrt(np.maximum(squared, 0) / c[0])
 
@@ -70,6 +98,7 @@ def possible(steps: Sequence[int], sigma_rels: Sequence[float], step: int) -> st
 
 # ------------------------------------------------------------------------------------------------------------- snapshots of a run
 
+
 def snapshot_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}.pth"
 
@@ -81,7 +110,10 @@ def snapshot_files(run_folder: Path) -> dict[int, Path]:
 
 def run_name(config: dict, data: dict) -> str:
     """Names a run by all that decides its course: the same command, started anew, makes the same run."""
-    course = config | {"args": {key: value for key, value in config["args"].items() if key not in NOT_THE_COURSE}, "data": data}
+    course = config | {
+        "args": {key: value for key, value in config["args"].items() if key not in NOT_THE_COURSE},
+        "data": data,
+    }
     return hashlib.sha256(json.dumps(course, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -92,8 +124,10 @@ def read_snapshot(path: Path, run: str | None) -> dict[str, dict[str, Tensor]]:
     if not isinstance(averages, dict) or not all(isinstance(averages.get(f"{s:g}"), dict) for s in SIGMA_RELS):
         raise ValueError(f"{path} is no snapshot of --posthoc_ema_freq: it lacks averages; move it away")
     if content.get("run") != run:
-        raise ValueError(f"{path} belongs to another run (named {content.get('run')}, this one is {run}): move that run's {FOLDER} away, or use "
-                         "another folder (--output_dir)")
+        raise ValueError(
+            f"{path} belongs to another run (named {content.get('run')}, this one is {run}): move that run's {FOLDER} away, or use "
+            "another folder (--output_dir)"
+        )
     return averages
 
 
@@ -124,8 +158,12 @@ class SnapshotWriter(CheckpointWriter):
             return
         self.taken = step
         if dist.is_main() or sharded:
-            halves = {f"{average.sigma_rel:g}": {name: to_host(value.half(), keep=dist.is_main()) for name, value in average.state_dict().items()}
-                      for average in averages}
+            halves = {
+                f"{average.sigma_rel:g}": {
+                    name: to_host(value.half(), keep=dist.is_main()) for name, value in average.state_dict().items()
+                }
+                for average in averages
+            }
             if dist.is_main():
                 self.save({"step": step, "run": self.run, "averages": halves})
 
@@ -134,6 +172,7 @@ class SnapshotWriter(CheckpointWriter):
 
 
 # ------------------------------------------------------------------------------------------------------------- the command
+
 
 def add_up(files: Sequence[Path], run: str, weights: np.ndarray, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """Sum of weights (len(files), len(SIGMA_RELS)) x averages, float32, with the names and shapes of `like`; one file after the other is read."""
@@ -144,12 +183,16 @@ def add_up(files: Sequence[Path], run: str, weights: np.ndarray, like: dict[str,
             average = averages[f"{sigma_rel:g}"]
             bad = [name for name, value in total.items() if getattr(average.get(name), "shape", None) != value.shape]
             if bad:
-                raise ValueError(f"{path} lacks or misshapes {len(bad)} parameters of the run's model: {', '.join(bad[:3])}; move it away")
+                raise ValueError(
+                    f"{path} lacks or misshapes {len(bad)} parameters of the run's model: {', '.join(bad[:3])}; move it away"
+                )
             for name, value in total.items():
                 value.add_(average[name].float(), alpha=float(weight))
     not_finite = [name for name, value in total.items() if not torch.isfinite(value).all()]
     if not_finite:
-        raise ValueError(f"the snapshots in {files[0].parent} hold NaN or values too large for float16, first in {', '.join(not_finite[:3])}")
+        raise ValueError(
+            f"the snapshots in {files[0].parent} hold NaN or values too large for float16, first in {', '.join(not_finite[:3])}"
+        )
     return total
 
 
@@ -162,30 +205,51 @@ def reconstruct(source: Path, sigma_rel: float, step: int | None = None) -> dict
     config, last = content["config"] if isinstance(content.get("config"), dict) else {}, content.get("step", 0)
     files = {at: path for at, path in snapshot_files(source.parent).items() if at <= last}
     if not files:
-        raise ValueError(f"{source.parent / FOLDER} holds no snapshots up to step {last} of {source}: they are written by training with "
-                         "--posthoc_ema_freq N, from its first step on")
+        raise ValueError(
+            f"{source.parent / FOLDER} holds no snapshots up to step {last} of {source}: they are written by training with "
+            "--posthoc_ema_freq N, from its first step on"
+        )
     for path in files.values():
         read_snapshot(path, config.get("run"))
     step = max(files) if step is None else step
     if step not in files:
-        raise ValueError(f"--step {step}: {source.parent / FOLDER} has no snapshot of that step, it has {', '.join(map(str, files))}")
+        raise ValueError(
+            f"--step {step}: {source.parent / FOLDER} has no snapshot of that step, it has {', '.join(map(str, files))}"
+        )
     files = {at: path for at, path in files.items() if at <= step}
     steps, sigma_rels = np.repeat(list(files), len(SIGMA_RELS)), SIGMA_RELS * len(files)
     weights, (residual,) = fit(steps, sigma_rels, step, [sigma_rel])
     if residual > MAX_RESIDUAL:
-        raise ValueError(f"--sigma_rel {sigma_rel:g} cannot be fitted with the {len(files)} snapshots up to step {step}: the profile would be off by "
-                         f"{100 * residual:.0f} %; choose {possible(steps, sigma_rels, step)}, or train with a smaller --posthoc_ema_freq")
-    average = add_up(list(files.values()), config["run"], weights.reshape(len(files), len(SIGMA_RELS)), content["model_ema"])
-    described = config | {"args": config["args"] | {"ema_rate": None, "ema_warmup": False}}           # no rate made this average
-    return {"model": content["model"] | average, "model_ema": average, "weights": "ema", "config": described, "step": step,
-            "fit": {"sigma_rel": sigma_rel, "residual": float(residual), "snapshots": len(files)}}
+        raise ValueError(
+            f"--sigma_rel {sigma_rel:g} cannot be fitted with the {len(files)} snapshots up to step {step}: the profile would be off by "
+            f"{100 * residual:.0f} %; choose {possible(steps, sigma_rels, step)}, or train with a smaller --posthoc_ema_freq"
+        )
+    average = add_up(
+        list(files.values()), config["run"], weights.reshape(len(files), len(SIGMA_RELS)), content["model_ema"]
+    )
+    described = config | {"args": config["args"] | {"ema_rate": None, "ema_warmup": False}}  # no rate made this average
+    return {
+        "model": content["model"] | average,
+        "model_ema": average,
+        "weights": "ema",
+        "config": described,
+        "step": step,
+        "fit": {"sigma_rel": sigma_rel, "residual": float(residual), "snapshots": len(files)},
+    }
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument("run", help="the folder of a training with --posthoc_ema_freq, or one of its checkpoints")
-    parser.add_argument("--sigma_rel", type=float, required=True, help="wanted length: the profile's standard deviation over the steps trained")
-    parser.add_argument("--step", type=int, default=None, help="step of the snapshot at which the average ends; default: the last")
+    parser.add_argument(
+        "--sigma_rel",
+        type=float,
+        required=True,
+        help="wanted length: the profile's standard deviation over the steps trained",
+    )
+    parser.add_argument(
+        "--step", type=int, default=None, help="step of the snapshot at which the average ends; default: the last"
+    )
     parser.add_argument("--output", default="", help="file to write; default: RUN/ema-SIGMA_REL-STEP.pth")
     return parser
 
@@ -193,7 +257,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, fit, write. ValueError or OSError for bad input."""
     args = build_parser().parse_args(argv)
-    power_exponent(args.sigma_rel)                                              # refused before a file is read
+    power_exponent(args.sigma_rel)  # refused before a file is read
     source = resolve(args.run)
     if args.output and (Path(args.output).suffix != ".pth" or Path(args.output).exists()):
         why = "exists already" if Path(args.output).exists() else "does not end in .pth"
@@ -202,8 +266,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(args.output) if args.output else source.parent / f"ema-{args.sigma_rel:g}-{content['step']:08d}.pth"
     check_writable(output.parent, "--output")
     atomic_save(content, output)
-    print(f"sigma_rel {args.sigma_rel:g} at step {content['step']} from {content['fit']['snapshots']} snapshots: relative error of the "
-          f"profile {content['fit']['residual']:.3g}; wrote {output}")
+    print(
+        f"sigma_rel {args.sigma_rel:g} at step {content['step']} from {content['fit']['snapshots']} snapshots: relative error of the "
+        f"profile {content['fit']['residual']:.3g}; wrote {output}"
+    )
 
 
 if __name__ == "__main__":

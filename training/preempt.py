@@ -20,7 +20,7 @@ class StopRequest:
         self._pending: tuple[torch.Tensor, torch.distributed.Work] | None = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = number                                  # nothing else: the signal may have come in the middle of anything
+        self.received = number  # nothing else: the signal may have come in the middle of anything
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -32,7 +32,7 @@ class StopRequest:
         try:
             yield
             if self._pending is not None:
-                self._pending[1].wait()                         # before any process leaves the group
+                self._pending[1].wait()  # before any process leaves the group
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -11,20 +11,44 @@ from util.log import get_logger
 
 logger = get_logger()
 
-RECIPE = 2          # in a checkpoint's config; those of the first recipe have no such number, see `name_older_recipe`
+RECIPE = 2  # in a checkpoint's config; those of the first recipe have no such number, see `name_older_recipe`
 # Flags that decide the course of a training: all may change when it is resumed, and the log names those that do.
-RECIPE_FLAGS = ("epochs", "max_steps", "warmup_epochs", "min_lr", "lr_schedule", "batch_size", "accum_iter", "grad_clip", "ema_rate", "ema_warmup",
-                "precision", "seed", "data_path", "use_cached", "cached_path", "no_flip")
+RECIPE_FLAGS = (
+    "epochs",
+    "max_steps",
+    "warmup_epochs",
+    "min_lr",
+    "lr_schedule",
+    "batch_size",
+    "accum_iter",
+    "grad_clip",
+    "ema_rate",
+    "ema_warmup",
+    "precision",
+    "seed",
+    "data_path",
+    "use_cached",
+    "cached_path",
+    "no_flip",
+)
 
 
 def recorded_arguments(content: dict) -> dict:
     """The flags that a checkpoint was trained with, by name: of our config, or of the published files' `args`; {} if it does not say."""
     config, recorded = content.get("config"), content.get("args")
-    found = config.get("args") if isinstance(config, dict) else vars(recorded) if isinstance(recorded, argparse.Namespace) else recorded
+    found = (
+        config.get("args")
+        if isinstance(config, dict)
+        else vars(recorded)
+        if isinstance(recorded, argparse.Namespace)
+        else recorded
+    )
     return found if isinstance(found, dict) else {}
 
 
-def take_optimizer_settings(args: argparse.Namespace, given: set[str], content: dict | None, source: Path | None) -> dict:
+def take_optimizer_settings(
+    args: argparse.Namespace, given: set[str], content: dict | None, source: Path | None
+) -> dict:
     """weight_decay, betas and eps for AdamW: a flag that was given wins, otherwise the checkpoint's; the log names what differs.
 
     args.weight_decay is set to the value used, so that the recorded config holds it. ValueError if the checkpoint's cannot be read.
@@ -35,9 +59,16 @@ def take_optimizer_settings(args: argparse.Namespace, given: set[str], content: 
     if saved and saved["weight_decay"] != args.weight_decay:
         if "weight_decay" in given:
             used["weight_decay"] = args.weight_decay
-            logger.warning("--weight_decay: %g from now on, was %g in %s", args.weight_decay, saved["weight_decay"], source)
+            logger.warning(
+                "--weight_decay: %g from now on, was %g in %s", args.weight_decay, saved["weight_decay"], source
+            )
         else:
-            logger.info("weight decay %g as in %s; the default is %g (--weight_decay)", saved["weight_decay"], source, args.weight_decay)
+            logger.info(
+                "weight decay %g as in %s; the default is %g (--weight_decay)",
+                saved["weight_decay"],
+                source,
+                args.weight_decay,
+            )
     for name in ("betas", "eps"):
         if used[name] != published[name]:
             logger.info("AdamW's %s %s as in %s, instead of %s", name, used[name], source, published[name])
@@ -60,8 +91,11 @@ def warn_of_other_recipe(args: argparse.Namespace, content: dict, source: Path, 
     """
     recorded = recorded_arguments(content)
     names = RECIPE_FLAGS if content.get("config") else RECIPE_FLAGS + BEHAVIOUR_FLAGS
-    changed = [f"--{name} {getattr(args, name)}, was {recorded[name]}" for name in names
-               if name in recorded and getattr(args, name) != recorded[name]]
+    changed = [
+        f"--{name} {getattr(args, name)}, was {recorded[name]}"
+        for name in names
+        if name in recorded and getattr(args, name) != recorded[name]
+    ]
     before = recorded_peak_lr(content, recorded)
     if before is not None and not math.isclose(before, lr):
         changed.append(f"peak learning rate {lr:g}, was {before:g} (--lr, --blr)")
@@ -72,5 +106,10 @@ def warn_of_other_recipe(args: argparse.Namespace, content: dict, source: Path, 
 def name_older_recipe(args: argparse.Namespace, content: dict, source: Path) -> None:
     """Log how a training begun with an earlier version of this code continues; `args` holds the model's rates."""
     if content.get("config") and "recipe" not in content["config"]:
-        logger.info("%s was begun without dropout in the head and with one mask ratio for all processes; it continues as published: --attn_dropout %g "
-                    "and --proj_dropout %g in the head too, a mask ratio for each micro-batch", source, args.attn_dropout, args.proj_dropout)
+        logger.info(
+            "%s was begun without dropout in the head and with one mask ratio for all processes; it continues as published: --attn_dropout %g "
+            "and --proj_dropout %g in the head too, a mask ratio for each micro-batch",
+            source,
+            args.attn_dropout,
+            args.proj_dropout,
+        )

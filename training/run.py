@@ -33,31 +33,63 @@ def train_settings(args: argparse.Namespace, steps_per_epoch: int, device: torch
     """What the loop needs to know, from the flags."""
     precision = dist.pick_precision(args.precision, device)
     return TrainSettings(
-        batch_size=args.batch_size, epochs=args.epochs, steps_per_epoch=steps_per_epoch,
-        lr=base_learning_rate(args.lr, args.blr, args.batch_size * dist.world_size() * args.accum_iter), min_lr=args.min_lr,
-        lr_schedule=args.lr_schedule, warmup_epochs=args.warmup_epochs, grad_clip=args.grad_clip, seed=args.seed, precision=precision,
-        accum_iter=args.accum_iter, max_steps=args.max_steps, max_bad_steps=args.max_bad_steps, log_freq=args.log_freq,
-        save_every_steps=args.save_every_steps, posthoc_ema_freq=args.posthoc_ema_freq,
-        peak_tflops=args.peak_tflops or peak_tflops(dist.device_name(device), precision))
+        batch_size=args.batch_size,
+        epochs=args.epochs,
+        steps_per_epoch=steps_per_epoch,
+        lr=base_learning_rate(args.lr, args.blr, args.batch_size * dist.world_size() * args.accum_iter),
+        min_lr=args.min_lr,
+        lr_schedule=args.lr_schedule,
+        warmup_epochs=args.warmup_epochs,
+        grad_clip=args.grad_clip,
+        seed=args.seed,
+        precision=precision,
+        accum_iter=args.accum_iter,
+        max_steps=args.max_steps,
+        max_bad_steps=args.max_bad_steps,
+        log_freq=args.log_freq,
+        save_every_steps=args.save_every_steps,
+        posthoc_ema_freq=args.posthoc_ema_freq,
+        peak_tflops=args.peak_tflops or peak_tflops(dist.device_name(device), precision),
+    )
 
 
-def announce(args: argparse.Namespace, model: TokenBridge, settings: TrainSettings, images: int, device: torch.device) -> None:
+def announce(
+    args: argparse.Namespace, model: TokenBridge, settings: TrainSettings, images: int, device: torch.device
+) -> None:
     """What is trained, and where its loss should start."""
     levels, width = model.config["quant_levels"], model.config["channel_embed_dim"]
-    start = math.log(levels) + width / (width + levels)                    # xavier-uniform logits of a normalised feature have twice that variance
-    logger.info("%s: %.2f M parameters, %d tokens x %d dimensions x %d levels; %d images, global batch %d, lr %.3g, %d epochs of %d steps, %s on %s",
-                args.model, sum(p.numel() for p in model.parameters()) / 1e6, model.num_tokens, model.token_dim, levels, images,
-                settings.batch_size * dist.world_size() * settings.accum_iter, settings.lr, args.epochs, settings.steps_per_epoch, settings.precision,
-                device)
-    logger.info("the loss starts near %.2f; below ln %d = %.3f something has been learned", start, levels, math.log(levels))
+    # xavier-uniform logits of a normalised feature have twice that variance
+    start = math.log(levels) + width / (width + levels)
+    logger.info(
+        "%s: %.2f M parameters, %d tokens x %d dimensions x %d levels; %d images, global batch %d, lr %.3g, %d epochs of %d steps, %s on %s",
+        args.model,
+        sum(p.numel() for p in model.parameters()) / 1e6,
+        model.num_tokens,
+        model.token_dim,
+        levels,
+        images,
+        settings.batch_size * dist.world_size() * settings.accum_iter,
+        settings.lr,
+        args.epochs,
+        settings.steps_per_epoch,
+        settings.precision,
+        device,
+    )
+    logger.info(
+        "the loss starts near %.2f; below ln %d = %.3f something has been learned", start, levels, math.log(levels)
+    )
 
 
-def sample_grid(model: TokenBridge, vae: AutoencoderKL, settings: SampleSettings, path: Path, device: torch.device) -> Tensor | None:
+def sample_grid(
+    model: TokenBridge, vae: AutoencoderKL, settings: SampleSettings, path: Path, device: torch.device
+) -> Tensor | None:
     """Write a grid of images of up to 16 classes, evenly spaced; the same seeds each time. Returns it (3, H, W) on rank 0."""
     count = min(16, model.class_num)
     labels = [i * model.class_num // count for i in range(count)]
     mine = list(generate(model, vae, labels, range(dist.rank(), count, dist.world_size()), settings, device))
-    pieces = dist.gather_objects([(number, image.cpu()) for numbers, images in mine for number, image in zip(numbers, images, strict=True)])
+    pieces = dist.gather_objects(
+        [(number, image.cpu()) for numbers, images in mine for number, image in zip(numbers, images, strict=True)]
+    )
     if not dist.is_main():
         return None
     images = dict(piece for part in pieces for piece in part)
@@ -70,8 +102,16 @@ def due(epoch: int, every: int) -> bool:
     return epoch % every == 0
 
 
-def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, content: dict | None, source: Path | None, device: torch.device,
-          optimizer_settings: dict, make_evaluator: Callable[[], Callable] | None = None) -> None:
+def train(
+    args: argparse.Namespace,
+    model: TokenBridge,
+    vae: AutoencoderKL,
+    content: dict | None,
+    source: Path | None,
+    device: torch.device,
+    optimizer_settings: dict,
+    make_evaluator: Callable[[], Callable] | None = None,
+) -> None:
     """Train to --epochs or --max_steps; writes checkpoint-last.pth, log.jsonl and tensorboard events to --output_dir.
 
     optimizer_settings: weight_decay, betas and eps (engine_recipe.take_optimizer_settings). make_evaluator: called once the data is known to
@@ -82,10 +122,14 @@ def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, cont
     sampler = GlobalBatchSampler(len(dataset), args.batch_size, dist.rank(), dist.world_size(), args.seed)
     steps_per_epoch = len(sampler) // args.accum_iter
     if steps_per_epoch == 0:
-        raise ValueError(f"the data set has {len(dataset)} samples, fewer than one optimizer step needs "
-                         f"({args.batch_size} x {dist.world_size()} processes x --accum_iter {args.accum_iter})")
+        raise ValueError(
+            f"the data set has {len(dataset)} samples, fewer than one optimizer step needs "
+            f"({args.batch_size} x {dist.world_size()} processes x --accum_iter {args.accum_iter})"
+        )
     if args.fsdp and dist.world_size() == 1:
-        raise ValueError("--fsdp cuts the weights over several processes, and there is one: start it with torchrun --nproc_per_node, or leave it out")
+        raise ValueError(
+            "--fsdp cuts the weights over several processes, and there is one: start it with torchrun --nproc_per_node, or leave it out"
+        )
     if args.fsdp and (reason := cannot_shard(device)):
         raise ValueError(reason)
     evaluator = make_evaluator() if make_evaluator is not None else None
@@ -93,26 +137,52 @@ def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, cont
     grid.check(model.token_dim)
     if content is not None:
         checkpoint.load_state(model, content["model"], str(source))
-    state = TrainState(model, **optimizer_settings, ema_rate=args.ema_rate, ema_warmup=args.ema_warmup, precision=settings.precision,
-                       compiled=args.compile, fsdp=args.fsdp, accumulates=args.accum_iter > 1,
-                       posthoc_ema=args.posthoc_ema_freq > 0, device=device)
-    vae.to(memory_format=torch.channels_last)                              # faster convolutions; for images only, a cache needs no VAE
-    data = {"samples": len(dataset), "seed": args.seed, "global_batch": args.batch_size * dist.world_size() * args.accum_iter}
+    state = TrainState(
+        model,
+        **optimizer_settings,
+        ema_rate=args.ema_rate,
+        ema_warmup=args.ema_warmup,
+        precision=settings.precision,
+        compiled=args.compile,
+        fsdp=args.fsdp,
+        accumulates=args.accum_iter > 1,
+        posthoc_ema=args.posthoc_ema_freq > 0,
+        device=device,
+    )
+    vae.to(memory_format=torch.channels_last)  # faster convolutions; for images only, a cache needs no VAE
+    data = {
+        "samples": len(dataset),
+        "seed": args.seed,
+        "global_batch": args.batch_size * dist.world_size() * args.accum_iter,
+    }
     if content is not None:
         state.load_state_dict(content, steps_per_epoch, str(source))
-        logger.info("resumed from %s at step %d: epoch %d, %d of its %d steps done", source, state.step, *divmod(state.step, steps_per_epoch),
-                    steps_per_epoch)
+        logger.info(
+            "resumed from %s at step %d: epoch %d, %d of its %d steps done",
+            source,
+            state.step,
+            *divmod(state.step, steps_per_epoch),
+            steps_per_epoch,
+        )
         warn_of_other_data(content, data, source)
         warn_of_other_recipe(args, content, source, settings.lr)
         name_older_recipe(args, content, source)
     elif args.start_epoch:
         state.step = args.start_epoch * steps_per_epoch
-    config = {"recipe": RECIPE, "model_name": args.model, "model": model.config, "vae": vae.config, "vae_fingerprint": vae.latent_fingerprint(),
-              "classes": dataset.classes, "args": vars(args), "optimizer": optimizer_settings}
+    config = {
+        "recipe": RECIPE,
+        "model_name": args.model,
+        "model": model.config,
+        "vae": vae.config,
+        "vae_fingerprint": vae.latent_fingerprint(),
+        "classes": dataset.classes,
+        "args": vars(args),
+        "optimizer": optimizer_settings,
+    }
     if state.power_emas:
         config["run"] = ((content or {}).get("config") or {}).get("run") or posthoc_ema.run_name(config, data)
         posthoc_ema.check_run(Path(args.output_dir), config["run"])
-    output = check_writable(args.output_dir, "--output_dir")               # last, so that a refused command leaves no folder behind
+    output = check_writable(args.output_dir, "--output_dir")  # last, so that a refused command leaves no folder behind
     writer, saved = checkpoint.CheckpointWriter(output, args.keep_last), None
     snapshots = posthoc_ema.SnapshotWriter(output, config["run"], state.step) if state.power_emas else None
 
@@ -122,13 +192,13 @@ def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, cont
 
     def save() -> None:
         nonlocal saved
-        if saved == state.step:                                            # --save_every_steps, and then the end of an epoch
+        if saved == state.step:  # --save_every_steps, and then the end of an epoch
             return
         saved = state.step
         epoch, done = divmod(state.step, steps_per_epoch)
         snapshot = state.snapshot(steps_per_epoch)
         if snapshots is not None:
-            snapshots.close()                                              # a checkpoint's snapshots are on the disk before it
+            snapshots.close()  # a checkpoint's snapshots are on the disk before it
         if snapshot is not None:
             writer.save(snapshot | {"config": config, "data": data | {"epoch": epoch, "steps_done": done}})
 
@@ -143,8 +213,17 @@ def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, cont
             while state.step < settings.total_steps and not stopped:
                 epoch, done = divmod(state.step, steps_per_epoch)
                 sampler.set_epoch(epoch, done * args.accum_iter)
-                stopped = train_one_epoch(state, vae, loader, settings, device, log, save=save, keep_averages=keep_averages,
-                                          should_stop=stop.agreed)
+                stopped = train_one_epoch(
+                    state,
+                    vae,
+                    loader,
+                    settings,
+                    device,
+                    log,
+                    save=save,
+                    keep_averages=keep_averages,
+                    should_stop=stop.agreed,
+                )
                 finished, ended = state.step >= settings.total_steps, state.step % steps_per_epoch == 0
                 if finished:
                     keep_averages()
@@ -153,7 +232,9 @@ def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, cont
                 if evaluator is not None and not stopped and (finished or due(epoch, args.eval_freq)):
                     evaluator(state.averaged_model(), vae, state.step)
                 if args.sample_freq and not stopped and (finished or ended and (epoch + 1) % args.sample_freq == 0):
-                    picture = sample_grid(state.averaged_model(), vae, grid, output / "samples" / f"step-{state.step:08d}.png", device)
+                    picture = sample_grid(
+                        state.averaged_model(), vae, grid, output / "samples" / f"step-{state.step:08d}.png", device
+                    )
                     if log is not None:
                         log.write_image("samples", picture, state.step)
     finally:
@@ -163,12 +244,21 @@ def train(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, cont
         if log is not None:
             log.close()
     if stopped:
-        logger.info("stopped by a signal after step %d of %d; the same command with --resume %s continues", state.step, settings.total_steps, output)
+        logger.info(
+            "stopped by a signal after step %d of %d; the same command with --resume %s continues",
+            state.step,
+            settings.total_steps,
+            output,
+        )
 
 
 def warn_of_other_data(content: dict, data: dict, source: Path) -> None:
     """The order of the data follows from these numbers; a run that continues with others is not the run never stopped."""
     before = content.get("data")
-    changed = [f"{key} {data[key]} instead of {before.get(key)}" for key in data if isinstance(before, dict) and before.get(key) != data[key]]
+    changed = [
+        f"{key} {data[key]} instead of {before.get(key)}"
+        for key in data
+        if isinstance(before, dict) and before.get(key) != data[key]
+    ]
     if changed:
         logger.warning("%s was trained with other data or another order of it: %s", source, ", ".join(changed))

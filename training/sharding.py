@@ -14,6 +14,7 @@ from util import dist
 def cannot_shard(device: torch.device) -> str:
     """Why --fsdp does not work on the device with this torch, "" if it does: on a CPU 2.6 stops with an error, and 2.7 sums what it should average."""
     from torch.distributed.fsdp import FSDPModule
+
     if device.type == "cpu" and not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         return f"--fsdp on a CPU needs torch 2.8 or later, this is {torch.__version__}: leave it out, or install a later torch"
     return ""
@@ -26,12 +27,13 @@ def shard(model: nn.Module, units: Iterable[nn.Module], device: torch.device) ->
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # slow to import; only for runs that shard
+
     mesh = init_device_mesh(device.type, (dist.world_size(),))
     for module in (*units, model):
         fully_shard(module, mesh=mesh)
-        if device.type == "cpu":                                # asked for a mean, gloo gave the sum in torch 2.7 and 2.8
+        if device.type == "cpu":  # asked for a mean, gloo gave the sum in torch 2.7 and 2.8
             module.set_force_sum_reduction_for_comms(True)
-    model.to(device)                                            # buffers
+    model.to(device)  # buffers
 
 
 def is_sharded(value: Tensor) -> bool:
@@ -49,7 +51,10 @@ def like(value: Tensor, reference: Tensor) -> Tensor:
     if not is_sharded(reference) or value.shape != reference.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(value.to(reference.device), reference.device_mesh, reference.placements, src_data_rank=None)
+
+    return distribute_tensor(
+        value.to(reference.device), reference.device_mesh, reference.placements, src_data_rank=None
+    )
 
 
 def to_host(value: object, keep: bool = True) -> object:

@@ -17,7 +17,7 @@ from util.log import get_logger
 logger = get_logger()
 
 LAST = "checkpoint-last.pth"
-NUMBERED = "checkpoint-{:08d}.pth"      # by step; beside LAST with --keep_last 2 or more
+NUMBERED = "checkpoint-{:08d}.pth"  # by step; beside LAST with --keep_last 2 or more
 
 
 def atomic_save(content: object, path: str | Path) -> None:
@@ -29,12 +29,14 @@ def atomic_save(content: object, path: str | Path) -> None:
 def load_file(path: str | Path, flag: str = "--resume", mmap: bool = False) -> dict:
     """The dict in a checkpoint file, on the CPU. FileNotFoundError or ValueError naming flag and file; code in it is never run."""
     from checkpoints.weights import read_file  # the one place that reads checkpoints; util knows no model when imported
+
     return read_file(path, flag, mmap)
 
 
 def resolve(resume: str) -> Path:
     """--resume DIR means DIR/checkpoint-last.pth, or DIR/model.safetensors where there is only that; a file is taken as it is."""
     from checkpoints.weights import find_file
+
     return find_file(resume)
 
 
@@ -67,6 +69,7 @@ def load_latest(resume: str, mmap: bool = False) -> tuple[Path, dict]:
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
+
 class CheckpointWriter:
     """Writes checkpoints of one folder in a background thread, one at a time: `save` waits for the file before it.
 
@@ -97,7 +100,7 @@ class CheckpointWriter:
     def _run(self, content: dict) -> None:
         try:
             self._write(content)
-        except Exception as error:                              # raised in the main thread
+        except Exception as error:  # raised in the main thread
             self._error = error
 
     def _write(self, content: dict) -> None:
@@ -126,7 +129,7 @@ def second_name(path: Path, name: Path) -> None:
         os.replace(temporary, name)
         sync_folder(name.parent)
     finally:
-        temporary.unlink(missing_ok=True)                       # still there if both names were one file before
+        temporary.unlink(missing_ok=True)  # still there if both names were one file before
 
 
 def versions() -> dict[str, str]:
@@ -135,6 +138,7 @@ def versions() -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------------------------- random state
+
 
 def seed_generators(seed: int) -> None:
     """Seed the global generators of torch (all devices), numpy and Python: what draws from them is then the same in every run."""
@@ -146,8 +150,12 @@ def seed_generators(seed: int) -> None:
 def random_state(device: torch.device) -> dict:
     """This process's global generators: torch's on the CPU and on the device, numpy's, Python's; in types that weights_only reads."""
     name, keys, *rest = np.random.get_state()
-    return {"torch": torch.get_rng_state(), "device": dist.device_random_state(device), "numpy": [name, keys.tolist(), *rest],
-            "python": list(random.getstate())}
+    return {
+        "torch": torch.get_rng_state(),
+        "device": dist.device_random_state(device),
+        "numpy": [name, keys.tolist(), *rest],
+        "python": list(random.getstate()),
+    }
 
 
 def set_random_state(state: dict, device: torch.device) -> None:
@@ -161,7 +169,9 @@ def set_random_state(state: dict, device: torch.device) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- weights
 
+
 def load_state(module: torch.nn.Module, state: dict, source: str) -> None:
     """Strict load_state_dict whose ValueError names the file and the first keys that do not fit; NaN is refused too."""
     from checkpoints.weights import load_state as load
+
     load(module, state, source)

@@ -23,13 +23,25 @@ def add_process_flags(parser: argparse.ArgumentParser, seed: int) -> None:
     group = parser.add_argument_group("processes")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes cuda where there is one")
     group.add_argument("--seed", type=int, default=seed, help="seed of every random draw")
-    group.add_argument("--num_workers", type=int, default=10,
-                       help="loader processes per training process, by default no more than it has cores; 0 loads in the process itself")
-    group.add_argument("--pin_mem", action="store_true", default=True, help="pin the loader's memory (faster copies to a GPU)")
+    group.add_argument(
+        "--num_workers",
+        type=int,
+        default=10,
+        help="loader processes per training process, by default no more than it has cores; 0 loads in the process itself",
+    )
+    group.add_argument(
+        "--pin_mem", action="store_true", default=True, help="pin the loader's memory (faster copies to a GPU)"
+    )
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="do not pin it")
-    group.add_argument("--world_size", type=int, default=1, help="set by torchrun; accepted for old launch lines, must agree with it")
-    group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by torchrun; accepted for old launch lines")
-    group.add_argument("--dist_on_itp", action="store_true", help="refused: MPI launch on one particular cluster; use torchrun")
+    group.add_argument(
+        "--world_size", type=int, default=1, help="set by torchrun; accepted for old launch lines, must agree with it"
+    )
+    group.add_argument(
+        "--local_rank", "--local-rank", type=int, default=-1, help="set by torchrun; accepted for old launch lines"
+    )
+    group.add_argument(
+        "--dist_on_itp", action="store_true", help="refused: MPI launch on one particular cluster; use torchrun"
+    )
     group.add_argument("--dist_url", default="env://", help="where the processes meet (torch.distributed init_method)")
 
 
@@ -47,14 +59,22 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
 def _check_process_flags(args: argparse.Namespace, given: set[str]) -> None:
     if args.dist_on_itp:
-        raise ValueError("--dist_on_itp is refused: it belongs to the MPI launcher of one particular cluster; start the processes with torchrun")
+        raise ValueError(
+            "--dist_on_itp is refused: it belongs to the MPI launcher of one particular cluster; start the processes with torchrun"
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if "world_size" in given and args.world_size != launched:
-        raise ValueError(f"--world_size {args.world_size}, but {launched} processes were launched; leave the flag out and use torchrun --nproc_per_node")
+        raise ValueError(
+            f"--world_size {args.world_size}, but {launched} processes were launched; leave the flag out and use torchrun --nproc_per_node"
+        )
     if args.local_rank >= 0 and int(os.environ.setdefault("LOCAL_RANK", str(args.local_rank))) != args.local_rank:
-        raise ValueError(f"--local_rank {args.local_rank} contradicts the launcher's LOCAL_RANK {os.environ['LOCAL_RANK']}; leave the flag out")
+        raise ValueError(
+            f"--local_rank {args.local_rank} contradicts the launcher's LOCAL_RANK {os.environ['LOCAL_RANK']}; leave the flag out"
+        )
     if "num_workers" not in given:
-        args.num_workers = min(args.num_workers, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        args.num_workers = min(
+            args.num_workers, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        )
     at_least(args, num_workers=0)
 
 

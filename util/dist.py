@@ -13,7 +13,7 @@ from torch import Tensor
 
 DEVICES = "auto, cpu, cuda, cuda:N"
 PRECISIONS = ("fp32", "bf16", "fp16")
-TIMEOUT = datetime.timedelta(minutes=30)        # of a process that waits for the others
+TIMEOUT = datetime.timedelta(minutes=30)  # of a process that waits for the others
 
 
 def pick_device(flag: str) -> torch.device:
@@ -25,11 +25,15 @@ def pick_device(flag: str) -> torch.device:
     if not (flag == "cuda" or (flag.startswith("cuda:") and flag[5:].isdigit())):
         raise ValueError(f"--device {flag!r} is not one of {DEVICES}")
     if not torch.cuda.is_available():
-        raise ValueError(f"--device {flag} was asked for, but this machine has no CUDA device that torch can use; use --device cpu or auto")
+        raise ValueError(
+            f"--device {flag} was asked for, but this machine has no CUDA device that torch can use; use --device cpu or auto"
+        )
     index = int(flag[5:]) if ":" in flag else int(os.environ.get("LOCAL_RANK", 0))
     if index >= torch.cuda.device_count():
-        raise ValueError(f"--device {flag}: process needs CUDA device {index}, but there are {torch.cuda.device_count()} "
-                         "(--nproc_per_node larger than the number of GPUs?)")
+        raise ValueError(
+            f"--device {flag}: process needs CUDA device {index}, but there are {torch.cuda.device_count()} "
+            "(--nproc_per_node larger than the number of GPUs?)"
+        )
     return torch.device("cuda", index)
 
 
@@ -42,16 +46,26 @@ def init(device_flag: str, dist_url: str = "env://") -> torch.device:
         torch.backends.cudnn.benchmark = True
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store, index, processes = next(dist.rendezvous(dist_url, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout=TIMEOUT))
+        store, index, processes = next(
+            dist.rendezvous(dist_url, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout=TIMEOUT)
+        )
         store.set_timeout(TIMEOUT)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = store_of_this_start(store, index, processes)
-        dist.init_process_group(backend, store=store, rank=index, world_size=processes, timeout=TIMEOUT,
-                                device_id=device if device.type == "cuda" else None)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=index,
+            world_size=processes,
+            timeout=TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
     return device
 
 
-def store_of_this_start(store: dist.Store, index: int, processes: int, timeout: datetime.timedelta = TIMEOUT) -> dist.Store:
+def store_of_this_start(
+    store: dist.Store, index: int, processes: int, timeout: datetime.timedelta = TIMEOUT
+) -> dist.Store:
     """The store under a prefix that only the processes started together share; each of them calls this.
 
     torchrun keeps one store over all its restarts (torch 2.5 to 2.15), so the addresses that dead processes left there would be taken for those of
@@ -73,7 +87,9 @@ def store_of_this_start(store: dist.Store, index: int, processes: int, timeout: 
             elif store.check([f"asks/{other}"]):
                 store.set(f"answer/{store.get(f'asks/{other}').decode()}", name)
         if missing and time.monotonic() > deadline:
-            raise RuntimeError(f"{processes} processes were started, but ranks {', '.join(map(str, sorted(missing)))} did not join within {timeout}")
+            raise RuntimeError(
+                f"{processes} processes were started, but ranks {', '.join(map(str, sorted(missing)))} did not join within {timeout}"
+            )
         time.sleep(0.02)
     return dist.PrefixStore(name, store)
 
@@ -192,9 +208,9 @@ def prefetch(batches: Iterable[Sequence[Tensor]], device: torch.device) -> Itera
     for batch in batches:
         with torch.cuda.stream(copying):
             copied = tuple(x.to(device, non_blocking=True) for x in batch)
-        working.wait_stream(copying)                            # the device's queue waits, not the host
+        working.wait_stream(copying)  # the device's queue waits, not the host
         for x in copied:
-            x.record_stream(working)                            # its memory is not free before the work on it is done
+            x.record_stream(working)  # its memory is not free before the work on it is done
         yield copied
 
 
@@ -203,6 +219,7 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

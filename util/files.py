@@ -39,7 +39,7 @@ def sync_folder(folder: Path) -> None:
         return
     try:
         os.fsync(number)
-    except OSError:                                             # some network file systems refuse it for folders
+    except OSError:  # some network file systems refuse it for folders
         pass
     finally:
         os.close(number)

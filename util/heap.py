@@ -3,7 +3,7 @@
 import ctypes
 import platform
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4         # numbers of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # numbers of malloc.h
 
 
 def keep_freed_memory(keep: bool = True) -> bool:
@@ -18,6 +18,10 @@ def keep_freed_memory(keep: bool = True) -> bool:
     libc = ctypes.CDLL(None)
     if keep:
         return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1))
-    done = libc.mallopt(M_MMAP_MAX, 65536) and libc.mallopt(M_MMAP_THRESHOLD, 32 << 20) and libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
+    done = (
+        libc.mallopt(M_MMAP_MAX, 65536)
+        and libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        and libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
+    )
     libc.malloc_trim(0)
     return bool(done)

@@ -19,7 +19,9 @@ def get_logger() -> logging.Logger:
     if not logger.handlers:
         rank = os.environ.get("RANK", "0")
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s " + (f"[rank {rank}] " if rank != "0" else "") + "%(message)s", "%H:%M:%S"))
+        handler.setFormatter(
+            logging.Formatter("%(asctime)s " + (f"[rank {rank}] " if rank != "0" else "") + "%(message)s", "%H:%M:%S")
+        )
         logger.addHandler(handler)
         logger.setLevel(logging.INFO if rank == "0" else logging.WARNING)
         logger.propagate = False
@@ -44,7 +46,8 @@ def run_cli(main: Callable[[], object]) -> int:
         if os.environ.get("TOKENBRIDGE_DEBUG"):
             raise
         text = str(error)
-        if text.startswith("Caught ") and "DataLoader worker" in text:         # torch puts the worker's traceback into the message
+        # torch puts the worker's traceback into the message
+        if text.startswith("Caught ") and "DataLoader worker" in text:
             text = text.rstrip().splitlines()[-1].split(": ", 1)[-1]
         print(f"error: {text}", file=sys.stderr, flush=True)
         return 2
@@ -65,13 +68,14 @@ class JsonlLog:
                     if json.loads(line)["step"] <= resume_step:
                         kept.append(line)
                 except (json.JSONDecodeError, KeyError, TypeError):
-                    continue                                   # a line cut short by a kill
+                    continue  # a line cut short by a kill
         with replacing(path) as file:
             file.write("".join(line + "\n" for line in kept).encode())
         self.file = path.open("a", buffering=1)
         self.board = None
         if tensorboard_dir is not None:
             from torch.utils.tensorboard import SummaryWriter  # slow to import; only for runs that write it
+
             self.board = SummaryWriter(str(tensorboard_dir), purge_step=resume_step + 1)
 
     def write(self, record: dict) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # Share of the tokens that stays masked after `done` of `total` steps: 1 before the first, 0 after the last.
 MASK_SCHEDULES: dict[str, Callable[[int, int], float]] = {
-    "cosine": lambda done, total: math.cos(math.pi / 2 * done / total),              # published (SPEC 6)
+    "cosine": lambda done, total: math.cos(math.pi / 2 * done / total),  # published (SPEC 6)
     "linear": lambda done, total: 1 - done / total,
     "square": lambda done, total: 1 - (done / total) ** 2,
     "cubic": lambda done, total: 1 - (done / total) ** 3,
@@ -80,7 +80,9 @@ def unmasking_plan(num_iter: int, num_tokens: int, schedule: str = "cosine") -> 
     return plan
 
 
-def guidance_scale(cfg: float, schedule: str, num_tokens: int, keep: int, interval: tuple[float, float] = (0.0, 1.0)) -> float:
+def guidance_scale(
+    cfg: float, schedule: str, num_tokens: int, keep: int, interval: tuple[float, float] = (0.0, 1.0)
+) -> float:
     """Classifier-free guidance scale of a step that leaves `keep` of L tokens masked; x = (L - keep) / L is the share revealed.
 
     linear (published, SPEC 6): 1 + (cfg - 1)*x; constant: cfg; cosine: 1 + (cfg - 1)*(1 - cos(pi*x))/2, late and soft; interval: cfg while x
@@ -106,7 +108,10 @@ def temperature_at(step: int, num_iter: int, start: float, end: float, schedule:
 
 # ----------------------------------------------------------------------------------------------- orders
 
-def random_orders(batch: int, num_tokens: int, generator: torch.Generator | None = None, device: torch.device | str | None = None) -> Tensor:
+
+def random_orders(
+    batch: int, num_tokens: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+) -> Tensor:
     """One random permutation of the tokens per image: (B, L) int64."""
     return torch.rand(batch, num_tokens, generator=generator, device=device).argsort(dim=1)
 
@@ -121,6 +126,7 @@ def halton_sequence(grid: int) -> list[int]:
 
     Besnier et al. 2025 (arXiv 2503.17076) found this order better than confidence for masked image models.
     """
+
     def radical_inverse(i: int, base: int) -> float:
         result, weight = 0.0, 1.0
         while i:
@@ -128,6 +134,7 @@ def halton_sequence(grid: int) -> list[int]:
             weight /= base
             result += digit * weight
         return result
+
     found: dict[int, None] = {}
     i = 0
     while len(found) < grid * grid:
@@ -142,11 +149,16 @@ def subsample_sequence(grid: int) -> list[int]:
 
     def key(token: int) -> tuple[int, ...]:
         row, column = divmod(token, grid)
-        return tuple(2 * (row >> b & 1) + (column >> b & 1) for b in range(bits))       # low bits decide first
+        return tuple(2 * (row >> b & 1) + (column >> b & 1) for b in range(bits))  # low bits decide first
+
     return sorted(range(grid * grid), key=key)
 
 
-SEQUENCES: dict[str, Callable[[int], list[int]]] = {"raster": raster_sequence, "halton": halton_sequence, "subsample": subsample_sequence}
+SEQUENCES: dict[str, Callable[[int], list[int]]] = {
+    "raster": raster_sequence,
+    "halton": halton_sequence,
+    "subsample": subsample_sequence,
+}
 
 
 def token_orders(kind: str, drawn: Tensor, grid: int) -> Tensor:
@@ -158,7 +170,7 @@ def token_orders(kind: str, drawn: Tensor, grid: int) -> Tensor:
     _choose(kind, ORDERS, "order")
     if kind not in SEQUENCES:
         return drawn
-    sequence = torch.tensor(SEQUENCES[kind](grid), device=drawn.device)                  # (L,) first revealed first
+    sequence = torch.tensor(SEQUENCES[kind](grid), device=drawn.device)  # (L,) first revealed first
     place = torch.arange(len(sequence), device=drawn.device).expand_as(drawn)
     if kind == "halton":
         place = (place + drawn[:, :1]) % len(sequence)
@@ -183,6 +195,7 @@ def image_seed(seed: int, index: int) -> int:
 
 
 # ----------------------------------------------------------------------------------------------- settings
+
 
 @dataclass(kw_only=True)
 class SamplerOptions:
@@ -214,8 +227,13 @@ class SamplerOptions:
 
     def check(self, num_channels: int) -> None:
         """ValueError naming the flag, and the choices where there are any, for a value that makes no sense."""
-        for name, choices in (("order", ORDERS), ("mask_schedule", tuple(MASK_SCHEDULES)), ("cfg_schedule", CFG_SCHEDULES),
-                              ("temperature_schedule", TEMPERATURE_SCHEDULES), ("draw", DRAWS)):
+        for name, choices in (
+            ("order", ORDERS),
+            ("mask_schedule", tuple(MASK_SCHEDULES)),
+            ("cfg_schedule", CFG_SCHEDULES),
+            ("temperature_schedule", TEMPERATURE_SCHEDULES),
+            ("draw", DRAWS),
+        ):
             _choose(getattr(self, name), choices, name)
         if self.num_iter < 1:
             raise ValueError(f"num_iter must be at least 1 (--num_iter), got {self.num_iter}")
@@ -225,21 +243,29 @@ class SamplerOptions:
         if not math.isfinite(self.cfg):
             raise ValueError(f"cfg must be finite (--cfg), got {self.cfg}")
         if len(self.cfg_interval) != 2 or not 0 <= self.cfg_interval[0] <= self.cfg_interval[1] <= 1:
-            raise ValueError(f"cfg_interval must be two shares, 0 <= from <= to <= 1 (--cfg_interval), got {self.cfg_interval}")
+            raise ValueError(
+                f"cfg_interval must be two shares, 0 <= from <= to <= 1 (--cfg_interval), got {self.cfg_interval}"
+            )
         factors = self.channel_temperature
         if len(factors) not in (0, 2, num_channels) or not all(0 <= f < math.inf for f in factors):
-            raise ValueError(f"channel_temperature takes 2 or {num_channels} factors, none negative (--channel_temperature), got {tuple(factors)}")
+            raise ValueError(
+                f"channel_temperature takes 2 or {num_channels} factors, none negative (--channel_temperature), got {tuple(factors)}"
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k must be at least 1, or 0 for all levels (--top_k), got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1] (--top_p), got {self.top_p}")
         if self.confidence_candidates and not self.confidence_candidates >= 1:
-            raise ValueError(f"confidence_candidates must be at least 1, or 0 for all (--confidence_candidates), got {self.confidence_candidates}")
+            raise ValueError(
+                f"confidence_candidates must be at least 1, or 0 for all (--confidence_candidates), got {self.confidence_candidates}"
+            )
         for name in ("reuse_features", "reuse_guidance"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 (--{name}), got {getattr(self, name)}")
             if self.compile and getattr(self, name) > 1:
-                raise ValueError(f"--compile and --{name} do not go together: what is reused changes its shape at every step")
+                raise ValueError(
+                    f"--compile and --{name} do not go together: what is reused changes its shape at every step"
+                )
 
     def temperatures(self, step: int, num_channels: int) -> list[float]:
         """Temperature of each dimension (C values, head order) at a step."""
@@ -255,16 +281,17 @@ OPTION_NAMES = tuple(field.name for field in fields(SamplerOptions))
 
 # ----------------------------------------------------------------------------------------------- the loop
 
+
 @dataclass
 class SamplerState:
     """What is known after a step; `latents` and `masked` stay valid when sampling goes on."""
 
-    step: int                  # 0-based, of num_iter
+    step: int  # 0-based, of num_iter
     num_iter: int
-    values: Tensor             # (B, L, C) dequantized, 0 where masked
-    orders: Tensor             # (B, L): the first num_masked tokens of each row are masked
+    values: Tensor  # (B, L, C) dequantized, 0 where masked
+    orders: Tensor  # (B, L): the first num_masked tokens of each row are masked
     num_masked: int
-    scale: float               # guidance of this step
+    scale: float  # guidance of this step
     grid: int
 
     @property
@@ -283,8 +310,8 @@ class SamplerState:
 class Noise:
     """All random numbers of a batch, on the CPU first, so that a seed means the same image on any device; row i is image i's alone."""
 
-    orders: Tensor             # (B, L) random permutations
-    draws: Tensor              # (B, L, C) uniforms, or (B, L, C, K) Gumbel noise; dimensions in natural order
+    orders: Tensor  # (B, L) random permutations
+    draws: Tensor  # (B, L, C) uniforms, or (B, L, C, K) Gumbel noise; dimensions in natural order
     confidence: Tensor | None  # (B, L) Gumbel noise
 
 
@@ -293,16 +320,28 @@ def gumbel(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
     return torch.empty(tuple(shape)).exponential_(generator=generator).log_().neg_()
 
 
-def sampling_noise(bsz: int, num_tokens: int, num_channels: int, seeds: Sequence[int] | None, generator: torch.Generator | None,
-                   options: SamplerOptions | None = None, num_levels: int = 0) -> Noise:
+def sampling_noise(
+    bsz: int,
+    num_tokens: int,
+    num_channels: int,
+    seeds: Sequence[int] | None,
+    generator: torch.Generator | None,
+    options: SamplerOptions | None = None,
+    num_levels: int = 0,
+) -> Noise:
     """The batch's random numbers: image i's from seeds[i], all from `generator` without seeds. ValueError if a seed is negative or one is missing."""
     options = SamplerOptions() if options is None else options
 
     def of(rows: int, g: torch.Generator | None) -> list[Tensor]:
         orders = random_orders(rows, num_tokens, g, "cpu")
         shape = (rows, num_tokens, num_channels)
-        draws = torch.rand(shape, generator=g, device="cpu") if options.draw == "inverse" else gumbel((*shape, num_levels), g)
+        draws = (
+            torch.rand(shape, generator=g, device="cpu")
+            if options.draw == "inverse"
+            else gumbel((*shape, num_levels), g)
+        )
         return [orders, draws] + ([gumbel((rows, num_tokens), g)] if options.order == "confidence" else [])
+
     if seeds is None:
         parts = of(bsz, generator)
     else:
@@ -324,18 +363,30 @@ def check_regenerate(regenerate: Tensor, bsz: int, num_tokens: int) -> tuple[Ten
     """Bool mask (B, L) of the tokens to draw anew, and their number, the same in every row; ValueError otherwise."""
     mask = torch.as_tensor(regenerate) != 0
     if mask.numel() not in (num_tokens, bsz * num_tokens):
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(bsz, num_tokens)} or one row for all images (--mask)")
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, expected {(bsz, num_tokens)} or one row for all images (--mask)"
+        )
     mask = mask.reshape(-1, num_tokens).expand(bsz, -1)
     counts = mask.sum(1).tolist()
     if len(set(counts)) != 1 or counts[0] == 0:
-        raise ValueError(f"mask must choose the same number of tokens, at least one, in every image; it chooses {counts} (--mask)")
+        raise ValueError(
+            f"mask must choose the same number of tokens, at least one, in every image; it chooses {counts} (--mask)"
+        )
     return mask, counts[0]
 
 
 @torch.no_grad()
-def sample_steps(model: TokenBridge, class_embedding: Tensor, options: SamplerOptions, *, orders: Tensor | None = None,
-                 seeds: Sequence[int] | None = None, generator: torch.Generator | None = None, init: Tensor | None = None,
-                 regenerate: Tensor | None = None) -> Iterator[SamplerState]:
+def sample_steps(
+    model: TokenBridge,
+    class_embedding: Tensor,
+    options: SamplerOptions,
+    *,
+    orders: Tensor | None = None,
+    seeds: Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+    init: Tensor | None = None,
+    regenerate: Tensor | None = None,
+) -> Iterator[SamplerState]:
     """Draw B images, one for each row of class_embedding (B, D), and yield the state after every step (SPEC 6).
 
     orders (B, L): given permutations instead of those of options.order. seeds: one per image; it depends on nothing else. init (B or 1, C, H, W)
@@ -350,16 +401,16 @@ def sample_steps(model: TokenBridge, class_embedding: Tensor, options: SamplerOp
     if orders is None:
         orders = token_orders(options.order, noise.orders, model.grid_size)
     orders, num_masked = orders.to(device), num_tokens
-    values = torch.zeros(bsz, num_tokens, model.token_dim, device=device)                    # dequantized so far
+    values = torch.zeros(bsz, num_tokens, model.token_dim, device=device)  # dequantized so far
     if (init is None) != (regenerate is None):
         raise ValueError("editing needs both an image and a mask of what to regenerate (--init, --mask)")
     if init is not None:
         mask, num_masked = check_regenerate(regenerate, bsz, num_tokens)
         mask = mask.to(device)
         orders = masked_first(orders, mask)
-        known = model.quantize(model.patchify(init.to(device)))[1].expand(bsz, -1, -1)       # (B, L, C)
+        known = model.quantize(model.patchify(init.to(device)))[1].expand(bsz, -1, -1)  # (B, L, C)
         values = known.masked_fill(mask.unsqueeze(-1), 0.0)
-    draws = noise.draws[:, :, model.channel_order].to(device).flatten(2)                     # (B, L, C) or (B, L, C*K), head order
+    draws = noise.draws[:, :, model.channel_order].to(device).flatten(2)  # (B, L, C) or (B, L, C*K), head order
     confidence = None if noise.confidence is None else noise.confidence.to(device)
     features = feature_source(model, class_embedding, options)
     channel_sample = CompiledSampler.of(model).channel_sample if options.compile else model.channel_sample
@@ -372,16 +423,23 @@ def sample_steps(model: TokenBridge, class_embedding: Tensor, options: SamplerOp
                 model.eval()
             try:
                 with packed.used():
-                    orders, z = _choose_tokens(model, features, values, orders, before, after, scale, confidence, options)
-                    wanted = orders[:, after:before]                                         # (B, M)
-                    picked = take(draws, wanted).flatten(0, 1).unflatten(1, (model.token_dim, -1))                # (B*M, C, 1 or K)
-                    indices, witness = channel_sample(z.flatten(0, 1), picked if options.draw == "gumbel" else picked[..., 0],
-                                                      options.temperatures(step, model.token_dim), options.top_k, options.top_p)
+                    orders, z = _choose_tokens(
+                        model, features, values, orders, before, after, scale, confidence, options
+                    )
+                    wanted = orders[:, after:before]  # (B, M)
+                    picked = take(draws, wanted).flatten(0, 1).unflatten(1, (model.token_dim, -1))  # (B*M, C, 1 or K)
+                    indices, witness = channel_sample(
+                        z.flatten(0, 1),
+                        picked if options.draw == "gumbel" else picked[..., 0],
+                        options.temperatures(step, model.token_dim),
+                        options.top_k,
+                        options.top_p,
+                    )
             finally:
                 if was_training:
                     model.train()
-            predicted = model.dequantize(indices[:, model.to_natural_order]) + 0 * witness[:, None]               # (B*M, C)
-            predicted = predicted.view(bsz, -1, model.token_dim)                             # (B, M, C), NaN where a logit was not finite
+            predicted = model.dequantize(indices[:, model.to_natural_order]) + 0 * witness[:, None]  # (B*M, C)
+            predicted = predicted.view(bsz, -1, model.token_dim)  # (B, M, C), NaN where a logit was not finite
             values = values.scatter(1, wanted.unsqueeze(-1).expand_as(predicted), predicted)
         yield SamplerState(step, options.num_iter, values, orders, after, scale, model.grid_size)
 
@@ -394,13 +452,23 @@ def feature_source(model: TokenBridge, class_embedding: Tensor, options: Sampler
         return ReusedFeatures(model, class_embedding, options)
 
     def features(values: Tensor, orders: Tensor, num_masked: int, wanted: Tensor, scale: float) -> Tensor:
-        visible = orders[:, num_masked:]                                                     # (B, V)
+        visible = orders[:, num_masked:]  # (B, V)
         return model._guided_z(take(values, visible), visible, wanted, class_embedding, scale)
+
     return features
 
 
-def _choose_tokens(model: TokenBridge, features: FeatureSource, values: Tensor, orders: Tensor, before: int, after: int, scale: float,
-                   noise: Tensor | None, options: SamplerOptions) -> tuple[Tensor, Tensor]:
+def _choose_tokens(
+    model: TokenBridge,
+    features: FeatureSource,
+    values: Tensor,
+    orders: Tensor,
+    before: int,
+    after: int,
+    scale: float,
+    noise: Tensor | None,
+    options: SamplerOptions,
+) -> tuple[Tensor, Tensor]:
     """Orders whose [after:before] are this step's tokens, and their z (B, M, D).
 
     With --order confidence the candidates among the masked tokens are sorted by how sure the model is of their leading dimension: the log of its
@@ -411,12 +479,12 @@ def _choose_tokens(model: TokenBridge, features: FeatureSource, values: Tensor, 
     if noise is None:
         return orders, features(values, orders, before, orders[:, after:before], scale)
     count = min(before, math.ceil(options.confidence_candidates * wanted)) if options.confidence_candidates else before
-    candidates = orders[:, before - count : before]                                          # (B, M')
-    z = features(values, orders, before, candidates, scale)                                  # (B, M', D)
+    candidates = orders[:, before - count : before]  # (B, M')
+    z = features(values, orders, before, candidates, scale)  # (B, M', D)
     if count == wanted:
         return orders, z
     score = model.leading_logits(z.flatten(0, 1)).log_softmax(-1).amax(-1).view_as(candidates)
     score = score + options.confidence_temperature * after / model.num_tokens * noise.gather(1, candidates)
-    rank = score.argsort(dim=1, stable=True)                                                 # surest last: orders are used from their end
+    rank = score.argsort(dim=1, stable=True)  # surest last: orders are used from their end
     orders = torch.cat([orders[:, : before - count], candidates.gather(1, rank), orders[:, before:]], dim=1)
     return orders, take(z, rank[:, count - wanted :])

@@ -17,13 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-WORTHWHILE = 512 * 512            # numbers in the largest weight of a model: below, the calls cost more than is saved
+WORTHWHILE = 512 * 512  # numbers in the largest weight of a model: below, the calls cost more than is saved
 
 
 def can_pack(weight: Tensor) -> bool:
     """Whether products with the weight gain: float32 on an x86 CPU, outside autocast (and not a fake tensor, which has no numbers)."""
-    return (weight.device.type == "cpu" and weight.dtype == torch.float32 and not isinstance(weight, FakeTensor) and not torch.is_autocast_enabled("cpu")
-            and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"))
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and not isinstance(weight, FakeTensor)
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    )
 
 
 def packed_linear(layer: nn.Linear, packed: Tensor, x: Tensor) -> Tensor:
@@ -44,7 +50,9 @@ class PackedLinears:
         if max((layer.weight.numel() for layer in layers), default=0) < WORTHWHILE:
             layers = []
         self.forwards: list[tuple[nn.Linear, Callable[[Tensor], Tensor]]] = [
-            (layer, partial(packed_linear, layer, torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach()))) for layer in layers]
+            (layer, partial(packed_linear, layer, torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())))
+            for layer in layers
+        ]
 
     @contextmanager
     def used(self) -> Iterator[None]:

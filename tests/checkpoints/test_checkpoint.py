@@ -24,8 +24,14 @@ class Unpicklable:
 
 # ------------------------------------------------------------------------------------------------------- writing
 
+
 def test_what_is_saved_is_loaded(tmp_path):
-    content = {"model": {"w": torch.arange(3.0)}, "epoch": 4, "classes": ["a", "b"], "nested": {"x": [1, 2.5, None, True]}}
+    content = {
+        "model": {"w": torch.arange(3.0)},
+        "epoch": 4,
+        "classes": ["a", "b"],
+        "nested": {"x": [1, 2.5, None, True]},
+    }
     path = tmp_path / "made" / "too" / "a.pth"
     atomic_save(content, path)
     found = load_file(path)
@@ -62,15 +68,17 @@ def test_the_new_file_is_complete_on_disk_before_the_old_one_goes(tmp_path, monk
     def replace(source, target):
         events.append(("rename", load_file(source) == {"step": 2}, load_file(path) == {"step": 1}))
         real_replace(source, target)
+
     monkeypatch.setattr(torch, "save", save)
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
     atomic_save({"step": 2}, path)
-    assert events == [("save", True, True), "fsync", ("rename", True, True), "fsync"]        # the last one is of the folder
+    assert events == [("save", True, True), "fsync", ("rename", True, True), "fsync"]  # the last one is of the folder
     assert load_file(path) == {"step": 2}
 
 
 # ------------------------------------------------------------------------------------------------------- reading
+
 
 @pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("kind", ["truncated", "text", "empty", "directory entry cut"])
@@ -78,7 +86,14 @@ def test_broken_files_are_named(tmp_path, kind, mmap):
     path = tmp_path / "checkpoint-last.pth"
     atomic_save({"w": torch.randn(1000)}, path)
     content = path.read_bytes()
-    path.write_bytes({"truncated": content[:2000], "text": b"<html>not found</html>", "empty": b"", "directory entry cut": content[:-30]}[kind])
+    path.write_bytes(
+        {
+            "truncated": content[:2000],
+            "text": b"<html>not found</html>",
+            "empty": b"",
+            "directory entry cut": content[:-30],
+        }[kind]
+    )
     with pytest.raises(ValueError, match="checkpoint-last.pth.*--resume.*cut short") as caught:
         load_file(path, mmap=mmap)
     assert "\n" not in str(caught.value)
@@ -90,14 +105,16 @@ def test_code_is_refused_and_not_run(tmp_path):
     with pytest.raises(ValueError, match="holds code"):
         load_file(path)
     assert not (tmp_path / "boom").exists()
-    with zipfile.ZipFile(path) as archive:                     # the trap is real: pickle, a reader that runs code, springs it
+    with zipfile.ZipFile(path) as archive:  # the trap is real: pickle, a reader that runs code, springs it
         pickle.loads(archive.read("a/data.pkl"))
     assert (tmp_path / "boom").exists()
 
 
 def test_published_files_with_their_arguments_load(tmp_path):
     """The published scripts save their parsed arguments, an argparse.Namespace, under "args"."""
-    torch.save({"model": {}, "epoch": 399, "args": argparse.Namespace(lr=1e-4, model="tokenbridge_large")}, tmp_path / "a.pth")
+    torch.save(
+        {"model": {}, "epoch": 399, "args": argparse.Namespace(lr=1e-4, model="tokenbridge_large")}, tmp_path / "a.pth"
+    )
     assert load_file(tmp_path / "a.pth")["args"].model == "tokenbridge_large"
 
 
@@ -112,7 +129,7 @@ def test_absent_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*absent.pth .*--other"):
         load_file(tmp_path / "absent.pth", "--other")
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        load_file(tmp_path)                                    # a folder is no file
+        load_file(tmp_path)  # a folder is no file
 
 
 def test_a_folder_means_its_last_checkpoint(tmp_path):
@@ -124,6 +141,7 @@ def test_a_folder_means_its_last_checkpoint(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- into the model
 
+
 def test_strict_loading_into_the_model():
     state = {key: value + 1 if value.is_floating_point() else value for key, value in tiny_model().state_dict().items()}
     model = tiny_model()
@@ -131,15 +149,21 @@ def test_strict_loading_into_the_model():
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda s: s.pop("mask_token"), r"a\.pth does not fit.*lacks 1 keys \(mask_token\)"),
-    (lambda s: s.update(other=torch.zeros(1)), r"1 unknown keys \(other\)"),
-    (lambda s: s.update(mask_token=torch.zeros(1, 1, 7)), r"mask_token: file \(1, 1, 7\), model \(1, 1, 96\)"),
-    (lambda s: s.update(mask_token="weights"), r"mask_token: file no tensor but str"),
-    (lambda s: s["z_proj.bias"].__setitem__(3, math.nan), r"a\.pth holds NaN or infinite weights, first: z_proj\.bias"),
-    (lambda s: s["z_proj.bias"].__setitem__(3, math.inf), "infinite"),
-    (lambda s: s["boundaries"].__setitem__(3, math.nan), "NaN.*boundaries"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("mask_token"), r"a\.pth does not fit.*lacks 1 keys \(mask_token\)"),
+        (lambda s: s.update(other=torch.zeros(1)), r"1 unknown keys \(other\)"),
+        (lambda s: s.update(mask_token=torch.zeros(1, 1, 7)), r"mask_token: file \(1, 1, 7\), model \(1, 1, 96\)"),
+        (lambda s: s.update(mask_token="weights"), r"mask_token: file no tensor but str"),
+        (
+            lambda s: s["z_proj.bias"].__setitem__(3, math.nan),
+            r"a\.pth holds NaN or infinite weights, first: z_proj\.bias",
+        ),
+        (lambda s: s["z_proj.bias"].__setitem__(3, math.inf), "infinite"),
+        (lambda s: s["boundaries"].__setitem__(3, math.nan), "NaN.*boundaries"),
+    ],
+)
 def test_states_that_do_not_fit_leave_the_model_alone(change, message):
     state = {key: value.clone() for key, value in tiny_model().state_dict().items()}
     change(state)
@@ -152,6 +176,10 @@ def test_states_that_do_not_fit_leave_the_model_alone(change, message):
 
 def test_the_flags_to_check_are_named():
     """A checkpoint of 64 levels into a model of 16: every wrong weight counted, the flags that decide shapes in the message."""
-    with pytest.raises(ValueError, match=r"--quant_bits.*33 weights of another shape"):     # 2 tables, 15 embeddings, 16 heads' weights
-        load_state(tiny_model(), tiny_model(quant_levels=64).state_dict() | {
-            f"channel_heads.{c}.bias": torch.zeros(16) for c in range(16)}, "a.pth")
+    # 2 tables, 15 embeddings, 16 heads' weights
+    with pytest.raises(ValueError, match=r"--quant_bits.*33 weights of another shape"):
+        load_state(
+            tiny_model(),
+            tiny_model(quant_levels=64).state_dict() | {f"channel_heads.{c}.bias": torch.zeros(16) for c in range(16)},
+            "a.pth",
+        )

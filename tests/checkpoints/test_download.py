@@ -24,9 +24,16 @@ from tests.hub import Hub
 from util.log import run_cli
 
 REPOSITORY = "Epiphqny/TokenBridge"
-FILES = {"kl16.ckpt": os.urandom(300_000), "tokenbridge_large/checkpoint-last.pth": os.urandom(500_000),
-         "tokenbridge_huge/checkpoint-last.pth": os.urandom(700_000), "README.md": b"# weights\n"}
-KL16, LARGE = Path("pretrained_models/vae/kl16.ckpt"), Path("pretrained_models/tokenbridge/tokenbridge_large/checkpoint-last.pth")
+FILES = {
+    "kl16.ckpt": os.urandom(300_000),
+    "tokenbridge_large/checkpoint-last.pth": os.urandom(500_000),
+    "tokenbridge_huge/checkpoint-last.pth": os.urandom(700_000),
+    "README.md": b"# weights\n",
+}
+KL16, LARGE = (
+    Path("pretrained_models/vae/kl16.ckpt"),
+    Path("pretrained_models/tokenbridge/tokenbridge_large/checkpoint-last.pth"),
+)
 Run = Callable[..., "Result"]
 
 
@@ -51,7 +58,8 @@ def run(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))           # read from HF_HOME when the package is imported
+    # read from HF_HOME when the package is imported
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50_000)
     for name in ("vae", "stats", "adm_batch"):  # no test goes to the network
         monkeypatch.setitem(
@@ -62,11 +70,12 @@ def run(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         with monkeypatch.context() as patch:
             for name, value in environment.items():
                 patch.setenv(name, value)
-            patch.setattr(constants, "HF_HUB_OFFLINE", "HF_HUB_OFFLINE" in environment)      # so is this one
-            if hasattr(utils, "reset_sessions"):                                             # below 1.0 it is read when a session begins
+            patch.setattr(constants, "HF_HUB_OFFLINE", "HF_HUB_OFFLINE" in environment)  # so is this one
+            if hasattr(utils, "reset_sessions"):  # below 1.0 it is read when a session begins
                 utils.reset_sessions()
             code = run_cli(lambda: download.main(arguments))
         return Result(code, *capsys.readouterr())
+
     return start
 
 
@@ -78,13 +87,20 @@ def written(folder: Path) -> set[str]:
 def test_weights_go_where_the_published_commands_look(run: Run, hub: Hub, tmp_path: Path) -> None:
     result = run("vae", "large", "huge")
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / KL16).read_bytes() == FILES["kl16.ckpt"] and (tmp_path / LARGE).read_bytes() == FILES["tokenbridge_large/checkpoint-last.pth"]
-    assert len(written(tmp_path)) == 3 and f"wrote {KL16}, hash {hashlib.sha256(FILES['kl16.ckpt']).hexdigest()[:12]}... is right" in result.stdout
+    assert (tmp_path / KL16).read_bytes() == FILES["kl16.ckpt"] and (tmp_path / LARGE).read_bytes() == FILES[
+        "tokenbridge_large/checkpoint-last.pth"
+    ]
+    assert (
+        len(written(tmp_path)) == 3
+        and f"wrote {KL16}, hash {hashlib.sha256(FILES['kl16.ckpt']).hexdigest()[:12]}... is right" in result.stdout
+    )
     assert os.stat(tmp_path / KL16).st_nlink == 2, "stored once: the cache's file and ours are one"
     got = [path for method, path, _ in hub.requests if method == "GET" and "resolve" in path]
     again = run("vae", "large", "huge")
     assert again.stdout.count("is there and right") == 3
-    assert [path for method, path, _ in hub.requests if method == "GET" and "resolve" in path] == got, "nothing is fetched twice"
+    assert [path for method, path, _ in hub.requests if method == "GET" and "resolve" in path] == got, (
+        "nothing is fetched twice"
+    )
 
 
 def test_a_cut_connection_is_continued(run: Run, hub: Hub, tmp_path: Path) -> None:
@@ -100,7 +116,10 @@ def test_wrong_hash_is_refused_and_forgotten(run: Run, hub: Hub, tmp_path: Path)
     hub.said["kl16.ckpt"] = "ab" * 32
     result = run("vae")
     assert result.returncode == 2
-    assert f"error: kl16.ckpt of hf://{REPOSITORY} has another hash than the hub says (abababababab...); it was deleted, run" in result.stderr
+    assert (
+        f"error: kl16.ckpt of hf://{REPOSITORY} has another hash than the hub says (abababababab...); it was deleted, run"
+        in result.stderr
+    )
     assert not written(tmp_path)
     hub.said.clear()
     assert run("vae").returncode == 0 and (tmp_path / KL16).read_bytes() == FILES["kl16.ckpt"]
@@ -153,7 +172,11 @@ def test_a_token_is_sent(run: Run, hub: Hub, tmp_path: Path) -> None:
 def test_a_repository_with_other_names(run: Run, hub: Hub, tmp_path: Path) -> None:
     hub.files = {"weights/a_large.pth": b"1", "weights/b_large.pth": b"2"}
     result = run("large")
-    assert result.returncode == 2 and "has 2 files that could be large: weights/a_large.pth, weights/b_large.pth; name it with --file" in result.stderr
+    assert (
+        result.returncode == 2
+        and "has 2 files that could be large: weights/a_large.pth, weights/b_large.pth; name it with --file"
+        in result.stderr
+    )
     assert run("large", "--file", "weights/b_large.pth").returncode == 0 and (tmp_path / LARGE).read_bytes() == b"2"
     assert "has no files that could be vae" in run("vae").stderr
 
@@ -165,29 +188,49 @@ def test_names_that_lead_out_of_the_folder(hub: Hub, run: Run, tmp_path: Path, n
     if name.startswith(".."):
         hub.listed = [name]
         result = run("vae")
-        assert result.returncode == 2 and "is refused, it points out of its folder" in result.stderr and not written(tmp_path)
+        assert (
+            result.returncode == 2
+            and "is refused, it points out of its folder" in result.stderr
+            and not written(tmp_path)
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- hf://
+
 
 def test_addresses(run: Run) -> None:
     assert Path(download.local_path(f"hf://{REPOSITORY}/kl16.ckpt")).read_bytes() == FILES["kl16.ckpt"]
     folder = Path(download.local_path(f"hf://{REPOSITORY}@main/tokenbridge_large"))
     assert (folder / "checkpoint-last.pth").read_bytes() == FILES["tokenbridge_large/checkpoint-last.pth"]
-    with pytest.raises(ValueError, match=r"medium \(--resume\): no such file, nor a folder with checkpoint-last.pth or model.safetensors"):
+    with pytest.raises(
+        ValueError,
+        match=r"medium \(--resume\): no such file, nor a folder with checkpoint-last.pth or model.safetensors",
+    ):
         download.local_path(f"hf://{REPOSITORY}/medium", "--resume")
 
 
 @pytest.mark.slow
 def test_the_command_in_its_own_process(hub: Hub, tmp_path: Path) -> None:
     """HF_ENDPOINT and HF_HOME as huggingface_hub reads them when it starts; progress is shown."""
-    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(REPO), "PATH": os.environ["PATH"]}
+    env = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "PYTHONPATH": str(REPO),
+        "PATH": os.environ["PATH"],
+    }
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))          # a terminal of no width shows no bar
-    result = subprocess.run([sys.executable, "-m", "tools.download", "vae"], env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, timeout=100)
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))  # a terminal of no width shows no bar
+    result = subprocess.run(
+        [sys.executable, "-m", "tools.download", "vae"],
+        env=env,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        timeout=100,
+    )
     os.close(theirs)
     shown = ""
-    with contextlib.suppress(OSError):                                                  # the terminal is closed: all was read
+    with contextlib.suppress(OSError):  # the terminal is closed: all was read
         while part := os.read(ours, 1 << 16):
             shown += part.decode()
     assert result.returncode == 0 and (tmp_path / KL16).read_bytes() == FILES["kl16.ckpt"], shown
@@ -205,6 +248,7 @@ def test_paths_stay_as_they_are() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- statistics
+
 
 @pytest.fixture
 def stats(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> bytes:
@@ -365,11 +409,12 @@ def test_the_vae_has_a_second_address(
         and "no hash is published, SHA-256" in result.stdout
     )
     (tmp_path / KL16).unlink()
-    result = run("vae", "--repository", "somebody/else")                         # whose VAE would be another one
+    result = run("vae", "--repository", "somebody/else")  # whose VAE would be another one
     assert result.returncode == 2 and "plain" not in result.stderr and not written(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------- on demand
+
 
 def test_paths_of_published_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -406,7 +451,7 @@ def test_provide_fetches_what_is_missing_once(run: Run, hub: Hub, tmp_path: Path
         download.provide(path, flag)
     assert written(tmp_path) == {str(LARGE), str(KL16), "fid_stats/adm_in256_stats.npz"}
     hub.requests.clear()
-    (tmp_path / KL16).write_bytes(b"my own")                                     # what is there is taken as it is
+    (tmp_path / KL16).write_bytes(b"my own")  # what is there is taken as it is
     for no_download in (False, True):
         download.provide(KL16, "--vae_path", no_download)
         download.provide(LARGE.parent, "--resume", no_download)

@@ -31,6 +31,7 @@ def test_it_writes_in_the_background_and_never_two_at_once(tmp_path: Path, monke
         time.sleep(0.02)
         real(content, path)
         running -= 1
+
     monkeypatch.setattr(checkpoint, "atomic_save", slow)
     writer = CheckpointWriter(tmp_path)
     writer.save({"step": 1})
@@ -50,7 +51,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     writer.close()
     assert [path.name for path in numbered(tmp_path)] == [f"checkpoint-{step:08d}.pth" for step in (10, 100, 1000)]
     assert (tmp_path / LAST).samefile(numbered(tmp_path)[-1]) and len(list(tmp_path.iterdir())) == 4
-    writer.save({"step": 1000})                                             # the same step once more: one file, two names
+    writer.save({"step": 1000})  # the same step once more: one file, two names
     writer.close()
     assert load_file(tmp_path / LAST)["step"] == 1000 and len(list(tmp_path.iterdir())) == 4
 
@@ -58,6 +59,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
 def test_without_hard_links_it_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError("no links here")
+
     monkeypatch.setattr(os, "link", refuse)
     writer = CheckpointWriter(tmp_path, keep_last=2)
     writer.save({"step": 7})
@@ -74,6 +76,7 @@ def test_an_error_reaches_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(checkpoint, "atomic_save", full)
     writer.save({"step": 2})
     with pytest.raises(OSError, match="No space left"):
@@ -103,6 +106,8 @@ def test_a_signal_is_noticed_and_handlers_are_put_back(number: int) -> None:
     assert signal.getsignal(number) is before
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00:00"), (59.9, "0:00:59"), (3661, "1:01:01"), (90061, "1d 1:01:01")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00:00"), (59.9, "0:00:59"), (3661, "1:01:01"), (90061, "1d 1:01:01")]
+)
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -34,15 +34,33 @@ def crop_rewritten(image: Image.Image, size: int, rows_first: bool) -> np.ndarra
         pixels = halve_with_box(pixels, rows_first)
     height, width = pixels.shape[:2]
     scale = size / min(height, width)
-    pixels = np.asarray(Image.fromarray(pixels).resize((round(width * scale), round(height * scale)), resample=Image.BICUBIC))
+    pixels = np.asarray(
+        Image.fromarray(pixels).resize((round(width * scale), round(height * scale)), resample=Image.BICUBIC)
+    )
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size]
 
 
-SHAPES = [(256, 256), (640, 424), (424, 640), (1280, 320), (160, 1280), (100, 48), (30, 50), (64, 64), (128, 128), (65, 64), (64, 127), (31, 33)]
+SHAPES = [
+    (256, 256),
+    (640, 424),
+    (424, 640),
+    (1280, 320),
+    (160, 1280),
+    (100, 48),
+    (30, 50),
+    (64, 64),
+    (128, 128),
+    (65, 64),
+    (64, 127),
+    (31, 33),
+]
 
 
-@pytest.mark.parametrize(("shape", "size"), [(shape, 64) for shape in SHAPES] + [(shape, 32) for shape in SHAPES if shape not in ((65, 64), (64, 127))])
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [(shape, 64) for shape in SHAPES] + [(shape, 32) for shape in SHAPES if shape not in ((65, 64), (64, 127))],
+)
 def test_crop_against_a_rewrite(shape, size):
     """Wide, tall, small, square and barely larger pictures; where a side is halved it is even (the rewrite would fail on others).
 
@@ -69,6 +87,7 @@ def test_odd_sides_are_halved_by_floor_division(shape, steps):
 
         def crop(self, box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
             return box
+
     box = center_crop_adm(Spy(shape), 64)
     sizes = [(shape[0] // 2**k, shape[1] // 2**k) for k in range(1, steps + 1)]
     width, height = sizes[-1] if sizes else shape
@@ -82,15 +101,19 @@ def test_crop_takes_the_centre():
     """Columns 0..9 of one colour each, crop 4 of height 4: columns 3..6; with an odd rest the offset is floored: 9 wide gives 2..5."""
     for width, expected in ((10, [3, 4, 5, 6]), (9, [2, 3, 4, 5])):
         pixels = np.broadcast_to(np.arange(width, dtype=np.uint8)[None, :, None], (4, width, 3))
-        assert np.asarray(center_crop_adm(Image.fromarray(np.ascontiguousarray(pixels)), 4))[0, :, 0].tolist() == expected
+        assert (
+            np.asarray(center_crop_adm(Image.fromarray(np.ascontiguousarray(pixels)), 4))[0, :, 0].tolist() == expected
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- tensors
 
+
 def test_to_uint8_by_hand():
     """round(clip((x + 1)/2, 0, 1) * 255): not truncated, clipped outside [-1, 1]."""
     x = torch.tensor([-1.5, -1.0, -0.5, 0.0, 0.002, 0.5, 0.996, 1.0, 3.0])
-    assert to_uint8(x).tolist() == [0, 0, 64, 128, 128, 191, 254, 255, 255]       # 63.75, 127.5 (to even), 127.755, 191.25, 254.49
+    # 63.75, 127.5 (to even), 127.755, 191.25, 254.49
+    assert to_uint8(x).tolist() == [0, 0, 64, 128, 128, 191, 254, 255, 255]
     assert to_uint8(x).dtype == torch.uint8
     assert to_uint8(torch.tensor([0.5], dtype=torch.bfloat16)).tolist() == [191]
 
@@ -107,11 +130,12 @@ def test_every_pixel_survives_the_trip():
 
 # ------------------------------------------------------------------------------------------------------- files
 
+
 def test_png_keeps_every_pixel(tmp_path):
     image = torch.from_numpy(photographs()[1][:20, :30].copy()).permute(2, 0, 1)
     save_png(tmp_path / "new" / "a.png", image)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "new" / "a.png")), image.permute(1, 2, 0).numpy())
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.png"]            # no temporary file is left
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.png"]  # no temporary file is left
 
 
 def test_grid_rows(tmp_path):
@@ -120,7 +144,10 @@ def test_grid_rows(tmp_path):
     save_grid(tmp_path / "grid.png", images, columns=3)
     grid = np.asarray(Image.open(tmp_path / "grid.png"))[..., 0]
     assert grid.shape == (2 * 6 + 2, 3 * 6 + 2)
-    assert [[grid[2 + 6 * row, 2 + 6 * column] for column in range(3)] for row in range(2)] == [[0, 10, 20], [30, 40, 50]]
+    assert [[grid[2 + 6 * row, 2 + 6 * column] for column in range(3)] for row in range(2)] == [
+        [0, 10, 20],
+        [30, 40, 50],
+    ]
     assert grid[0, 0] == 255
 
 
@@ -133,6 +160,7 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path):
         def save(self, target, format: str) -> None:  # noqa: ANN001, A002
             target.write(b"half")
             raise OSError("disk full")
+
     with pytest.raises(OSError, match="disk full"):
         atomic_write(Broken(), path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.png"]
@@ -157,7 +185,7 @@ def test_broken_pictures_are_named(tmp_path, monkeypatch, kind):
         if kind == "truncated":
             path.write_bytes(path.read_bytes()[:-400])
         else:
-            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)                    # 4,096 pixels are then beyond twice the limit
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # 4,096 pixels are then beyond twice the limit
     elif kind == "text":
         path.write_text("no picture")
     elif kind == "empty":

@@ -26,11 +26,14 @@ def write_cache(root: Path, classes: int = 2, per_class: int = 3, compressed: bo
         (root / f"class{c}").mkdir(parents=True, exist_ok=True)
         for i in range(per_class):
             number = np.full((8, 2, 2), c * per_class + i, dtype=np.float32)
-            (np.savez_compressed if compressed else np.savez)(root / f"class{c}" / f"{i}.png.npz", moments=number, moments_flip=-number - 1)
+            (np.savez_compressed if compressed else np.savez)(
+                root / f"class{c}" / f"{i}.png.npz", moments=number, moments_flip=-number - 1
+            )
     return root
 
 
 # ------------------------------------------------------------------------------------------------------- images
+
 
 def test_images_and_labels(image_root):
     data = ImageFolderDataset(image_root / "train", img_size=64)
@@ -53,7 +56,7 @@ def test_images_are_mirrored_by_their_seed_alone(image_root):
         assert label == 0 and (torch.equal(image, plain) or torch.equal(image, mirrored))
         assert torch.equal(image, mirrored) == coin(seed)
         kinds.append(torch.equal(image, mirrored))
-    assert 70 < sum(kinds) < 130                               # 100 expected, 4.2 standard errors of 7.1
+    assert 70 < sum(kinds) < 130  # 100 expected, 4.2 standard errors of 7.1
     assert torch.equal(data[3, 0][0], data[3, 0][0])
     never = ImageFolderDataset(image_root / "train", img_size=64, flip=False)
     assert all(torch.equal(never[3, seed][0], plain) for seed in range(20))
@@ -127,13 +130,16 @@ def test_an_empty_class_keeps_its_number(own_images):
 
 # ------------------------------------------------------------------------------------------------------- cached latents
 
+
 @pytest.mark.parametrize("compressed", [False, True])
 def test_cache_as_published(tmp_path, compressed):
     data = CachedLatents(write_cache(tmp_path, compressed=compressed))
     assert data.classes == ["class0", "class1"] and data.labels == [0, 0, 0, 1, 1, 1] and data.shape == (8, 2, 2)
     for i in range(6):
         moments, label = data[i]
-        assert label == i // 3 and moments.dtype == torch.float32 and torch.equal(moments, torch.full((8, 2, 2), float(i)))
+        assert (
+            label == i // 3 and moments.dtype == torch.float32 and torch.equal(moments, torch.full((8, 2, 2), float(i)))
+        )
     kinds = {seed: data[4, seed][0][0, 0, 0].item() for seed in range(200)}
     assert set(kinds.values()) == {4.0, -5.0}
     assert 70 < sum(value < 0 for value in kinds.values()) < 130
@@ -141,7 +147,9 @@ def test_cache_as_published(tmp_path, compressed):
     assert {CachedLatents(tmp_path, flip=False)[4, seed][0][0, 0, 0].item() for seed in range(20)} == {4.0}
 
 
-@pytest.mark.parametrize("kind", ["truncated", "text", "empty", "no key", "array", "nan", "objects", "flipped bits", "other shape"])
+@pytest.mark.parametrize(
+    "kind", ["truncated", "text", "empty", "no key", "array", "nan", "objects", "flipped bits", "other shape"]
+)
 def test_bad_cache_files_are_named(tmp_path, kind):
     """The last file is spoilt; the others load."""
     write_cache(tmp_path, compressed=kind == "flipped bits")
@@ -186,7 +194,10 @@ def test_cache_folders_that_are_refused(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- order
 
-def job(world: int, batch: int, samples: int = 30, epoch: int = 0, start: int = 0, seed: int = 7) -> list[list[tuple[int, int]]]:
+
+def job(
+    world: int, batch: int, samples: int = 30, epoch: int = 0, start: int = 0, seed: int = 7
+) -> list[list[tuple[int, int]]]:
     """What all ranks see at each step, in rank order."""
     ranks = []
     for rank in range(world):
@@ -199,20 +210,22 @@ def job(world: int, batch: int, samples: int = 30, epoch: int = 0, start: int = 
 def test_no_number_of_processes_changes_the_order():
     assert job(1, 4) == job(2, 2) == job(4, 1)
     assert job(1, 4, epoch=3) == job(4, 1, epoch=3)
-    assert len(job(1, 4)) == 7 and all(len(step) == 4 for step in job(1, 4))            # 30 = 7 * 4 + 2 left over
+    assert len(job(1, 4)) == 7 and all(len(step) == 4 for step in job(1, 4))  # 30 = 7 * 4 + 2 left over
 
 
 def test_an_epoch_sees_every_sample_once_and_each_epoch_anew():
     first, second = ([number for step in job(2, 5, epoch=epoch) for number, _ in step] for epoch in (0, 1))
     assert sorted(first) == sorted(second) == list(range(30)) and first != second and first != list(range(30))
     seeds = [seed for epoch in range(3) for step in job(2, 5, epoch=epoch) for _, seed in step]
-    assert len(set(seeds)) == 90                                                         # flips are drawn anew in every epoch
+    assert len(set(seeds)) == 90  # flips are drawn anew in every epoch
     assert job(2, 5) == job(2, 5) and job(2, 5) != job(2, 5, seed=8)
 
 
 def test_shuffling_is_uniform():
     """Where sample 0 of 5 lands, over 2,000 epochs: 400 at each place, standard error 18."""
-    places = np.bincount([[n for step in job(1, 1, samples=5, epoch=e) for n, _ in step].index(0) for e in range(2000)], minlength=5)
+    places = np.bincount(
+        [[n for step in job(1, 1, samples=5, epoch=e) for n, _ in step].index(0) for e in range(2000)], minlength=5
+    )
     assert abs(places - 400).max() < 75
 
 

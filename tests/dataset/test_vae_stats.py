@@ -39,14 +39,17 @@ def test_frequency_order_of_known_spectra() -> None:
     latents = torch.stack([high, low + 0.5 * high, noise, low, 3.0 + 0.01 * low + 0.01 * noise], 1)
     share = low_frequency_share(latents)
     assert share[3] == pytest.approx(1, abs=1e-6) and share[0] == pytest.approx(0, abs=1e-6)
-    assert share[1] == pytest.approx(1 / 1.25, abs=1e-3)                           # energies 1 and 1/4
-    assert share[2] == pytest.approx(49 / 256, abs=0.01)                           # 49 of the 16 x 16 frequencies have radius <= 1/4
+    assert share[1] == pytest.approx(1 / 1.25, abs=1e-3)  # energies 1 and 1/4
+    assert share[2] == pytest.approx(49 / 256, abs=0.01)  # 49 of the 16 x 16 frequencies have radius <= 1/4
     order = frequency_order(latents)
-    assert order == [3, 1, 4, 2, 0]                                                # a large mean counts for nothing
+    assert order == [3, 1, 4, 2, 0]  # a large mean counts for nothing
 
 
 def test_scale_and_moments() -> None:
-    latents = torch.randn(200, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2, 4]).view(3, 1, 1) + 5
+    latents = (
+        torch.randn(200, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2, 4]).view(3, 1, 1)
+        + 5
+    )
     mean, std = channel_moments(latents)
     assert mean.tolist() == pytest.approx([5, 5, 5], abs=0.15) and std.tolist() == pytest.approx([1, 2, 4], rel=0.03)
     scale, shift = suggest_scale(latents, per_channel=True)
@@ -74,7 +77,9 @@ def test_rate_distortion_of_a_normal() -> None:
         lloyd = build_quantizer("lloyd", bits, -5, 5, latents=x.numpy())
         error = float((lloyd(x) - x).square().mean())
         assert error == pytest.approx(known, rel=0.02)
-        assert error <= min(float((build_quantizer(kind, bits, -3, 3)(x) - x).square().mean()) for kind in ("gaussian", "uniform"))
+        assert error <= min(
+            float((build_quantizer(kind, bits, -3, 3)(x) - x).square().mean()) for kind in ("gaussian", "uniform")
+        )
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +88,29 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list
     write_image_folder(root / "data", per_class=6, size=(20, 18))
     vae = tiny_vae(embed_dim=4, ch_mult=(1, 2), ch=8, num_res_blocks=1, norm_groups=4, scale_factor=9.0)
     torch.save({"model": vae.state_dict(), "config": vae.config}, root / "vae.pth")
-    flags = ["--vae_path", str(root / "vae.pth"), "--data_path", str(root / "data"), "--img_size", "16", "--device", "cpu", "--num_workers", "0",
-             "--bits", "2", "4", "6", "--range", "3", "5", "--decoded_images", "4", "--batch_size", "3"]
+    flags = [
+        "--vae_path",
+        str(root / "vae.pth"),
+        "--data_path",
+        str(root / "data"),
+        "--img_size",
+        "16",
+        "--device",
+        "cpu",
+        "--num_workers",
+        "0",
+        "--bits",
+        "2",
+        "4",
+        "6",
+        "--range",
+        "3",
+        "5",
+        "--decoded_images",
+        "4",
+        "--batch_size",
+        "3",
+    ]
     main([*flags, "--output_dir", str(root / "out"), "--quantizer", "lloyd", "--per_channel"])
     return root, root / "out", flags
 
@@ -93,14 +119,27 @@ def test_the_commands_files(measured: tuple[Path, Path, list[str]], capsys: pyte
     root, out, flags = measured
     found, description = (json.loads((out / name).read_text()) for name in ("stats.json", "description.json"))
     assert found["images"] == 12 and len(found["points"]) == 6 and [p["bits"] for p in found["best"]] == [2, 4, 6]
-    assert found["suggested"]["psnr"] >= found["psnr_vae_alone"] - 0.1 or found["suggested"] == max(found["best"], key=lambda p: p["psnr"])
-    assert (description["channels"], description["stride"], description["quant_bits"]) == (4, 2, found["suggested"]["bits"])
+    assert found["suggested"]["psnr"] >= found["psnr_vae_alone"] - 0.1 or found["suggested"] == max(
+        found["best"], key=lambda p: p["psnr"]
+    )
+    assert (description["channels"], description["stride"], description["quant_bits"]) == (
+        4,
+        2,
+        found["suggested"]["bits"],
+    )
     assert description["shift"] == found["mean"] and sorted(description["channel_order"]) == [0, 1, 2, 3]
     assert description["scale_factor"] == pytest.approx((1 / np.array(found["std"])).tolist())
-    assert found["stored_moments"]["float32"]["indices_changed"] == 0 and 0 < found["stored_moments"]["float16"]["largest_error"] < 0.01
+    assert (
+        found["stored_moments"]["float32"]["indices_changed"] == 0
+        and 0 < found["stored_moments"]["float16"]["largest_error"] < 0.01
+    )
     assert read_image(out / "vae_stats.png").size[0] > 500
     tables = read_quantizer(out / "quantizer.json")
-    assert tables.kind == "lloyd" and tables.bits == description["quant_bits"] and tables.max_value == description["quant_max"]
+    assert (
+        tables.kind == "lloyd"
+        and tables.bits == description["quant_bits"]
+        and tables.max_value == description["quant_max"]
+    )
     assert not (root / "vae.latents.json").exists()
     main([*flags, "--output_dir", str(root / "second"), "--install"])
     assert "suggested: {" in capsys.readouterr().out
@@ -108,12 +147,18 @@ def test_the_commands_files(measured: tuple[Path, Path, list[str]], capsys: pyte
     assert vae.shift == 0.0 and vae.scale_factor != 9.0 and vae.quant_bits is not None and vae.channel_order is not None
 
 
-@pytest.mark.parametrize(("more", "words"), [
-    (["--bits", "0"], "--bits must be from 1 to 12"), (["--range", "-1"], "--range must be finite and greater than 0"),
-    (["--img_size", "15"], "--img_size 15 is not a multiple of the stride 2"), (["--vae_path", "absent.pth"], "no VAE weights at absent.pth"),
-    (["--data_path", "absent"], r"no folder absent.train \(--data_path\)"), (["--num_images", "1"], "--num_images must be at least 2"),
-    (["--tolerance", "-1"], "--tolerance must be at least 0"),
-])
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--bits", "0"], "--bits must be from 1 to 12"),
+        (["--range", "-1"], "--range must be finite and greater than 0"),
+        (["--img_size", "15"], "--img_size 15 is not a multiple of the stride 2"),
+        (["--vae_path", "absent.pth"], "no VAE weights at absent.pth"),
+        (["--data_path", "absent"], r"no folder absent.train \(--data_path\)"),
+        (["--num_images", "1"], "--num_images must be at least 2"),
+        (["--tolerance", "-1"], "--tolerance must be at least 0"),
+    ],
+)
 def test_bad_input(measured: tuple[Path, Path, list[str]], tmp_path: Path, more: list[str], words: str) -> None:
     with pytest.raises((ValueError, OSError), match=words):
         main([*measured[2], "--output_dir", str(tmp_path / "out"), *more])

@@ -22,19 +22,28 @@ def test_every_variant_is_named_and_its_flags_exist() -> None:
 
 
 def test_verdicts_weigh_the_gain_against_its_spread() -> None:
-    assert verdict([2.0, 2.1, 1.9], [1.0, 1.2, 0.9], -1) == "holds" and verdict([2.0, 2.1, 1.9], [1.0, 1.2, 0.9], +1) == "does not hold"
+    assert (
+        verdict([2.0, 2.1, 1.9], [1.0, 1.2, 0.9], -1) == "holds"
+        and verdict([2.0, 2.1, 1.9], [1.0, 1.2, 0.9], +1) == "does not hold"
+    )
     assert verdict([1.0, 2.0, 3.0], [1.1, 1.9, 3.05], +1) == "undecided (within the spread)"
-    assert verdict([1.0, 2.0, 3.0], [1.3, 2.2, 3.3], +1) == "holds"              # seeds differ more than variants do; a seed is compared with itself
+    # seeds differ more than variants do; a seed is compared with itself
+    assert verdict([1.0, 2.0, 3.0], [1.3, 2.2, 3.3], +1) == "holds"
     assert verdict([1.0], [5.0], +1) == "undecided (one seed)"
 
 
 def test_bits_of_a_model_that_knows_nothing(image_root: Path) -> None:
     """All logits zero: log2 of the number of levels, whatever the images."""
-    model, vae = tiny_model(img_size=32, vae_stride=8, vae_embed_dim=4, channel_order=None, class_num=2), tiny_vae(embed_dim=4, ch_mult=(1, 1, 2, 2))
+    model, vae = (
+        tiny_model(img_size=32, vae_stride=8, vae_embed_dim=4, channel_order=None, class_num=2),
+        tiny_vae(embed_dim=4, ch_mult=(1, 1, 2, 2)),
+    )
     for head in model.channel_heads:
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)
-    assert bits_per_dim(model, vae, image_root / "train", rounds=2) == pytest.approx(math.log2(model.num_levels), rel=1e-6)
+    assert bits_per_dim(model, vae, image_root / "train", rounds=2) == pytest.approx(
+        math.log2(model.num_levels), rel=1e-6
+    )
 
 
 def test_classifier_features(tmp_path: Path) -> None:
@@ -47,14 +56,21 @@ def test_classifier_features(tmp_path: Path) -> None:
 
 
 def test_the_summary_leaves_bits_of_other_quantizers_uncompared() -> None:
-    runs = {variant: [{"bits_per_dim": 3.0 + seed, "accuracy": 0.5 + i / 10, "frechet": 9.0 - i} for seed in range(3)]
-            for i, variant in enumerate(ABLATIONS["bits"])}
+    runs = {
+        variant: [{"bits_per_dim": 3.0 + seed, "accuracy": 0.5 + i / 10, "frechet": 9.0 - i} for seed in range(3)]
+        for i, variant in enumerate(ABLATIONS["bits"])
+    }
     found = summary("bits", runs)
     assert found["table"]["base"]["accuracy"] == [pytest.approx(0.7), pytest.approx(0)]
-    assert all(set(signs) == {"accuracy", "frechet"} and set(signs.values()) == {"holds"} for signs in found["signs"].values())
+    assert all(
+        set(signs) == {"accuracy", "frechet"} and set(signs.values()) == {"holds"} for signs in found["signs"].values()
+    )
 
 
-@pytest.mark.parametrize("flags, message", [(["head", "--seeds", "0"], "--seeds must be at least 1"), (["head", "--num_images", "5"], "--num_images")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [(["head", "--seeds", "0"], "--seeds must be at least 1"), (["head", "--num_images", "5"], "--num_images")],
+)
 def test_bad_flags(flags: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ablations.main(flags)
@@ -68,9 +84,17 @@ def test_a_toy_ablation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     ablations.main(command)
     found = json.loads((tmp_path / "ablations" / "order.json").read_text())
     assert [len(runs) for runs in found["runs"].values()] == [2, 2]
-    assert all(0 <= run["accuracy"] <= 1 and np.isfinite(run["frechet"]) and run["bits_per_dim"] > 1 for runs in found["runs"].values() for run in runs)
-    orders = [torch.load(tmp_path / "ablations" / name / "checkpoint-last.pth", weights_only=True)["config"]["model"]["channel_order"]
-              for name in ("base-2x32-seed0", "reversed-order-2x32-seed0")]
+    assert all(
+        0 <= run["accuracy"] <= 1 and np.isfinite(run["frechet"]) and run["bits_per_dim"] > 1
+        for runs in found["runs"].values()
+        for run in runs
+    )
+    orders = [
+        torch.load(tmp_path / "ablations" / name / "checkpoint-last.pth", weights_only=True)["config"]["model"][
+            "channel_order"
+        ]
+        for name in ("base-2x32-seed0", "reversed-order-2x32-seed0")
+    ]
     assert orders[0] == orders[1][::-1]
     assert "base better than reversed order" in capsys.readouterr().out
     monkeypatch.setattr(ablations, "train", lambda *args: pytest.fail("a run was done again"))

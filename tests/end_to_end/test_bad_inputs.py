@@ -28,10 +28,16 @@ SHEET = yaml.safe_load((Path(__file__).parents[1] / "bad_inputs.yaml").read_text
 
 def bomb(side: int) -> bytes:
     """A PNG of side x side black pixels that decompresses to far more than it weighs."""
+
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b""))
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +57,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.new("RGB", (40, 40)).save(root / name / "train" / "a" / f"z{i}.png")
     (root / "empty").mkdir()
     (root / "file").write_text("a file, not a folder")
-    for folder, arrays in (("npz_pickle", dict(moments=np.array([{}], dtype=object))), ("npz_other", dict(moments=np.zeros((8, 2, 2), np.float32),
-                                                                                                         moments_flip=np.zeros((8, 2, 2), np.float32)))):
+    for folder, arrays in (
+        ("npz_pickle", dict(moments=np.array([{}], dtype=object))),
+        ("npz_other", dict(moments=np.zeros((8, 2, 2), np.float32), moments_flip=np.zeros((8, 2, 2), np.float32))),
+    ):
         (root / folder / "a").mkdir(parents=True)
         np.savez(root / folder / "a" / "x.png.npz", **arrays)
     here = Path.cwd()
@@ -67,7 +75,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "short.pth").write_bytes((root / "run" / "checkpoint-last.pth").read_bytes()[:5000])
     torch.save({"model": Explosive(root / "ran")}, root / "evil.pth")
     torch.save([1, 2], root / "list.pth")
-    for name, size, colour in (("photo.png", 40, "red"), ("mask.png", 40, "white"), ("small.png", 20, "white"), ("black.png", 40, "black")):
+    for name, size, colour in (
+        ("photo.png", 40, "red"),
+        ("mask.png", 40, "white"),
+        ("small.png", 20, "white"),
+        ("black.png", 40, "black"),
+    ):
         Image.new("RGB", (size, size), colour).save(root / name)
     np.savez(root / "bad_stats.npz", mu=np.zeros(3))
     np.savez(root / "pickled.npz", mu=np.array([{}], dtype=object), sigma=np.zeros(3))
@@ -91,7 +104,9 @@ def arguments(base: str, more: str, drop: list[str]) -> tuple[str, list[str]]:
 def test_the_sheet_is_long_enough_and_covers_every_command() -> None:
     assert len(SHEET["cases"]) >= 60
     assert {case[0] for case in SHEET["cases"]} >= SHEET["base"].keys() - {"fid_stats", "vae_stats"}
-    assert all(len(case[2]) > 5 for case in SHEET["cases"]) and len({tuple(case[:2]) for case in SHEET["cases"]}) == len(SHEET["cases"])
+    assert all(len(case[2]) > 5 for case in SHEET["cases"]) and len(
+        {tuple(case[:2]) for case in SHEET["cases"]}
+    ) == len(SHEET["cases"])
 
 
 @pytest.fixture
@@ -110,12 +125,13 @@ def refused(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         command = importlib.import_module(module)
         try:
             code = run_cli(lambda: command.main(argv))
-        except SystemExit as stop:                                 # argparse
+        except SystemExit as stop:  # argparse
             code = stop.code
         lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
         assert code == 2, lines
         assert len(lines) == 1 and words in lines[0], lines
         assert not (place / "ran").exists(), "code in a file was run"
+
     return run
 
 
@@ -124,7 +140,9 @@ def named(cases: list[list]) -> dict:
 
 
 @pytest.mark.parametrize("case", **named(SHEET["cases"]))
-def test_bad_input_is_refused_before_anything_is_written(place: Path, refused: Callable[[list], None], case: list) -> None:
+def test_bad_input_is_refused_before_anything_is_written(
+    place: Path, refused: Callable[[list], None], case: list
+) -> None:
     before = snapshot(place)
     refused(case)
     assert snapshot(place) == before

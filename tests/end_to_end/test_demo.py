@@ -52,8 +52,18 @@ class Counter:
             (self.out / name / "mark").touch()
             if name == "c" and fails:
                 raise ValueError("stage c broke")
-        return [Stage(name, ["true", flag if name == "b" else "-"], self.out / name, lambda: "done", "done", work=lambda name=name: work(name))
-                for name in "abc"]
+
+        return [
+            Stage(
+                name,
+                ["true", flag if name == "b" else "-"],
+                self.out / name,
+                lambda: "done",
+                "done",
+                work=lambda name=name: work(name),
+            )
+            for name in "abc"
+        ]
 
 
 def test_finished_stages_are_kept_and_an_interrupted_one_runs_again(tmp_path: Path) -> None:
@@ -63,7 +73,7 @@ def test_finished_stages_are_kept_and_an_interrupted_one_runs_again(tmp_path: Pa
     assert counter.runs == ["a", "b", "c"]
     (tmp_path / "c" / "half").touch()
     rows = run_stages(counter.stages(), tmp_path)
-    assert counter.runs == ["a", "b", "c", "c"] and (tmp_path / "c" / "half").exists()         # continued, not begun anew
+    assert counter.runs == ["a", "b", "c", "c"] and (tmp_path / "c" / "half").exists()  # continued, not begun anew
     assert [row[0] for row in rows] == ["a", "b", "c"] and all(row[1] >= 0 for row in rows)
     run_stages(counter.stages(), tmp_path)
     assert counter.runs == ["a", "b", "c", "c"]
@@ -88,12 +98,23 @@ def test_a_command_that_fails_ends_the_demo(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_all_stages_at_toy_size(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "demo.run", "--toy", "--output_dir", str(tmp_path / "out"), "--pictures", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "demo.run",
+        "--toy",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--pictures",
+        str(tmp_path),
+    ]
     result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-2000:]
     for picture in ("samples.png", "reconstruction.png", "loss.png"):
         assert read_image(tmp_path / picture).size[0] > 100
-    assert "judge right on 99." in result.stdout and "1617 latents" in result.stdout and "of 10 samples" in result.stdout
+    assert (
+        "judge right on 99." in result.stdout and "1617 latents" in result.stdout and "of 10 samples" in result.stdout
+    )
     stamps = [json.loads(path.read_text()) for path in sorted((tmp_path / "out" / "stages").iterdir())]
     assert len(stamps) == 6 and all(stamp["seconds"] > 0 for stamp in stamps)
     again = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)

@@ -19,9 +19,11 @@ REPO = Path(__file__).resolve().parents[2]
 FROZEN, PUBLISHED = REPO / "tests" / "flags.json", REPO / "tests" / "golden" / "cli_flags.json"
 PUBLISHED_SHA256 = "c50b561c169beab175c94bfa60c55715a075bf4ba248162c7ca0f17594d3cf1b"
 SCRIPTS = ("main_tokenbridge.py", "main_cache.py", "main_vae.py", "reconstruction.py")
-TOOLS = tuple(f"tools.{name}" for name in ("bench", "download", "export", "fid_stats", "inspect", "plot", "posthoc_ema", "vae_stats")) + \
-    tuple(f"demo.{name}" for name in ("ablations", "app", "run", "samplers"))
-DEVIATIONS = {"--device": "auto"}           # published default: cuda; auto takes cuda where there is one
+TOOLS = tuple(
+    f"tools.{name}"
+    for name in ("bench", "download", "export", "fid_stats", "inspect", "plot", "posthoc_ema", "vae_stats")
+) + tuple(f"demo.{name}" for name in ("ablations", "app", "run", "samplers"))
+DEVIATIONS = {"--device": "auto"}  # published default: cuda; auto takes cuda where there is one
 
 
 def file_of(name: str) -> str:
@@ -38,8 +40,10 @@ class Captured(Exception):
 
 def parser_of(name: str) -> argparse.ArgumentParser:
     """The parser that a script or module builds before it reads the command line."""
+
     def stop(parser: argparse.ArgumentParser, *args: object) -> None:
         raise Captured(parser)
+
     module = importlib.import_module(file_of(name).removesuffix(".py").replace("/", "."))
     with mock.patch.object(argparse.ArgumentParser, "parse_args", stop), pytest.raises(Captured) as caught:
         module.main([])
@@ -72,7 +76,11 @@ def test_no_command_line_is_left_out() -> None:
     """Every file with a parser of its own and an entry point is in the list, and nothing else is."""
     files = [*REPO.glob("*.py"), *(path for folder in ("demo", "tools") for path in (REPO / folder).rglob("*.py"))]
     found = {path.relative_to(REPO).as_posix() for path in files if "sys.exit(run_cli(main))" in path.read_text()}
-    assert found == {file_of(name) for name in json.loads(FROZEN.read_text())} == {file_of(name) for name in SCRIPTS + TOOLS}
+    assert (
+        found
+        == {file_of(name) for name in json.loads(FROZEN.read_text())}
+        == {file_of(name) for name in SCRIPTS + TOOLS}
+    )
 
 
 def test_the_published_list_never_changes() -> None:
@@ -104,9 +112,13 @@ def test_exceptions_are_documented() -> None:
     exceptions = documented_exceptions()
     assert exceptions <= published_flags() and exceptions >= DEVIATIONS.keys()
     for script in json.loads(PUBLISHED.read_text()):
-        several = {flag for action in parser_of(script)._actions if action.nargs == "+" for flag in action.option_strings}
+        several = {
+            flag for action in parser_of(script)._actions if action.nargs == "+" for flag in action.option_strings
+        }
         assert several & published_flags() <= exceptions, script
-    paragraph = (REPO / "README.md").read_text().partition("with its default and meaning, except:")[2].partition("\n\n")[0]
+    paragraph = (
+        (REPO / "README.md").read_text().partition("with its default and meaning, except:")[2].partition("\n\n")[0]
+    )
     named = set(re.findall(r"`(--\w+)`", paragraph))
     assert named >= DEVIATIONS.keys() | {"--dist_on_itp", "--patch_size"} and named & published_flags() <= exceptions
 

@@ -42,10 +42,19 @@ def test_a_missing_folder_is_refused(script: str, arguments: list[str]) -> None:
 def launch(script: str, arguments: list[str], log: Path, **environment: str) -> subprocess.Popen:
     """The script with one process per node; `arguments` without --output_dir and --resume, which it sets itself."""
     kept = [part for i, part in enumerate(arguments) if not {"--output_dir", "--resume"} & {part, arguments[i - 1]}]
-    environment = os.environ | {"PYTHON": sys.executable, "PROCESSES": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
+    environment = (
+        os.environ
+        | {"PYTHON": sys.executable, "PROCESSES": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        | environment
+    )
     with log.open("a") as file:
-        return subprocess.Popen(["bash", REPO / "scripts" / script, arguments[arguments.index("--output_dir") + 1], *kept], cwd=REPO, stdout=file,
-                                stderr=file, env=environment)
+        return subprocess.Popen(
+            ["bash", REPO / "scripts" / script, arguments[arguments.index("--output_dir") + 1], *kept],
+            cwd=REPO,
+            stdout=file,
+            stderr=file,
+            env=environment,
+        )
 
 
 def wait_for_steps(folder: Path, count: int, process: subprocess.Popen, log: Path) -> None:
@@ -76,22 +85,39 @@ def test_slurm_tells_it_to_stop_and_it_queues_itself_again(flags, tmp_path: Path
     for name, text in FAKE_SLURM.items():
         (fake / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (fake / name).chmod(0o755)
-    environment = dict(PATH=f"{fake}:{os.environ['PATH']}", FAKE_SLURM=str(fake), SLURM_SUBMIT_DIR=str(REPO), SLURM_JOB_NODELIST="localhost",
-                       SLURM_JOB_NUM_NODES="1", SLURM_JOB_ID="17", PORT="0")
-    process = launch("train_slurm.sh", flags(out, log_freq=1, save_every_steps=1000, save_last_freq=1000, max_steps=200), log, **environment)
+    environment = dict(
+        PATH=f"{fake}:{os.environ['PATH']}",
+        FAKE_SLURM=str(fake),
+        SLURM_SUBMIT_DIR=str(REPO),
+        SLURM_JOB_NODELIST="localhost",
+        SLURM_JOB_NUM_NODES="1",
+        SLURM_JOB_ID="17",
+        PORT="0",
+    )
+    process = launch(
+        "train_slurm.sh",
+        flags(out, log_freq=1, save_every_steps=1000, save_last_freq=1000, max_steps=200),
+        log,
+        **environment,
+    )
     wait_for_steps(out, 3, process, log)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(120) == 0, log.read_text()[-3000:]
     step = load_latest(str(out))[1]["step"]
     assert 3 <= step < 200 and (fake / "asked").read_text() == "requeue 17\n"
     assert launch("train_slurm.sh", flags(out, max_steps=step + 3), log, **environment).wait(120) == 0
-    assert load_latest(str(out))[1]["step"] == step + 3 and (fake / "asked").read_text() == "requeue 17\n"     # done: not again
+    # done: not again
+    assert load_latest(str(out))[1]["step"] == step + 3 and (fake / "asked").read_text() == "requeue 17\n"
 
 
 @pytest.mark.slow
 def test_torchrun_restarts_after_a_kill_and_the_run_goes_on(flags, tmp_path: Path) -> None:  # noqa: ANN001, F811
     """kill -9 of rank 1: torchrun starts both again, and they continue from the checkpoint by themselves."""
-    arguments = ["--max_restarts=2", REPO / "tests" / "processes" / "run_elastic.py", *flags(tmp_path / "run", batch_size=2)]
+    arguments = [
+        "--max_restarts=2",
+        REPO / "tests" / "processes" / "run_elastic.py",
+        *flags(tmp_path / "run", batch_size=2),
+    ]
     result = run_processes(arguments, nproc=2, timeout=600, env={"PYTHONPATH": f"{REPO}:{REPO / 'tests'}"})
     assert result.returncode == 0, result.stderr[-3000:]
     assert "resumed from" in result.stderr and load_latest(str(tmp_path / "run"))[1]["step"] == STEPS

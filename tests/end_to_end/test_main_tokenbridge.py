@@ -24,7 +24,7 @@ from training.recipe import RECIPE
 from training.sharding import cannot_shard
 from util import checkpoint, dist
 
-SIZE = 32        # pixels, with a VAE of stride 8: 4x4 tokens
+SIZE = 32  # pixels, with a VAE of stride 8: 4x4 tokens
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +38,37 @@ def vae_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def flags(vae_path: Path, image_root: Path):  # noqa: ANN201
     """flags(output_dir, name=value, ...): a training command line of 12 images, 3 steps per epoch."""
+
     def build(output: Path, **changes: object) -> list[str]:
-        values = dict(model="tokenbridge_digits", img_size=SIZE, class_num=3, buffer_size=4, vae_path=vae_path, data_path=image_root, batch_size=4,
-                      warmup_epochs=0, lr=1e-3, ema_rate=0.9, num_workers=0, device="cpu", log_freq=2, save_last_freq=1, epochs=2, seed=3,
-                      output_dir=output) | changes
-        return [part for name, value in values.items() if value is not None for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+        values = (
+            dict(
+                model="tokenbridge_digits",
+                img_size=SIZE,
+                class_num=3,
+                buffer_size=4,
+                vae_path=vae_path,
+                data_path=image_root,
+                batch_size=4,
+                warmup_epochs=0,
+                lr=1e-3,
+                ema_rate=0.9,
+                num_workers=0,
+                device="cpu",
+                log_freq=2,
+                save_last_freq=1,
+                epochs=2,
+                seed=3,
+                output_dir=output,
+            )
+            | changes
+        )
+        return [
+            part
+            for name, value in values.items()
+            if value is not None
+            for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+        ]
+
     return build
 
 
@@ -82,28 +108,39 @@ def assert_same(a: object, b: object) -> None:
 
 # ------------------------------------------------------------------------------------------------------- training
 
+
 def test_a_checkpoint_has_the_published_layout_and_says_what_it_is(trained: Path, vae_path: Path) -> None:
     content = load(trained)
     assert {"model", "model_ema", "optimizer", "epoch", "step", "config"} <= content.keys() and "scaler" not in content
     assert content["epoch"] == 1 and content["step"] == 6
     assert {"channel_mask", "boundaries", "reconstruction_values"} <= content["model"].keys()
-    assert content["model_ema"].keys() == content["model"].keys() - {"channel_mask", "boundaries", "reconstruction_values"}
+    assert content["model_ema"].keys() == content["model"].keys() - {
+        "channel_mask",
+        "boundaries",
+        "reconstruction_values",
+    }
     assert all(value.dtype == torch.float32 for value in content["model_ema"].values())
     config = content["config"]
-    assert config["model"]["head_start"] == "trained" and config["model"]["vae_embed_dim"] == 4 and config["classes"] == ["china", "flower"]
+    assert (
+        config["model"]["head_start"] == "trained"
+        and config["model"]["vae_embed_dim"] == 4
+        and config["classes"] == ["china", "flower"]
+    )
     assert config["vae_fingerprint"] == load_vae(vae_path).latent_fingerprint() and config["args"]["seed"] == 3
     assert [line["step"] for line in log_of(trained)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_log_says_where_the_loss_starts(flags, tmp_path: Path, messages: list[str]) -> None:  # noqa: ANN001
     main(flags(tmp_path / "run", max_steps=1))
-    start = math.log(64) + 0.5                                             # head 64 wide, 64 levels: variance 1 of xavier logits
+    start = math.log(64) + 0.5  # head 64 wide, 64 levels: variance 1 of xavier logits
     assert any(f"the loss starts near {start:.2f}; below ln 64 = 4.159" in line for line in messages)
     assert abs(log_of(tmp_path / "run")[0]["loss"] - start) < 0.25
 
 
 @pytest.mark.parametrize("stop", [3, 4])
-def test_a_resumed_run_is_the_run_never_stopped(trained: Path, flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:  # noqa: ANN001
+def test_a_resumed_run_is_the_run_never_stopped(
+    trained: Path, flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:  # noqa: ANN001
     """Stopped after step `stop`, whose last checkpoint is of step 3: weights, EMA, optimizer and log are equal bit for bit."""
     real, out = engine_train.train_one_epoch, tmp_path / "run"
 
@@ -114,10 +151,13 @@ def test_a_resumed_run_is_the_run_never_stopped(trained: Path, flags, tmp_path: 
                 real(state, vae, loader, settings, device, log, **more)
             raise KeyboardInterrupt
         return real(state, vae, loader, settings, device, log, **more)
+
     monkeypatch.setattr(engine_train, "train_one_epoch", killed)
     with pytest.raises(KeyboardInterrupt):
         main(flags(out))
-    assert load(out)["step"] == 3 and not torch.equal(load(out)["model"]["class_emb.weight"], load(trained)["model"]["class_emb.weight"])
+    assert load(out)["step"] == 3 and not torch.equal(
+        load(out)["model"]["class_emb.weight"], load(trained)["model"]["class_emb.weight"]
+    )
     monkeypatch.setattr(engine_train, "train_one_epoch", real)
     torch.manual_seed(99)
     main(flags(out, resume=out))
@@ -136,35 +176,74 @@ def test_a_finished_run_has_nothing_to_do(trained: Path, flags, messages: list[s
 
 def test_a_cache_trains_as_images_do(trained: Path, flags, vae_path: Path, image_root: Path, tmp_path: Path) -> None:  # noqa: ANN001
     cache = tmp_path / "cache"
-    main_cache.main([str(x) for x in ("--vae_path", vae_path, "--data_path", image_root, "--img_size", SIZE, "--cached_path", cache, "--num_workers", 0,
-                                      "--device", "cpu", "--batch_size", 4)])
+    main_cache.main(
+        [
+            str(x)
+            for x in (
+                "--vae_path",
+                vae_path,
+                "--data_path",
+                image_root,
+                "--img_size",
+                SIZE,
+                "--cached_path",
+                cache,
+                "--num_workers",
+                0,
+                "--device",
+                "cpu",
+                "--batch_size",
+                4,
+            )
+        ]
+    )
     main(flags(tmp_path / "run", use_cached=True, cached_path=cache, data_path=tmp_path / "none"))
     cached, images = log_of(tmp_path / "run"), log_of(trained)
     assert [line["loss"] for line in cached] == pytest.approx([line["loss"] for line in images], abs=2e-3)
     assert cached[0]["loss"] == pytest.approx(images[0]["loss"], abs=1e-4)
 
 
-def test_published_layout_without_our_keys_resumes_after_its_epoch(trained: Path, flags, tmp_path: Path, messages: list[str]) -> None:  # noqa: ANN001
+def test_published_layout_without_our_keys_resumes_after_its_epoch(
+    trained: Path, flags, tmp_path: Path, messages: list[str]
+) -> None:  # noqa: ANN001
     content = load(trained)
     (tmp_path / "old").mkdir()
-    torch.save({key: content[key] for key in ("model", "model_ema", "optimizer", "epoch")}, tmp_path / "old" / "checkpoint-last.pth")
+    torch.save(
+        {key: content[key] for key in ("model", "model_ema", "optimizer", "epoch")},
+        tmp_path / "old" / "checkpoint-last.pth",
+    )
     main(flags(tmp_path / "new", resume=tmp_path / "old", epochs=3))
     assert [line["step"] for line in log_of(tmp_path / "new")] == [7, 8, 9]
-    assert any("has no config: from the shapes of its weights it is tokenbridge_digits" in line and "(head_start official)" in line for line in messages)
+    assert any(
+        "has no config: from the shapes of its weights it is tokenbridge_digits" in line
+        and "(head_start official)" in line
+        for line in messages
+    )
     assert load(tmp_path / "new")["config"]["model"]["head_start"] == "official"
 
 
-def test_a_run_begun_without_dropout_in_the_head_continues_with_it_and_says_so(trained: Path, flags, tmp_path: Path,  # noqa: ANN001
-                                                                               messages: list[str]) -> None:
+def test_a_run_begun_without_dropout_in_the_head_continues_with_it_and_says_so(
+    trained: Path,
+    flags,
+    tmp_path: Path,  # noqa: ANN001
+    messages: list[str],
+) -> None:
     def said() -> list[str]:
         return [line for line in messages if "was begun without dropout in the head" in line]
+
     content = load(trained)
     assert content["config"].pop("recipe") == RECIPE
     (tmp_path / "old").mkdir()
     torch.save(content, tmp_path / "old" / "checkpoint-last.pth")
     main(flags(tmp_path / "new", resume=tmp_path / "old", epochs=3, proj_dropout=0.05))
-    assert len(said()) == 1 and "--attn_dropout 0.1 and --proj_dropout 0.05 in the head too, a mask ratio for each micro-batch" in said()[0]
-    assert load(tmp_path / "new")["config"]["recipe"] == RECIPE and load(tmp_path / "new")["config"]["model"]["proj_dropout"] == 0.05
+    assert (
+        len(said()) == 1
+        and "--attn_dropout 0.1 and --proj_dropout 0.05 in the head too, a mask ratio for each micro-batch" in said()[0]
+    )
+    assert (
+        load(tmp_path / "new")["config"]["recipe"] == RECIPE
+        and load(tmp_path / "new")["config"]["model"]["proj_dropout"] == 0.05
+    )
     main(flags(tmp_path / "new", resume=tmp_path / "new", epochs=4))
     assert len(said()) == 1 and load(tmp_path / "new")["step"] == 12
 
@@ -182,7 +261,9 @@ def test_the_parallel_head_trains_and_samples(flags, vae_path: Path, tmp_path: P
     """--head is recorded in the checkpoint, which then samples without it; naming the other head is an error."""
     main(flags(tmp_path / "run", head="parallel", max_steps=1))
     content = load(tmp_path / "run")
-    assert content["config"]["model"]["head"] == "parallel" and not [key for key in content["model"] if key.startswith("token_embeddings")]
+    assert content["config"]["model"]["head"] == "parallel" and not [
+        key for key in content["model"] if key.startswith("token_embeddings")
+    ]
     assert len(sampled(tmp_path / "run", vae_path, tmp_path / "samples")) == 6
     with pytest.raises(ValueError, match="--head autoregressive contradicts"):
         sampled(tmp_path / "run", vae_path, tmp_path / "other", "--head", "autoregressive")
@@ -193,37 +274,63 @@ def test_what_a_run_shows(flags, tmp_path: Path, messages: list[str]) -> None:  
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from training.flops import step_flops
+
     for name in ("one", "two"):
         main(flags(tmp_path / name, sample_freq=1, num_iter=2, peak_tflops=0.5, ema_warmup=True, epochs=1, cfg=2))
     out = tmp_path / "one"
     line = next(line for line in messages if line.startswith("epoch 0 step 2/3"))
-    for part in ("loss ", "lr ", "grad norm ", " images/s", " TFLOP/s", "MFU ", " bits/dim", "accuracy ", "data wait ", "memory ", "ETA 0:00:"):
+    for part in (
+        "loss ",
+        "lr ",
+        "grad norm ",
+        " images/s",
+        " TFLOP/s",
+        "MFU ",
+        " bits/dim",
+        "accuracy ",
+        "data wait ",
+        "memory ",
+        "ETA 0:00:",
+    ):
         assert part in line, part
     lines = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
     detailed = lines[1]
     assert len(detailed["loss_per_dim"]) == len(detailed["accuracy_per_dim"]) == 4 and "loss_per_dim" not in lines[0]
     assert sum(detailed["loss_per_dim"]) / 4 == pytest.approx(detailed["loss"], abs=1e-4)
-    assert detailed["bits_per_dim"] == pytest.approx(detailed["loss"] / math.log(2), abs=1e-3) and 0 <= detailed["token_accuracy"] <= 1
+    assert (
+        detailed["bits_per_dim"] == pytest.approx(detailed["loss"] / math.log(2), abs=1e-3)
+        and 0 <= detailed["token_accuracy"] <= 1
+    )
     config = load(out)["config"]["model"]
     low, high = step_flops(config, 12) / 1e12, step_flops(config, 16) / 1e12
-    assert low <= detailed["tflops"] / detailed["images_per_s"] <= high and detailed["mfu"] == pytest.approx(detailed["tflops"] / 0.5)
+    assert low <= detailed["tflops"] / detailed["images_per_s"] <= high and detailed["mfu"] == pytest.approx(
+        detailed["tflops"] / 0.5
+    )
     board = EventAccumulator(str(out)).Reload()
-    assert board.Scalars("loss")[1].value == pytest.approx(detailed["loss"]) and len(board.Scalars("loss_per_dim/03")) == 1
+    assert (
+        board.Scalars("loss")[1].value == pytest.approx(detailed["loss"]) and len(board.Scalars("loss_per_dim/03")) == 1
+    )
     assert [image.step for image in board.Images("samples")] == [3]
     grids = [np.asarray(read_image(tmp_path / name / "samples" / "step-00000003.png")) for name in ("one", "two")]
     assert grids[0].shape[0] > 2 * SIZE and (grids[0] == grids[1]).all()
 
 
 def test_flags_of_training_that_cannot_be(flags, tmp_path: Path) -> None:  # noqa: ANN001
-    for changes, message in ((dict(fsdp=True), "--fsdp cuts the weights over several processes, and there is one"),
-                             (dict(keep_last=0), "--keep_last must be at least 1"), (dict(save_every_steps=0), "--save_every_steps must be at least 1"),
-                             (dict(peak_tflops="nan"), "--peak_tflops must be a positive number"), (dict(sample_freq=-1), "--sample_freq must be")):
+    for changes, message in (
+        (dict(fsdp=True), "--fsdp cuts the weights over several processes, and there is one"),
+        (dict(keep_last=0), "--keep_last must be at least 1"),
+        (dict(save_every_steps=0), "--save_every_steps must be at least 1"),
+        (dict(peak_tflops="nan"), "--peak_tflops must be a positive number"),
+        (dict(sample_freq=-1), "--sample_freq must be"),
+    ):
         with pytest.raises(ValueError, match=message):
             main(flags(tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 
-def test_sharding_on_a_cpu_is_refused_where_torch_cannot(flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+def test_sharding_on_a_cpu_is_refused_where_torch_cannot(
+    flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # noqa: ANN001
     monkeypatch.delattr(FSDPModule, "set_force_sum_reduction_for_comms", raising=False)
     monkeypatch.setattr(dist, "world_size", lambda: 2)
     with pytest.raises(ValueError, match=r"--fsdp on a CPU needs torch 2\.8 or later, this is .*: leave it out"):
@@ -233,9 +340,35 @@ def test_sharding_on_a_cpu_is_refused_where_torch_cannot(flags, tmp_path: Path, 
 
 # ------------------------------------------------------------------------------------------------------- sampling and evaluation
 
+
 def sampled(trained: Path, vae_path: Path, out: Path, *more: object) -> dict[str, np.ndarray]:
-    main([str(x) for x in ("--sample", "--resume", trained, "--vae_path", vae_path, "--classes", "2,0", "--num_images", 5, "--num_iter", 4, "--cfg", 2,
-                           "--device", "cpu", "--num_workers", 0, "--output_dir", out, *more)])
+    main(
+        [
+            str(x)
+            for x in (
+                "--sample",
+                "--resume",
+                trained,
+                "--vae_path",
+                vae_path,
+                "--classes",
+                "2,0",
+                "--num_images",
+                5,
+                "--num_iter",
+                4,
+                "--cfg",
+                2,
+                "--device",
+                "cpu",
+                "--num_workers",
+                0,
+                "--output_dir",
+                out,
+                *more,
+            )
+        ]
+    )
     return {path.name: np.asarray(read_image(path)) for path in sorted(out.glob("*.png"))}
 
 
@@ -245,27 +378,43 @@ def test_samples_are_pictures_of_their_seed(trained: Path, vae_path: Path, tmp_p
     assert one["000000.png"].shape == (SIZE, SIZE, 3) and one["grid.png"].shape[1] > SIZE
     record = json.loads((tmp_path / "one" / "samples.json").read_text())
     assert record["labels"] == [2, 2, 2, 0, 0] and record["seed"] == 1 and record["cfg"] == 2
-    again, other = sampled(trained, vae_path, tmp_path / "two", "--eval_bsz", 2), sampled(trained, vae_path, tmp_path / "three", "--seed", 8)
+    again, other = (
+        sampled(trained, vae_path, tmp_path / "two", "--eval_bsz", 2),
+        sampled(trained, vae_path, tmp_path / "three", "--seed", 8),
+    )
     for name, picture in one.items():
         assert np.abs(picture.astype(int) - again[name]).max() <= 1
     assert any((picture != other[name]).any() for name, picture in one.items())
 
 
 def test_the_ema_is_what_makes_images(trained: Path, vae_path: Path, tmp_path: Path, messages: list[str]) -> None:
-    ema, plain = sampled(trained, vae_path, tmp_path / "ema"), sampled(trained, vae_path, tmp_path / "plain", "--weights", "model")
-    assert any("the EMA of" in line and "still holds 53 % of the random initial weights after 6 steps" in line for line in messages)
+    ema, plain = (
+        sampled(trained, vae_path, tmp_path / "ema"),
+        sampled(trained, vae_path, tmp_path / "plain", "--weights", "model"),
+    )
+    assert any(
+        "the EMA of" in line and "still holds 53 % of the random initial weights after 6 steps" in line
+        for line in messages
+    )
     assert any((ema[name] != plain[name]).any() for name in ema)
 
 
-@pytest.mark.parametrize(("warmup", "rate", "steps", "share"), [(True, 0.9999, 6, None), (False, 0.9999, 6, 100), (True, 0.9, 0, 100)])
-def test_the_warning_of_an_ema_that_lags_knows_the_warm_up(trained: Path, tmp_path: Path, messages: list[str], warmup: bool, rate: float,
-                                                           steps: int, share: int | None) -> None:
+@pytest.mark.parametrize(
+    ("warmup", "rate", "steps", "share"), [(True, 0.9999, 6, None), (False, 0.9999, 6, 100), (True, 0.9, 0, 100)]
+)
+def test_the_warning_of_an_ema_that_lags_knows_the_warm_up(
+    trained: Path, tmp_path: Path, messages: list[str], warmup: bool, rate: float, steps: int, share: int | None
+) -> None:
     """After 6 steps of warm-up 1/5005 of the random weights is left, at a rate of 0.9999 nearly all."""
     content = load(trained)
     content["config"]["args"] |= {"ema_warmup": warmup, "ema_rate": rate}
-    load_generator_weights(TokenBridge(**content["config"]["model"]), content | {"step": steps}, tmp_path / "a.pth", "ema")
+    load_generator_weights(
+        TokenBridge(**content["config"]["model"]), content | {"step": steps}, tmp_path / "a.pth", "ema"
+    )
     found = [line for line in messages if "of the random initial weights" in line]
-    assert len(found) == (share is not None) and all(f"still holds {share} % of the random initial weights after {steps} steps" in x for x in found)
+    assert len(found) == (share is not None) and all(
+        f"still holds {share} % of the random initial weights after {steps} steps" in x for x in found
+    )
 
 
 @pytest.fixture(scope="module")
@@ -284,8 +433,20 @@ def test_too_few_images_for_the_scores_are_refused_at_once(trained: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_online_evaluation_leaves_training_as_it_is(trained: Path, flags, judges: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: ANN001
-    main(flags(tmp_path / "run", online_eval=True, eval_freq=1, num_images=10, num_iter=2, inception_weights=judges[0], fid_stats=judges[1]))
+def test_online_evaluation_leaves_training_as_it_is(
+    trained: Path, flags, judges: tuple[Path, Path], tmp_path: Path
+) -> None:  # noqa: ANN001
+    main(
+        flags(
+            tmp_path / "run",
+            online_eval=True,
+            eval_freq=1,
+            num_images=10,
+            num_iter=2,
+            inception_weights=judges[0],
+            fid_stats=judges[1],
+        )
+    )
     lines = [json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6] and all(math.isfinite(line["fid"]) for line in lines)
     for key in ("model", "model_ema", "optimizer"):
@@ -293,8 +454,13 @@ def test_online_evaluation_leaves_training_as_it_is(trained: Path, flags, judges
 
 
 @pytest.mark.parametrize(("cfg", "scales"), [(("2", "1", "0", "3"), (1, 2, 3)), (("1",), (1,)), (("0",), (1,))])
-def test_checkpoints_and_evaluations_are_due_as_published(flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cfg: tuple,  # noqa: ANN001
-                                                          scales: tuple) -> None:
+def test_checkpoints_and_evaluations_are_due_as_published(
+    flags,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cfg: tuple,  # noqa: ANN001
+    scales: tuple,
+) -> None:
     """Epochs 0, N, 2N, ... and the last one; at cfg 1 and then at each --cfg that is neither 1 nor 0. Three steps are an epoch."""
     saved, scored = [], []
 
@@ -304,9 +470,18 @@ def test_checkpoints_and_evaluations_are_due_as_published(flags, tmp_path: Path,
 
     def prepare(args, device) -> Evaluator:  # noqa: ANN001
         return Recorder(args, device, sample_settings(args, device), None, None, tmp_path, {})
+
     monkeypatch.setattr(Evaluator, "prepare", prepare)
-    monkeypatch.setattr(checkpoint.CheckpointWriter, "save", lambda writer, content: saved.append((content["step"], content["epoch"])))
-    main([*flags(tmp_path / "run", online_eval=True, eval_freq=4, save_last_freq=3, epochs=6, temperature=0.9), "--cfg", *cfg])
+    monkeypatch.setattr(
+        checkpoint.CheckpointWriter, "save", lambda writer, content: saved.append((content["step"], content["epoch"]))
+    )
+    main(
+        [
+            *flags(tmp_path / "run", online_eval=True, eval_freq=4, save_last_freq=3, epochs=6, temperature=0.9),
+            "--cfg",
+            *cfg,
+        ]
+    )
     assert saved == [(3, 0), (12, 3), (18, 5)]
     assert scored == [(step, scale, 0.9, "ema") for step in (3, 15, 18) for scale in scales]
 

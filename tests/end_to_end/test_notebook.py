@@ -19,13 +19,31 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     vae = AutoencoderKL(embed_dim=4, ch_mult=(1, 1, 2, 2), ch=32, num_res_blocks=1, attention=False)
     model = MODELS["tokenbridge_digits"](img_size=32, vae_stride=8, vae_embed_dim=4, class_num=10, buffer_size=8)
     atomic_save({"model": vae.state_dict(), "config": vae.config}, tmp_path / "vae" / "vae.pth")
-    config = {"model_name": "tokenbridge_digits", "model": model.config, "vae": vae.config, "vae_fingerprint": vae.latent_fingerprint()}
-    atomic_save({"model": model.state_dict(), "model_ema": dict(model.named_parameters()), "config": config}, tmp_path / "model" / "checkpoint-last.pth")
+    config = {
+        "model_name": "tokenbridge_digits",
+        "model": model.config,
+        "vae": vae.config,
+        "vae_fingerprint": vae.latent_fingerprint(),
+    }
+    atomic_save(
+        {"model": model.state_dict(), "model_ema": dict(model.named_parameters()), "config": config},
+        tmp_path / "model" / "checkpoint-last.pth",
+    )
     monkeypatch.setenv("TOKENBRIDGE_DEMO", str(tmp_path))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
     notebook = nbformat.read(REPO / "docs" / "notebook.ipynb", as_version=4)
     nbformat.validate(notebook)
-    assert all(not cell.get("outputs") for cell in notebook.cells if cell.cell_type == "code"), "clear the outputs before it is committed"
-    nbclient.NotebookClient(notebook, timeout=400, kernel_name="python3", resources={"metadata": {"path": str(REPO / "docs")}}).execute()
-    pictures = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert all(not cell.get("outputs") for cell in notebook.cells if cell.cell_type == "code"), (
+        "clear the outputs before it is committed"
+    )
+    nbclient.NotebookClient(
+        notebook, timeout=400, kernel_name="python3", resources={"metadata": {"path": str(REPO / "docs")}}
+    ).execute()
+    pictures = [
+        output
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if "image/png" in output.get("data", {})
+    ]
     assert len(pictures) == 4

@@ -16,11 +16,19 @@ from tests.conftest import REPO
 FOLDERS = ("checkpoints", "dataset", "demo", "evaluation", "generation", "models", "tools", "training", "util")
 SOURCES = [*REPO.glob("*.py"), *(path for folder in FOLDERS for path in (REPO / folder).rglob("*.py"))]
 # import name -> name in the requirements
-PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-image", "yaml": "pyyaml", "torch_fidelity": "torch-fidelity"}
+PACKAGES = {
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "skimage": "scikit-image",
+    "yaml": "pyyaml",
+    "torch_fidelity": "torch-fidelity",
+}
 
 
 def named(requirements: str) -> set[str]:
-    return {re.match(r"[\w-]+", line)[0] for line in (REPO / requirements).read_text().splitlines() if re.match(r"\w", line)}
+    return {
+        re.match(r"[\w-]+", line)[0] for line in (REPO / requirements).read_text().splitlines() if re.match(r"\w", line)
+    }
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -53,8 +61,11 @@ def test_nothing_unpickles() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load"):
                 given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                assert given.get("weights_only") == "True" if "torch" in ast.unparse(node.func) else given.get("allow_pickle") == "False", \
-                    f"{path.name}:{node.lineno}"
+                assert (
+                    given.get("weights_only") == "True"
+                    if "torch" in ast.unparse(node.func)
+                    else given.get("allow_pickle") == "False"
+                ), f"{path.name}:{node.lineno}"
         assert not {"pickle", "dill", "cloudpickle"} & set(imports(path)), path.name
 
 
@@ -62,11 +73,17 @@ def test_public_functions_have_types() -> None:
     for path in SOURCES:
         tree = ast.parse(path.read_text())
         functions = [n for n in tree.body if isinstance(n, ast.FunctionDef)]
-        functions += [f for c in tree.body if isinstance(c, ast.ClassDef) for f in c.body if isinstance(f, ast.FunctionDef)]
+        functions += [
+            f for c in tree.body if isinstance(c, ast.ClassDef) for f in c.body if isinstance(f, ast.FunctionDef)
+        ]
         for f in functions:
             if not f.name.startswith("_"):
-                arguments = [a for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs) if a.arg not in ("self", "cls")]
-                assert f.returns is not None and all(a.annotation is not None for a in arguments), f"{path.name}:{f.lineno} {f.name}"
+                arguments = [
+                    a for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs) if a.arg not in ("self", "cls")
+                ]
+                assert f.returns is not None and all(a.annotation is not None for a in arguments), (
+                    f"{path.name}:{f.lineno} {f.name}"
+                )
 
 
 def test_citation() -> None:

@@ -34,13 +34,16 @@ from tests.evaluation.test_fid_stats import Colours
 
 DOCUMENTS = {path: path.read_text() for path in (REPO / "README.md", *sorted((REPO / "docs").glob("*.md")))}
 README = DOCUMENTS[REPO / "README.md"]
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.M | re.S)             # (language, content)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.M | re.S)  # (language, content)
 # What makes a command small; appended, so that the last word is this one's. None: run as it stands.
 TOY = {
     "main_vae.py": "--width 32 --norm_groups 8 --num_res_blocks 1 --max_steps 1 --batch_size 4 --num_workers 0 --device cpu",
-    "main_cache.py": "--num_workers 0 --device cpu", "reconstruction.py": "--num_images 2 --num_workers 0 --device cpu --no_rfid",
-    "main_tokenbridge.py": "--device cpu", "dataset.latent_statistics": "--num_images 4 --decoded_images 2 --device cpu --num_workers 0",
-    "train": "--max_steps 1 --batch_size 2 --num_workers 0 --log_freq 1", "sample": "--num_iter 2",
+    "main_cache.py": "--num_workers 0 --device cpu",
+    "reconstruction.py": "--num_images 2 --num_workers 0 --device cpu --no_rfid",
+    "main_tokenbridge.py": "--device cpu",
+    "dataset.latent_statistics": "--num_images 4 --decoded_images 2 --device cpu --num_workers 0",
+    "train": "--max_steps 1 --batch_size 2 --num_workers 0 --log_freq 1",
+    "sample": "--num_iter 2",
     "evaluate": "--num_iter 1 --num_images 12 --eval_bsz 4",
 }
 
@@ -51,8 +54,11 @@ def commands(block: str) -> list[str]:
     return [line for line in lines if line]
 
 
-BLOCKS = {path: [content for language, content in BLOCK.findall(text) if language == "bash"] for path, text in DOCUMENTS.items()}
-COMMANDS: dict[str, str] = {}                                              # command -> the document that has it first
+BLOCKS = {
+    path: [content for language, content in BLOCK.findall(text) if language == "bash"]
+    for path, text in DOCUMENTS.items()
+}
+COMMANDS: dict[str, str] = {}  # command -> the document that has it first
 for _path, _blocks in BLOCKS.items():
     for _block in _blocks:
         for _command in commands(_block):
@@ -60,8 +66,19 @@ for _path, _blocks in BLOCKS.items():
 
 
 def tiny(width: int, **sizes: int) -> partial:
-    return partial(TokenBridge, encoder_embed_dim=width, encoder_depth=1, encoder_num_heads=2, decoder_embed_dim=width, decoder_depth=1,
-                   decoder_num_heads=2, channel_embed_dim=32, channel_depth=1, channel_heads=2, **sizes)
+    return partial(
+        TokenBridge,
+        encoder_embed_dim=width,
+        encoder_depth=1,
+        encoder_num_heads=2,
+        decoder_embed_dim=width,
+        decoder_depth=1,
+        decoder_num_heads=2,
+        channel_embed_dim=32,
+        channel_depth=1,
+        channel_heads=2,
+        **sizes,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +87,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("readme")
     for split in ("train", "val"):
         write_image_folder(root / "DIR", per_class=4, size=(80, 72), split=split)
-    for i in range(10):                                                    # 12 classes, as --class_num 12 says
+    for i in range(10):  # 12 classes, as --class_num 12 says
         shutil.copytree(root / "DIR" / "train" / "china", root / "DIR" / "train" / f"other{i}")
     Image.fromarray(photographs()[0][:90, :90]).save(root / "photo.png")
     mask = np.zeros((90, 90), np.uint8)
@@ -80,23 +97,47 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "pretrained_models" / "vae").mkdir(parents=True)
     torch.save({"model": kl16.state_dict(), "config": kl16.config}, root / "pretrained_models" / "vae" / "kl16.ckpt")
     shutil.copy(root / "pretrained_models" / "vae" / "kl16.ckpt", root / "VAE")
-    torch.save({key: value for key, value in alexnet().state_dict().items() if key.startswith("features")}, root / "alexnet-owt-7be5be79.pth")
+    torch.save(
+        {key: value for key, value in alexnet().state_dict().items() if key.startswith("features")},
+        root / "alexnet-owt-7be5be79.pth",
+    )
     (root / "OLD" / "china").mkdir(parents=True)
-    np.savez(root / "OLD" / "china" / "00.png.npz", **dict.fromkeys(("moments", "moments_flip"), np.ones((32, 16, 16), np.float32)))
+    np.savez(
+        root / "OLD" / "china" / "00.png.npz",
+        **dict.fromkeys(("moments", "moments_flip"), np.ones((32, 16, 16), np.float32)),
+    )
     for name, model in (("large", tiny(48)(class_num=1000)), ("huge", tiny(64)(class_num=1000))):
         folder = root / "pretrained_models" / "tokenbridge" / f"tokenbridge_{name}"
         folder.mkdir(parents=True)
-        torch.save({"model": model.state_dict(), "model_ema": dict(model.named_parameters()), "optimizer": {}, "epoch": 799, "scaler": {}},
-                   folder / "checkpoint-last.pth")
+        torch.save(
+            {
+                "model": model.state_dict(),
+                "model_ema": dict(model.named_parameters()),
+                "optimizer": {},
+                "epoch": 799,
+                "scaler": {},
+            },
+            folder / "checkpoint-last.pth",
+        )
     digits = tiny(32)(img_size=64, class_num=10, buffer_size=4)
     (root / "demo" / "out" / "model").mkdir(parents=True)
     (root / "demo" / "out" / "vae").mkdir()
     torch.save({"model": kl16.state_dict(), "config": kl16.config}, root / "demo" / "out" / "vae" / "vae.pth")
-    config = {"model_name": "tokenbridge_digits", "model": digits.config, "vae": kl16.config, "vae_fingerprint": kl16.latent_fingerprint(), "args": {}}
-    torch.save({"model": digits.state_dict(), "model_ema": dict(digits.named_parameters()), "config": config},
-               root / "demo" / "out" / "model" / "checkpoint-last.pth")
+    config = {
+        "model_name": "tokenbridge_digits",
+        "model": digits.config,
+        "vae": kl16.config,
+        "vae_fingerprint": kl16.latent_fingerprint(),
+        "args": {},
+    }
+    torch.save(
+        {"model": digits.state_dict(), "model_ema": dict(digits.named_parameters()), "config": config},
+        root / "demo" / "out" / "model" / "checkpoint-last.pth",
+    )
     (root / "fid_stats").mkdir()
-    np.savez(root / "fid_stats" / "adm_in256_stats.npz", mu=np.zeros(2048, np.float32), sigma=np.eye(2048, dtype=np.float32))
+    np.savez(
+        root / "fid_stats" / "adm_in256_stats.npz", mu=np.zeros(2048, np.float32), sigma=np.eye(2048, dtype=np.float32)
+    )
     (root / "fid_stats" / "VIRTUAL_imagenet256_labeled.npz").touch()
     return root
 
@@ -107,7 +148,12 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     monkeypatch.chdir(place)
     monkeypatch.setenv("RANK_OF_NODE", "0")
     monkeypatch.setenv("ADDRESS", "127.0.0.1")
-    sizes = {"tokenbridge_base": tiny(40), "tokenbridge_large": tiny(48), "tokenbridge_huge": tiny(64), "tokenbridge_digits": tiny(32)}
+    sizes = {
+        "tokenbridge_base": tiny(40),
+        "tokenbridge_large": tiny(48),
+        "tokenbridge_huge": tiny(64),
+        "tokenbridge_digits": tiny(32),
+    }
     for table in (models.MODELS, engine_load.MODELS):
         for name, builder in sizes.items():
             monkeypatch.setitem(table, name, builder)
@@ -118,7 +164,16 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def toy(module: str, argv: list[str]) -> list[str]:
         flags = TOY.get(f"{module}.py" if f"{module}.py" in TOY else module, "")
         if module == "main_tokenbridge":
-            flags += " " + TOY["evaluate" if "--evaluate" in argv or "_eval" in " ".join(argv) else "sample" if "--sample" in argv else "train"]
+            flags += (
+                " "
+                + TOY[
+                    "evaluate"
+                    if "--evaluate" in argv or "_eval" in " ".join(argv)
+                    else "sample"
+                    if "--sample" in argv
+                    else "train"
+                ]
+            )
         if module == "main_cache" and ("--verify" in argv or "--info" in argv):
             flags = ""
         return argv + shlex.split(flags)
@@ -143,11 +198,14 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
             module, words = (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py"), words[1:])
             assert (REPO / f"{module.replace('.', '/')}.py").is_file(), module
             importlib.import_module(module).main(toy(module, words))
+
     return start
 
 
 def test_there_are_commands_and_shells_can_read_them() -> None:
-    assert len(COMMANDS) > 35 and {"README.md", "cache.md", "evaluation.md", "sampling.md", "training.md"} == set(COMMANDS.values())
+    assert len(COMMANDS) > 35 and {"README.md", "cache.md", "evaluation.md", "sampling.md", "training.md"} == set(
+        COMMANDS.values()
+    )
     for path, blocks in BLOCKS.items():
         for block in blocks:
             result = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
@@ -159,14 +217,20 @@ def test_no_command_hides() -> None:
     for path, text in DOCUMENTS.items():
         assert {language for language, _ in BLOCK.findall(text)} <= {"bash", "python", "text"}, path.name
         assert len(re.findall("```", text)) == 2 * len(BLOCK.findall(text)), path.name
-        assert not re.search(r"^\s+(?:\$ )?(?:python|torchrun|make|bash|sbatch) ", BLOCK.sub("", text), flags=re.M), path.name
+        assert not re.search(r"^\s+(?:\$ )?(?:python|torchrun|make|bash|sbatch) ", BLOCK.sub("", text), flags=re.M), (
+            path.name
+        )
 
 
 def test_published_commands_are_in_it() -> None:
     """SPEC 10: the official commands, word by word but for the folders."""
     joined = " ".join(command for command, document in COMMANDS.items() if document == "README.md")
-    for words in ("python reconstruction.py --bits 6 --range 5.0 --image_dir", "--eval_bsz 256 --num_images 50000 --num_iter 256 --cfg 3.1 --quant_bits 6",
-                  "--cfg 3.45 --quant_bits 6 --cfg_schedule linear --temperature 0.91", "--quant_bits 6 --quant_min -5.0 --quant_max 5.0 --epochs 400"):
+    for words in (
+        "python reconstruction.py --bits 6 --range 5.0 --image_dir",
+        "--eval_bsz 256 --num_images 50000 --num_iter 256 --cfg 3.1 --quant_bits 6",
+        "--cfg 3.45 --quant_bits 6 --cfg_schedule linear --temperature 0.91",
+        "--quant_bits 6 --quant_min -5.0 --quant_max 5.0 --epochs 400",
+    ):
         assert words in joined
 
 
@@ -174,29 +238,63 @@ def test_published_commands_are_in_it() -> None:
 def test_every_command_runs(run: Callable[[str], None], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The README's, then the other documents', each once: what one writes another reads. Downloads and the page are stand-ins."""
     served = []
-    monkeypatch.setattr("demo.app.need_gradio", lambda: type("G", (), {"themes": type("T", (), {"Base": staticmethod(lambda **_: None)})}))
-    monkeypatch.setattr("demo.app.build_page", lambda studio, title: type("P", (), {
-        "queue": lambda self, **_: self, "launch": lambda self, **how: served.append(how["server_name"]), "block_thread": lambda self: None})())
+    monkeypatch.setattr(
+        "demo.app.need_gradio",
+        lambda: type("G", (), {"themes": type("T", (), {"Base": staticmethod(lambda **_: None)})}),
+    )
+    monkeypatch.setattr(
+        "demo.app.build_page",
+        lambda studio, title: type(
+            "P",
+            (),
+            {
+                "queue": lambda self, **_: self,
+                "launch": lambda self, **how: served.append(how["server_name"]),
+                "block_thread": lambda self: None,
+            },
+        )(),
+    )
     monkeypatch.setattr("demo.app.check_port", lambda *_: None)
     monkeypatch.setattr("checkpoints.download.fetch_all", lambda names, args: served.append(names))
     failed = []
     for command, document in COMMANDS.items():
         try:
             run(command)
-        except (Exception, SystemExit) as error:                            # all of them are wanted, not the first
+        except (Exception, SystemExit) as error:  # all of them are wanted, not the first
             failed.append(f"{document}: {command[:90]}: {type(error).__name__}: {error}")
     assert not failed, "\n".join(failed)
     assert sorted(map(str, served)) == sorted(["127.0.0.1", "['stats', 'adm_batch']", *[str([*PUBLISHED])] * 2])
-    for written in ("OUT/vae/vae.pth", "OUT/cache/cache.json", "OUT/model/checkpoint-last.pth", "OUT/pictures/grid.png", "OUT/export/model.safetensors",
-                    "OUT/imagenet/grid.png", "OUT/edit/grid.png", "OUT/mix/grid.png", "OUT/large/eval.jsonl", "OUT/huge/eval.jsonl",
-                    "OUT/train/checkpoint-last.pth", "demo/out/sweep/sweep.png", "quantization_results/results.json", "OUT/node/checkpoint-last.pth",
-                    "OUT/curves.png", "OUT/eval/eval_sweep.csv", "fid_stats/mine_64.npz", "NEW/cache.json", "VAE.latents.json"):
+    for written in (
+        "OUT/vae/vae.pth",
+        "OUT/cache/cache.json",
+        "OUT/model/checkpoint-last.pth",
+        "OUT/pictures/grid.png",
+        "OUT/export/model.safetensors",
+        "OUT/imagenet/grid.png",
+        "OUT/edit/grid.png",
+        "OUT/mix/grid.png",
+        "OUT/large/eval.jsonl",
+        "OUT/huge/eval.jsonl",
+        "OUT/train/checkpoint-last.pth",
+        "demo/out/sweep/sweep.png",
+        "quantization_results/results.json",
+        "OUT/node/checkpoint-last.pth",
+        "OUT/curves.png",
+        "OUT/eval/eval_sweep.csv",
+        "fid_stats/mine_64.npz",
+        "NEW/cache.json",
+        "VAE.latents.json",
+    ):
         assert (place / written).is_file(), written
 
 
 def anchors(text: str) -> set[str]:
     """What the headings are called in links, as GitHub does it."""
-    return {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in BLOCK.sub("", text).splitlines() if line.startswith("#")}
+    return {
+        re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in BLOCK.sub("", text).splitlines()
+        if line.startswith("#")
+    }
 
 
 def test_links_lead_somewhere() -> None:
@@ -229,7 +327,8 @@ def test_flags_that_they_name_exist() -> None:
     for flags in json.loads((REPO / "tests" / "flags.json").read_text()).values():
         known |= {flag for name, value in flags.items() for flag in (value if isinstance(value, dict) else (name,))}
     for path, text in DOCUMENTS.items():
-        text = text.replace("`--quant_bit 6` should not be ignored", "")   # the misspelt one, as an example of what is refused
+        # the misspelt one, as an example of what is refused
+        text = text.replace("`--quant_bit 6` should not be ignored", "")
         assert {flag for flag in re.findall(r"(?<![\w-])--[a-z]\w*", text)} <= known, path.name
 
 

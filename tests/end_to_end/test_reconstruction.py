@@ -41,7 +41,7 @@ from util.log import run_cli
 @pytest.fixture(scope="session")
 def vae_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small VAE (stride 2, 8 channels) trained for a few seconds on crops of the photographs, with its measured scale: about 20 dB."""
-    photos = torch.from_numpy(np.stack(photographs())).permute(0, 3, 1, 2).float() / 127.5 - 1             # (2, 3, 427, 640)
+    photos = torch.from_numpy(np.stack(photographs())).permute(0, 3, 1, 2).float() / 127.5 - 1  # (2, 3, 427, 640)
     rng = np.random.default_rng(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -49,8 +49,12 @@ def vae_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optimizer = torch.optim.Adam(vae.parameters(), lr=3e-3)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=150)
         for _ in range(150):
-            batch = torch.stack([photos[i % 2, :, y : y + 32, x : x + 32]
-                                 for i, (y, x) in enumerate(zip(rng.integers(395, size=8), rng.integers(608, size=8), strict=True))])
+            batch = torch.stack(
+                [
+                    photos[i % 2, :, y : y + 32, x : x + 32]
+                    for i, (y, x) in enumerate(zip(rng.integers(395, size=8), rng.integers(608, size=8), strict=True))
+                ]
+            )
             posterior = vae.encode(batch)
             loss = (vae.decode(posterior.sample()) - batch).abs().mean() + 1e-6 * posterior.kl().mean()
             optimizer.zero_grad()
@@ -66,10 +70,28 @@ def vae_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(vae_path: Path, image_root: Path, tmp_path: Path):  # noqa: ANN201
     """run(*flags, out="out", image_dir=...) runs reconstruction.main in this process and returns results.json."""
+
     def call(*flags: object, out: str = "out", image_dir: Path = image_root / "train") -> dict:
-        main([*map(str, flags), "--vae_path", str(vae_path), "--image_dir", str(image_dir), "--img_size", "32", "--num_workers", "0",
-              "--device", "cpu", "--no_rfid", "--output_dir", str(tmp_path / out)])
+        main(
+            [
+                *map(str, flags),
+                "--vae_path",
+                str(vae_path),
+                "--image_dir",
+                str(image_dir),
+                "--img_size",
+                "32",
+                "--num_workers",
+                "0",
+                "--device",
+                "cpu",
+                "--no_rfid",
+                "--output_dir",
+                str(tmp_path / out),
+            ]
+        )
         return json.loads((tmp_path / out / "results.json").read_text())
+
     return call
 
 
@@ -88,6 +110,7 @@ def assert_same_figures(a: dict, b: dict, psnr_tolerance: float = 1e-3) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- flags and pieces
 
+
 def test_published_flags_keep_their_defaults() -> None:
     published = json.loads((GOLDEN / "cli_flags.json").read_text())["reconstruction.py"]
     args = vars(build_parser().parse_args([]))
@@ -102,7 +125,9 @@ def test_published_flags_keep_their_defaults() -> None:
 def test_save_images_writes_each_image_of_the_first_pair(run, image_root: Path, tmp_path: Path) -> None:
     results = run("--bits", "4", "2", "--save_images")
     root = image_root / "train"
-    written = {path.relative_to(tmp_path / "out" / "images"): path for path in (tmp_path / "out" / "images").rglob("*.png")}
+    written = {
+        path.relative_to(tmp_path / "out" / "images"): path for path in (tmp_path / "out" / "images").rglob("*.png")
+    }
     assert len(written) == results["num_images"]
     originals = {path.relative_to(root): path for path in root.rglob("*.*")}
     assert {name.with_suffix("") for name in written} <= {name.with_suffix("") for name in originals}
@@ -112,9 +137,13 @@ def test_save_images_writes_each_image_of_the_first_pair(run, image_root: Path, 
 def test_choice_of_images() -> None:
     labels = [0] * 4 + [1] * 2 + [2] * 5
     assert first_of_each_class(labels, 3, None) == [0, 1, 2, 4, 5, 6, 7, 8]
-    assert first_of_each_class(labels, 3, 4) == [0, 2, 5, 7]                     # evenly over the classes
+    assert first_of_each_class(labels, 3, 4) == [0, 2, 5, 7]  # evenly over the classes
     assert first_of_each_class(labels, 50, 100) == list(range(11))
-    assert spread_evenly("abcdef", 3) == ["a", "c", "e"] and spread_evenly("ab", 5) == ["a", "b"] and spread_evenly("ab", 0) == []
+    assert (
+        spread_evenly("abcdef", 3) == ["a", "c", "e"]
+        and spread_evenly("ab", 5) == ["a", "b"]
+        and spread_evenly("ab", 0) == []
+    )
 
 
 def test_noise_depends_on_seed_and_number_alone() -> None:
@@ -126,6 +155,7 @@ def test_noise_depends_on_seed_and_number_alone() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
+
 
 def test_sweep(run, tmp_path: Path) -> None:  # noqa: ANN001
     """All pairs; many levels over a wide range cost nothing, fewer bits or a narrower range never help."""
@@ -139,26 +169,32 @@ def test_sweep(run, tmp_path: Path) -> None:  # noqa: ANN001
     ladder = [rows[f"{bits} bits, ±6"]["psnr"] for bits in (1, 2, 3, 4, 6, 12)]
     assert all(fewer <= more + 0.05 for fewer, more in zip(ladder, ladder[1:], strict=False)), ladder
     assert rows["1 bits, ±6"]["psnr"] < alone["psnr"] - 0.5
-    assert rows["12 bits, ±0.5"]["psnr"] < rows["12 bits, ±6"]["psnr"] - 0.5     # most latents are clamped
+    assert rows["12 bits, ±0.5"]["psnr"] < rows["12 bits, ±6"]["psnr"] - 0.5  # most latents are clamped
     assert rows["12 bits, ±0.5"]["clamped_share"] > 0.3 and rows["12 bits, ±6"]["clamped_share"] < 0.001
     assert rows["1 bits, ±6"]["indices_used"] == 2 and rows["3 bits, ±0.5"]["indices_used"] == 8
     assert all(row["rfid"] is None and row["inception_score"] is None for row in results["rows"])
     assert results["rfid_not_computed"] == "--no_rfid was given"
     assert results["settings"]["bits"] == [1, 2, 3, 4, 6, 12] and results["vae"]["stride"] == 2
     with Image.open(tmp_path / "out" / "grid.png") as grid:
-        assert grid.size == (3 * 34 + 2, 8 * 34 + 2)                             # 8 rows of original | VAE alone | first pair
+        assert grid.size == (3 * 34 + 2, 8 * 34 + 2)  # 8 rows of original | VAE alone | first pair
         pixels = np.asarray(grid)
-    original = to_uint8(to_tensor(center_crop_adm(read_image(Path(results["settings"]["image_dir"]) / "china" / "00.png"), 32)))
+    original = to_uint8(
+        to_tensor(center_crop_adm(read_image(Path(results["settings"]["image_dir"]) / "china" / "00.png"), 32))
+    )
     np.testing.assert_array_equal(pixels[2:34, 2:34], original.permute(1, 2, 0).numpy())
-    assert not list((tmp_path / "out").glob(".*"))                               # no temporary file is left
+    assert not list((tmp_path / "out").glob(".*"))  # no temporary file is left
 
 
 def encoded(vae: AutoencoderKL, image_root: Path, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The twelve pictures (N, 3, 32, 32) uint8 and their scaled latents, step by step from the files."""
-    images = torch.stack([to_tensor(center_crop_adm(read_image(path), 32)) for path in sorted((image_root / "train").glob("*/*.png"))])
+    images = torch.stack(
+        [to_tensor(center_crop_adm(read_image(path), 32)) for path in sorted((image_root / "train").glob("*/*.png"))]
+    )
     with torch.no_grad():
         posterior = vae.encode(images)
-        return to_uint8(images), vae.scale(posterior.sample(noise=posterior_noise(seed, range(12), posterior.mean.shape[1:])))
+        return to_uint8(images), vae.scale(
+            posterior.sample(noise=posterior_noise(seed, range(12), posterior.mean.shape[1:]))
+        )
 
 
 def test_figures_by_hand(run, vae_path: Path, image_root: Path) -> None:  # noqa: ANN001
@@ -180,7 +216,9 @@ def test_quantizers_side_by_side(run, vae_path: Path, image_root: Path) -> None:
     """Lloyd's levels are fitted to these very latents: a smaller error of theirs than the paper's and than equal widths (which of them gives the
     nearer pixels is up to this small VAE). Published numbers are the paper's."""
     rows = run("--bits", "2", "--range", "5", "--quantizer", "gaussian", "uniform", "lloyd", "--seed", "11")["rows"]
-    assert [row["quantizer"] for row in rows] == [None, "gaussian", "uniform", "lloyd"] and rows[3]["name"] == "2 bits, ±5, lloyd"
+    assert [row["quantizer"] for row in rows] == [None, "gaussian", "uniform", "lloyd"] and rows[3][
+        "name"
+    ] == "2 bits, ±5, lloyd"
     vae, errors = load_vae(vae_path), []
     images, latents = encoded(vae, image_root, 11)
     for row, kind in zip(rows[1:], ("gaussian", "uniform", "lloyd"), strict=True):
@@ -188,14 +226,18 @@ def test_quantizers_side_by_side(run, vae_path: Path, image_root: Path) -> None:
         found = quantizer.dequantize(quantizer.quantize(latents))
         errors.append((found - latents).square().mean().item())
         with torch.no_grad():
-            assert row["psnr"] == pytest.approx(psnr(to_uint8(vae.decode(vae.unscale(found))), images).mean().item(), abs=1e-3)
+            assert row["psnr"] == pytest.approx(
+                psnr(to_uint8(vae.decode(vae.unscale(found))), images).mean().item(), abs=1e-3
+            )
     assert errors[2] < min(errors[:2])
     assert rows[0]["psnr"] > rows[3]["psnr"]
     assert all(row["published_fid"] is row["published_rfid"] is None for row in rows)  # nothing is published at 32 px
 
 
 def test_batch_size_changes_nothing(run) -> None:  # noqa: ANN001
-    assert_same_figures(run("--bits", "3", "6", "--batch_size", 12), run("--bits", "3", "6", "--batch_size", 5, out="other"))
+    assert_same_figures(
+        run("--bits", "3", "6", "--batch_size", 12), run("--bits", "3", "6", "--batch_size", 5, out="other")
+    )
 
 
 def test_mode_ignores_the_seed_and_samples_do_not(run) -> None:  # noqa: ANN001
@@ -203,7 +245,7 @@ def test_mode_ignores_the_seed_and_samples_do_not(run) -> None:  # noqa: ANN001
     sampled = [run("--seed", seed)["rows"] for seed in (0, 0, 1)]
     assert mode[0] == mode[1]
     assert sampled[0] == sampled[1] != sampled[2]
-    assert mode[0][0]["psnr"] > sampled[0][0]["psnr"]                            # the mean is closer to the image than a draw around it
+    assert mode[0][0]["psnr"] > sampled[0][0]["psnr"]  # the mean is closer to the image than a draw around it
 
 
 def test_fewer_images_are_those_of_the_full_run(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # noqa: ANN001
@@ -214,6 +256,7 @@ def test_fewer_images_are_those_of_the_full_run(run, monkeypatch: pytest.MonkeyP
         result = original(vae, rows, *rest)
         passes.append(rows[1].scores)
         return result
+
     monkeypatch.setattr(reconstruction, "reconstruct", remember)
     assert run("--grid_images", 0)["num_images"] == 12
     few = run("--images_per_class", 2, "--grid_images", 0, out="few")
@@ -247,25 +290,51 @@ def test_published_figures_by_bits_and_range() -> None:
 @pytest.mark.parametrize("nproc", [2])
 def test_processes_change_nothing(run, vae_path: Path, image_root: Path, tmp_path: Path, nproc: int) -> None:  # noqa: ANN001
     one = run("--bits", "3", "6", "--range", "1", "5", "--batch_size", 4)
-    result = run_processes(["reconstruction.py", "--bits", "3", "6", "--range", "1", "5", "--batch_size", 4, "--vae_path", vae_path, "--image_dir",
-                            image_root / "train", "--img_size", 32, "--num_workers", 0, "--no_rfid", "--output_dir", tmp_path / "two"], nproc)
+    result = run_processes(
+        [
+            "reconstruction.py",
+            "--bits",
+            "3",
+            "6",
+            "--range",
+            "1",
+            "5",
+            "--batch_size",
+            4,
+            "--vae_path",
+            vae_path,
+            "--image_dir",
+            image_root / "train",
+            "--img_size",
+            32,
+            "--num_workers",
+            0,
+            "--no_rfid",
+            "--output_dir",
+            tmp_path / "two",
+        ],
+        nproc,
+    )
     assert result.returncode == 0, result.stderr
     two = json.loads((tmp_path / "two" / "results.json").read_text())
     assert two["world_size"] == nproc and two["num_images"] == 12
     assert_same_figures(one, two)
     assert [row["indices_used"] for row in one["rows"]] == [row["indices_used"] for row in two["rows"]]
-    assert result.stdout.count("VAE alone") == 1                                 # one process prints
+    assert result.stdout.count("VAE alone") == 1  # one process prints
 
 
 # ------------------------------------------------------------------------------------------------------------- rate, reports
+
 
 def test_rate_and_entropy_per_dimension(run, vae_path: Path, image_root: Path, tmp_path: Path) -> None:  # noqa: ANN001
     """bits/image is bits x dimensions x tokens; the entropy is that of each dimension's own histogram, found here from the latents."""
     results = run("--bits", "3", "6", "--range", "4", "--mode")
     vae = load_vae(vae_path)
-    images = torch.stack([to_tensor(center_crop_adm(read_image(f), 32)) for f in sorted((image_root / "train").glob("*/*.png"))])
+    images = torch.stack(
+        [to_tensor(center_crop_adm(read_image(f), 32)) for f in sorted((image_root / "train").glob("*/*.png"))]
+    )
     with torch.no_grad():
-        latents = vae.scale(vae.encode(images).mode())                                       # (12, 8, 16, 16)
+        latents = vae.scale(vae.encode(images).mode())  # (12, 8, 16, 16)
     for bits in (3, 6):
         row, indices = by_name(results)[f"{bits} bits, ±4"], GaussianQuantizer(bits, -4, 4).quantize(latents)
         expected = []
@@ -273,11 +342,15 @@ def test_rate_and_entropy_per_dimension(run, vae_path: Path, image_root: Path, t
             p = np.bincount(indices[:, c].flatten().numpy(), minlength=2**bits) / (12 * 256)
             expected.append(-sum(x * math.log2(x) for x in p if x > 0))
         assert row["entropy_per_dimension"] == pytest.approx(expected, abs=1e-3)
-        assert row["bits_per_image"] == bits * 8 * 256 and row["entropy_bits_per_image"] == pytest.approx(256 * sum(expected), rel=1e-3)
+        assert row["bits_per_image"] == bits * 8 * 256 and row["entropy_bits_per_image"] == pytest.approx(
+            256 * sum(expected), rel=1e-3
+        )
         assert row["entropy_bits_per_image"] < row["bits_per_image"]
     assert results["rows"][0]["bits_per_image"] is None
     lines = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
-    assert [line["name"] for line in lines] == ["VAE alone", "3 bits, ±4", "6 bits, ±4"] and float(lines[1]["entropy_mean"]) < 3
+    assert [line["name"] for line in lines] == ["VAE alone", "3 bits, ±4", "6 bits, ±4"] and float(
+        lines[1]["entropy_mean"]
+    ) < 3
     assert float(lines[2]["psnr"]) == results["rows"][2]["psnr"] and lines[0]["bits_per_image"] == ""
     assert read_image(tmp_path / "out" / "rate_distortion.png").width > 400
 
@@ -287,7 +360,9 @@ def test_worst_and_median_images(run, tmp_path: Path, monkeypatch: pytest.Monkey
     assert worst_and_median({5: 30.0, 7: 10.0, 1: 20.0, 2: 25.0, 9: 12.0}, 1) == ([7], [1])
     assert worst_and_median({5: 3.0, 7: 1.0}, 4) == ([7, 5], [7, 5])
     passes, original, grids = [], reconstruction.reconstruct, {}
-    monkeypatch.setattr(reconstruction, "reconstruct", lambda *args: passes.append((args[1], list(args[3]))) or original(*args))
+    monkeypatch.setattr(
+        reconstruction, "reconstruct", lambda *args: passes.append((args[1], list(args[3]))) or original(*args)
+    )
     monkeypatch.setattr(reconstruction, "save_grid", lambda path, images, columns: grids.update({path.name: images}))
     run("--bits", "2", "--grid_images", 4)
     (rows, everything), (_, few) = passes
@@ -306,6 +381,7 @@ def test_lpips_is_the_packages(run, vae_path: Path, image_root: Path, tmp_path: 
     """torchvision's AlexNet file, here with random weights, inside the package's metric; 0 for equal images; in the results where it was computed."""
     import lpips
     from torchvision.models import alexnet
+
     torch.manual_seed(0)
     network = alexnet()
     state = {key: value for key, value in network.state_dict().items() if key.startswith("features")}
@@ -321,13 +397,38 @@ def test_lpips_is_the_packages(run, vae_path: Path, image_root: Path, tmp_path: 
         expected = theirs(noisy.float() / 127.5 - 1, images.float() / 127.5 - 1).flatten()
     torch.testing.assert_close(ours(noisy, images), expected, rtol=1e-5, atol=1e-7)
     assert ours(images, images).abs().max() == 0 and expected.min() > 0
-    main(["--vae_path", str(vae_path), "--image_dir", str(image_root / "train"), "--img_size", "64", "--num_workers", "0", "--device", "cpu", "--no_rfid",
-          "--bits", "1", "--num_images", "2", "--lpips_weights", str(tmp_path / "alexnet.pth"), "--output_dir", str(tmp_path / "out")])
+    main(
+        [
+            "--vae_path",
+            str(vae_path),
+            "--image_dir",
+            str(image_root / "train"),
+            "--img_size",
+            "64",
+            "--num_workers",
+            "0",
+            "--device",
+            "cpu",
+            "--no_rfid",
+            "--bits",
+            "1",
+            "--num_images",
+            "2",
+            "--lpips_weights",
+            str(tmp_path / "alexnet.pth"),
+            "--output_dir",
+            str(tmp_path / "out"),
+        ]
+    )
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
-    assert 0 < rows[0]["lpips"] < rows[1]["lpips"] and run("--grid_images", 0)["lpips_not_computed"] == "it needs 64 pixels"
+    assert (
+        0 < rows[0]["lpips"] < rows[1]["lpips"]
+        and run("--grid_images", 0)["lpips_not_computed"] == "it needs 64 pixels"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- rFID
+
 
 class SmallFeatures:
     """Stands in for Inception: 6 features (mean colours of the upper and lower half), 1008 logits; the rest of the path is the real one."""
@@ -340,25 +441,48 @@ class SmallFeatures:
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         assert images.dtype == torch.uint8
         self.seen += len(images)
-        pool = F.adaptive_avg_pool2d(images.float(), (2, 1)).flatten(1)                                    # (B, 6)
+        pool = F.adaptive_avg_pool2d(images.float(), (2, 1)).flatten(1)  # (B, 6)
         return {"2048": pool, "logits_unbiased": F.pad(pool / 20, (0, 1002))}
 
 
-def run_with_features(vae_path: Path, image_dir: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> tuple[dict, SmallFeatures]:
+def run_with_features(
+    vae_path: Path, image_dir: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *flags: str
+) -> tuple[dict, SmallFeatures]:
     extractor = SmallFeatures(None, torch.device("cpu"))
     monkeypatch.setattr(reconstruction, "fetch_inception_weights", lambda path, download: Path("weights.pth"))
     monkeypatch.setattr(reconstruction, "InceptionFeatures", lambda path, device: extractor)
     monkeypatch.setattr(reconstruction, "FeatureStatistics", partial(FeatureStatistics, 6))
-    main(["--vae_path", str(vae_path), "--image_dir", str(image_dir), "--img_size", "32", "--num_workers", "0", "--device", "cpu", "--mode",
-          "--output_dir", str(out), *flags])
+    main(
+        [
+            "--vae_path",
+            str(vae_path),
+            "--image_dir",
+            str(image_dir),
+            "--img_size",
+            "32",
+            "--num_workers",
+            "0",
+            "--device",
+            "cpu",
+            "--mode",
+            "--output_dir",
+            str(out),
+            *flags,
+        ]
+    )
     return json.loads((out / "results.json").read_text()), extractor
 
 
-def test_rfid_is_against_the_originals_own_features(vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                    capsys: pytest.CaptureFixture) -> None:
-    results, extractor = run_with_features(vae_path, image_root / "train", tmp_path, monkeypatch, "--bits", "1", "12", "--range", "4", "--batch_size", "5")
+def test_rfid_is_against_the_originals_own_features(
+    vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    results, extractor = run_with_features(
+        vae_path, image_root / "train", tmp_path, monkeypatch, "--bits", "1", "12", "--range", "4", "--batch_size", "5"
+    )
     vae = load_vae(vae_path)
-    images = torch.stack([to_tensor(center_crop_adm(read_image(f), 32)) for f in sorted((image_root / "train").glob("*/*.png"))])
+    images = torch.stack(
+        [to_tensor(center_crop_adm(read_image(f), 32)) for f in sorted((image_root / "train").glob("*/*.png"))]
+    )
     with torch.no_grad():
         decoded = to_uint8(vae.decode(vae.encode(images).mode()))
     features = [stats_of(extractor(x)["2048"].numpy()) for x in (decoded, to_uint8(images))]
@@ -366,22 +490,30 @@ def test_rfid_is_against_the_originals_own_features(vae_path: Path, image_root: 
     assert alone["rfid"] == pytest.approx(fid(*features), rel=1e-3)
     assert twelve_bits["rfid"] == pytest.approx(alone["rfid"], rel=0.05) and one_bit["rfid"] > alone["rfid"]
     assert results["rfid_not_computed"] is None and results["inception_sha256"] == "small"
-    assert all(row["inception_score"] >= 1 for row in results["rows"])                                     # 12 images are enough for 10 splits
-    assert extractor.seen == 12 * 4 + 2 * 12                                     # originals once, each row once (and twice here)
+    assert all(row["inception_score"] >= 1 for row in results["rows"])  # 12 images are enough for 10 splits
+    assert extractor.seen == 12 * 4 + 2 * 12  # originals once, each row once (and twice here)
     assert "fewer than 10000, so too high" in capsys.readouterr().out
 
 
-def test_fid_to_other_statistics_stands_beside_rfid(vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                    capsys: pytest.CaptureFixture) -> None:
+def test_fid_to_other_statistics_stands_beside_rfid(
+    vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     other = Reference(np.full(6, 100.0), 500 * np.eye(6))
     monkeypatch.setattr(reconstruction, "load_reference", lambda path, *rest, **more: other)
-    results, extractor = run_with_features(vae_path, image_root / "train", tmp_path, monkeypatch, "--bits", "12", "--fid_stats", "x.npz")
-    images = torch.stack([to_tensor(center_crop_adm(read_image(f), 32)) for f in sorted((image_root / "train").glob("*/*.png"))])
+    results, extractor = run_with_features(
+        vae_path, image_root / "train", tmp_path, monkeypatch, "--bits", "12", "--fid_stats", "x.npz"
+    )
+    images = torch.stack(
+        [to_tensor(center_crop_adm(read_image(f), 32)) for f in sorted((image_root / "train").glob("*/*.png"))]
+    )
     vae = load_vae(vae_path)
     with torch.no_grad():
         made = stats_of(extractor(to_uint8(vae.decode(vae.encode(images).mode())))["2048"].numpy())
     assert results["rows"][0]["fid"] == pytest.approx(fid(made, other.pool), rel=1e-3)
-    assert results["rows"][0]["fid"] != results["rows"][0]["rfid"] and "FID" in capsys.readouterr().out.split("\n")[0].split()
+    assert (
+        results["rows"][0]["fid"] != results["rows"][0]["rfid"]
+        and "FID" in capsys.readouterr().out.split("\n")[0].split()
+    )
 
 
 @pytest.fixture
@@ -468,10 +600,9 @@ def test_defaults_of_reference_and_pixels(flags: list[str], pixels: str, referen
 
 
 def test_truncated_pixels_are_the_published_ones() -> None:
-    """(x * 255) cast to uint8 after clipping, against rounding; images that come from bytes lose nothing by rounding.
-    """
+    """(x * 255) cast to uint8 after clipping, against rounding; images that come from bytes lose nothing by rounding."""
     x = torch.tensor([-1.5, -1.0, 0.0, 0.5, 0.999, 1.0, 1.5])
-    expected = (((x.double() + 1) / 2).clip(0, 1).numpy() * 255)
+    expected = ((x.double() + 1) / 2).clip(0, 1).numpy() * 255
     assert to_uint8(x, "truncate").tolist() == expected.astype(np.uint8).tolist() == [0, 0, 127, 191, 254, 255, 255]
     assert to_uint8(x).tolist() == np.round(expected).astype(np.uint8).tolist() == [0, 0, 128, 191, 255, 255, 255]
     every = torch.arange(256, dtype=torch.float32)
@@ -527,6 +658,7 @@ def test_the_default_statistics_are_fetched(
     def fetch(names: list[str], args: object) -> None:
         fetched.append(names)
         path.touch()
+
     monkeypatch.setattr("checkpoints.download.fetch_all", fetch)
     flags = ["--img_size", "256", "--num_images", "2", "--grid_images", "0"]
     results, _ = run_with_features(vae_path, image_root / "train", tmp_path / "out", monkeypatch, *flags)
@@ -548,21 +680,41 @@ def test_train_is_a_folder_of_classes(
     assert results["rows"] == run("--grid_images", 0, "--bits", 1, out="same")["rows"]
 
 
-def test_too_few_images_for_a_score(vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_images_for_a_score(
+    vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nine, _ = run_with_features(vae_path, image_root / "train", tmp_path / "9", monkeypatch, "--num_images", "9")
     assert all(row["rfid"] is not None and row["inception_score"] is None for row in nine["rows"])
     one, _ = run_with_features(vae_path, image_root / "train", tmp_path / "1", monkeypatch, "--num_images", "1")
     assert all(row["rfid"] is None for row in one["rows"]) and "at least two images" in one["rfid_not_computed"]
 
 
-def test_no_weights_are_no_error_and_are_said(vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                              capsys: pytest.CaptureFixture) -> None:
+def test_no_weights_are_no_error_and_are_said(
+    vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    main(["--vae_path", str(vae_path), "--image_dir", str(image_root / "train"), "--img_size", "32", "--num_workers", "0", "--device", "cpu",
-          "--output_dir", str(tmp_path / "out")])
+    main(
+        [
+            "--vae_path",
+            str(vae_path),
+            "--image_dir",
+            str(image_root / "train"),
+            "--img_size",
+            "32",
+            "--num_workers",
+            "0",
+            "--device",
+            "cpu",
+            "--output_dir",
+            str(tmp_path / "out"),
+        ]
+    )
     said = "no Inception weights at "
-    assert said in capsys.readouterr().out and said in json.loads((tmp_path / "out" / "results.json").read_text())["rfid_not_computed"]
+    assert (
+        said in capsys.readouterr().out
+        and said in json.loads((tmp_path / "out" / "results.json").read_text())["rfid_not_computed"]
+    )
 
 
 @pytest.mark.slow
@@ -571,18 +723,39 @@ def test_rfid_with_inception_on_two_processes(vae_path: Path, image_root: Path, 
     weights = write_random_inception(tmp_path / "weights.pth")
     found = []
     for nproc in (1, 2):
-        result = run_processes(["reconstruction.py", "--bits", "2", "--vae_path", vae_path, "--image_dir", image_root / "train", "--img_size", 32,
-                                "--num_workers", 0, "--inception_weights", weights, "--output_dir", tmp_path / str(nproc)], nproc, timeout=400)
+        result = run_processes(
+            [
+                "reconstruction.py",
+                "--bits",
+                "2",
+                "--vae_path",
+                vae_path,
+                "--image_dir",
+                image_root / "train",
+                "--img_size",
+                32,
+                "--num_workers",
+                0,
+                "--inception_weights",
+                weights,
+                "--output_dir",
+                tmp_path / str(nproc),
+            ],
+            nproc,
+            timeout=400,
+        )
         assert result.returncode == 0, result.stderr
         found.append(json.loads((tmp_path / str(nproc) / "results.json").read_text()))
     for one, two in zip(found[0]["rows"], found[1]["rows"], strict=True):
         assert one["rfid"] > 0 and two["rfid"] == pytest.approx(one["rfid"], rel=1e-3)
         assert two["inception_score"] == pytest.approx(one["inception_score"], rel=1e-4)
-    assert found[0]["rows"][1]["rfid"] != found[0]["rows"][0]["rfid"]            # (random features need not rank them as Inception's do)
+    # (random features need not rank them as Inception's do)
+    assert found[0]["rows"][1]["rfid"] != found[0]["rows"][0]["rfid"]
     assert len(found[0]["inception_sha256"]) == 64
 
 
 # ------------------------------------------------------------------------------------------------------------- bad input
+
 
 @pytest.mark.parametrize(
     "flags, message",
@@ -626,8 +799,15 @@ def test_rfid_with_inception_on_two_processes(vae_path: Path, image_root: Path, 
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input(flags: list[str], message: str, vae_path: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                   capsys: pytest.CaptureFixture) -> None:
+def test_bad_input(
+    flags: list[str],
+    message: str,
+    vae_path: Path,
+    image_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
     """A clear error, exit status 2, before any work, and the results of an earlier run stay as they are."""
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has the device that the test needs absent")
@@ -640,7 +820,13 @@ def test_bad_input(flags: list[str], message: str, vae_path: Path, image_root: P
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.json").write_text("earlier")
     monkeypatch.setattr(reconstruction, "reconstruct", lambda *_: pytest.fail("work was begun"))
-    usual = {"--vae_path": vae_path, "--image_dir": image_root / "train", "--img_size": 32, "--device": "cpu", "--output_dir": tmp_path / "out"}
+    usual = {
+        "--vae_path": vae_path,
+        "--image_dir": image_root / "train",
+        "--img_size": 32,
+        "--device": "cpu",
+        "--output_dir": tmp_path / "out",
+    }
     given = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
     argv = [str(x) for flag, value in usual.items() if flag not in flags for x in (flag, value)] + given
     assert run_cli(lambda: main(argv)) == 2
@@ -676,8 +862,23 @@ def test_a_bad_image_is_an_error(run, with_bad_image: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_a_bad_image_stops_every_process(vae_path: Path, with_bad_image: Path, tmp_path: Path) -> None:
     """Only one of the two meets it; the other does not wait for ever."""
-    result = run_processes(["reconstruction.py", "--vae_path", vae_path, "--image_dir", with_bad_image, "--img_size", 32, "--num_workers", 0,
-                            "--no_rfid", "--output_dir", tmp_path / "two"], 2)
+    result = run_processes(
+        [
+            "reconstruction.py",
+            "--vae_path",
+            vae_path,
+            "--image_dir",
+            with_bad_image,
+            "--img_size",
+            32,
+            "--num_workers",
+            0,
+            "--no_rfid",
+            "--output_dir",
+            tmp_path / "two",
+        ],
+        2,
+    )
     assert result.returncode != 0 and result.stderr.count("china/02.png cannot be read") >= 2
     assert not (tmp_path / "two" / "results.json").exists()
 
@@ -687,7 +888,7 @@ def test_a_bad_image_is_left_out_and_named(run, with_bad_image: Path) -> None:  
     full, eleven = run(out="full"), run("--on_bad_image", "skip", image_dir=with_bad_image)
     assert eleven["num_images"] == 11 and eleven["bad_images"] == [str(with_bad_image / "china" / "02.png")]
     for row, other in zip(full["rows"], eleven["rows"], strict=True):
-        left_out = 12 * row["psnr"] - 11 * other["psnr"]                         # what the missing image alone must have had
+        left_out = 12 * row["psnr"] - 11 * other["psnr"]  # what the missing image alone must have had
         assert 5 < left_out < 60 and row["psnr"] != other["psnr"]
 
 

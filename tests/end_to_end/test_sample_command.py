@@ -18,7 +18,7 @@ from models import MODELS, load
 from tests.conftest import photographs, tiny_vae
 from util.log import run_cli
 
-SIZE = 32        # pixels, with a VAE of stride 8: 4x4 tokens
+SIZE = 32  # pixels, with a VAE of stride 8: 4x4 tokens
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +31,40 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = MODELS["tokenbridge_digits"](img_size=SIZE, vae_stride=8, vae_embed_dim=4, class_num=3, buffer_size=4)
     for layer in model.modulation_layers:
         torch.nn.init.normal_(layer[1].weight, std=0.2)
-    config = {"model_name": "tokenbridge_digits", "model": model.config, "vae": vae.config, "vae_fingerprint": vae.latent_fingerprint(), "args": {}}
+    config = {
+        "model_name": "tokenbridge_digits",
+        "model": model.config,
+        "vae": vae.config,
+        "vae_fingerprint": vae.latent_fingerprint(),
+        "args": {},
+    }
     ema = {name: p.detach() for name, p in model.named_parameters()}
     torch.save({"model": model.state_dict(), "model_ema": ema, "config": config}, out / "checkpoint-last.pth")
     return out
 
 
 def command(folder: Path, out: Path, *more: object) -> list[str]:
-    return [str(part) for part in ("--sample", "--resume", folder, "--vae_path", folder / "vae.pth", "--device", "cpu", "--output_dir", out,
-                                   "--num_iter", 3, "--seed", 7, "--num_workers", 0, *more)]
+    return [
+        str(part)
+        for part in (
+            "--sample",
+            "--resume",
+            folder,
+            "--vae_path",
+            folder / "vae.pth",
+            "--device",
+            "cpu",
+            "--output_dir",
+            out,
+            "--num_iter",
+            3,
+            "--seed",
+            7,
+            "--num_workers",
+            0,
+            *more,
+        )
+    ]
 
 
 def pictures(folder: Path) -> np.ndarray:
@@ -57,13 +82,26 @@ def test_the_library_draws_the_same_images(folder, tmp_path):
     assert np.array_equal(found, np.stack([np.asarray(image) for image in images]))
 
 
-@pytest.mark.parametrize("more", [
-    ("--order", "confidence"), ("--order", "raster"), ("--mask_schedule", "linear"), ("--top_k", 2), ("--top_p", 0.3), ("--draw", "gumbel"),
-    ("--temperature_schedule", "linear"), ("--channel_temperature", 1, 0.1), ("--channel_temperature", 1, 0.5, 0.5, 0),
-    ("--cfg_schedule", "cosine", "--cfg", 3), ("--cfg_schedule", "interval", "--cfg", 3, "--cfg_interval", 0, 0.5),
-    ("--reuse_features", 2), ("--reuse_guidance", 3, "--cfg", 5),
-    ("--order", "confidence", "--confidence_temperature", 0), ("--order", "confidence", "--confidence_candidates", 1.5),
-])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--order", "confidence"),
+        ("--order", "raster"),
+        ("--mask_schedule", "linear"),
+        ("--top_k", 2),
+        ("--top_p", 0.3),
+        ("--draw", "gumbel"),
+        ("--temperature_schedule", "linear"),
+        ("--channel_temperature", 1, 0.1),
+        ("--channel_temperature", 1, 0.5, 0.5, 0),
+        ("--cfg_schedule", "cosine", "--cfg", 3),
+        ("--cfg_schedule", "interval", "--cfg", 3, "--cfg_interval", 0, 0.5),
+        ("--reuse_features", 2),
+        ("--reuse_guidance", 3, "--cfg", 5),
+        ("--order", "confidence", "--confidence_temperature", 0),
+        ("--order", "confidence", "--confidence_candidates", 1.5),
+    ],
+)
 def test_options_change_the_images_and_are_written_down(folder, tmp_path, more):
     plain, changed = sampled(folder, tmp_path / "plain"), sampled(folder, tmp_path / "changed", *more)
     assert changed.shape == plain.shape == (4, SIZE, SIZE, 3) and not np.array_equal(plain, changed)
@@ -76,7 +114,9 @@ def test_a_sweep_has_a_folder_per_scale(folder, tmp_path):
     main(command(folder, tmp_path / "sweep", "--classes", "0,2", "--num_images", 4, "--cfg_scale", 1, 3.5))
     assert not list((tmp_path / "sweep").glob("0*.png"))
     for cfg in ("1", "3.5"):
-        assert np.array_equal(pictures(tmp_path / "sweep" / f"cfg_{cfg}"), sampled(folder, tmp_path / cfg, "--cfg", cfg))
+        assert np.array_equal(
+            pictures(tmp_path / "sweep" / f"cfg_{cfg}"), sampled(folder, tmp_path / cfg, "--cfg", cfg)
+        )
     assert read_image(tmp_path / "sweep" / "sweep.png").size == (4 * (SIZE + 2) + 2, 2 * (SIZE + 2) + 2)
 
 
@@ -96,35 +136,53 @@ def test_unmasking_is_shown(folder, tmp_path):
         strip = np.asarray(read_image(tmp_path / "steps" / f"{number:06d}.png"))
         assert strip.shape == (SIZE + 4, 2 * (SIZE + 2) + 2, 3)
         assert np.array_equal(strip[2 : SIZE + 2, SIZE + 4 : -2], found[number])
-        assert (strip[2 : SIZE + 2, 2 : SIZE + 2] == 128).all(-1).sum() >= 8 * 8 * 3      # masked tokens are grey
+        assert (strip[2 : SIZE + 2, 2 : SIZE + 2] == 128).all(-1).sum() >= 8 * 8 * 3  # masked tokens are grey
 
 
 def test_editing_keeps_what_it_must(folder, tmp_path, monkeypatch):
     Image.fromarray(photographs()[0][:80, :120]).save(tmp_path / "photo.png")
     mask = np.zeros((80, 120), np.uint8)
-    mask[:, 60:] = 255                                        # the right half of the centre crop
+    mask[:, 60:] = 255  # the right half of the centre crop
     Image.fromarray(mask).save(tmp_path / "mask.png")
     states = []
     plain = engine_sample.decode
-    monkeypatch.setattr(engine_sample, "decode", lambda vae, latents, numbers: (states.append(latents), plain(vae, latents, numbers))[1])
-    found = sampled(folder, tmp_path / "out", "--init", tmp_path / "photo.png", "--mask", tmp_path / "mask.png", "--show_steps")
+    monkeypatch.setattr(
+        engine_sample, "decode", lambda vae, latents, numbers: (states.append(latents), plain(vae, latents, numbers))[1]
+    )
+    found = sampled(
+        folder, tmp_path / "out", "--init", tmp_path / "photo.png", "--mask", tmp_path / "mask.png", "--show_steps"
+    )
     model, vae = load(folder)
-    kept = model.quantize(encode_init(vae, [center_crop_adm(read_image(tmp_path / "photo.png"), SIZE)], SIZE, torch.device("cpu")))[1]
+    kept = model.quantize(
+        encode_init(vae, [center_crop_adm(read_image(tmp_path / "photo.png"), SIZE)], SIZE, torch.device("cpu"))
+    )[1]
     assert torch.equal(states[0][..., :2], kept[..., :2].expand(4, -1, -1, -1))
     assert not torch.equal(states[0][..., 2:], kept[..., 2:].expand(4, -1, -1, -1))
     assert len(found) == 4
 
 
-@pytest.mark.parametrize(("more", "words"), [
-    (("--classes", "3"), r"--classes: \[3\] not in \[0, 3\)"), ((), "--sample needs --classes"), (("--classes", "0", "--interpolate", "0,2"), "instead"),
-    (("--interpolate", "0,1,2"), "two classes"), (("--interpolate", "0,9"), "--interpolate"), (("--classes", "0", "--init", "x.png"), "go together"),
-    (("--classes", "0", "--top_p", "0"), r"top_p must be in \(0, 1\]"), (("--classes", "0", "--top_p", "1.1"), r"top_p must be in \(0, 1\]"),
-    (("--classes", "0", "--seed", "-1"), "--seed must be at least 0"), (("--classes", "0", "--cfg_scale", "1", "nan"), "--cfg_scale must be finite"),
-    (("--classes", "0", "--channel_temperature", "1", "1", "1"), "2 or 4 factors"), (("--classes", "0", "--top_k", "-1"), "top_k"),
-    (("--classes", "0", "--cfg_interval", "0.8", "0.2"), "cfg_interval"), (("--classes", "0", "--reuse_features", "0"), "reuse_features"),
-    (("--classes", "0", "--confidence_candidates", "0.5"), "confidence_candidates"), (("--classes", "0", "--temperature_end", "-1"), "temperature_end"),
-    (("--classes", "0", "--show_steps", "-1"), "--show_steps"),
-])
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--classes", "3"), r"--classes: \[3\] not in \[0, 3\)"),
+        ((), "--sample needs --classes"),
+        (("--classes", "0", "--interpolate", "0,2"), "instead"),
+        (("--interpolate", "0,1,2"), "two classes"),
+        (("--interpolate", "0,9"), "--interpolate"),
+        (("--classes", "0", "--init", "x.png"), "go together"),
+        (("--classes", "0", "--top_p", "0"), r"top_p must be in \(0, 1\]"),
+        (("--classes", "0", "--top_p", "1.1"), r"top_p must be in \(0, 1\]"),
+        (("--classes", "0", "--seed", "-1"), "--seed must be at least 0"),
+        (("--classes", "0", "--cfg_scale", "1", "nan"), "--cfg_scale must be finite"),
+        (("--classes", "0", "--channel_temperature", "1", "1", "1"), "2 or 4 factors"),
+        (("--classes", "0", "--top_k", "-1"), "top_k"),
+        (("--classes", "0", "--cfg_interval", "0.8", "0.2"), "cfg_interval"),
+        (("--classes", "0", "--reuse_features", "0"), "reuse_features"),
+        (("--classes", "0", "--confidence_candidates", "0.5"), "confidence_candidates"),
+        (("--classes", "0", "--temperature_end", "-1"), "temperature_end"),
+        (("--classes", "0", "--show_steps", "-1"), "--show_steps"),
+    ],
+)
 def test_bad_input(folder, tmp_path, capsys, more, words):
     assert run_cli(lambda: main(command(folder, tmp_path / "out", *more))) == 2
     assert re.search(words, capsys.readouterr().err) and not (tmp_path / "out").exists()
@@ -133,13 +191,33 @@ def test_bad_input(folder, tmp_path, capsys, more, words):
 def test_a_mask_of_another_size(folder, tmp_path):
     for name, size in (("photo", (80, 60)), ("mask", (60, 80))):
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
-    with pytest.raises(ValueError, match=r"--mask.* is 60 x 80 pixels, .*--init.* 80 x 60; they must have the same size"):
-        main(command(folder, tmp_path / "out", "--classes", "0", "--init", tmp_path / "photo.png", "--mask", tmp_path / "mask.png"))
+    with pytest.raises(
+        ValueError, match=r"--mask.* is 60 x 80 pixels, .*--init.* 80 x 60; they must have the same size"
+    ):
+        main(
+            command(
+                folder,
+                tmp_path / "out",
+                "--classes",
+                "0",
+                "--init",
+                tmp_path / "photo.png",
+                "--mask",
+                tmp_path / "mask.png",
+            )
+        )
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("flag", "choices"), [("--order", "confidence"), ("--mask_schedule", "square"), ("--cfg_schedule", "interval"),
-                                               ("--temperature_schedule", "cosine")])
+@pytest.mark.parametrize(
+    ("flag", "choices"),
+    [
+        ("--order", "confidence"),
+        ("--mask_schedule", "square"),
+        ("--cfg_schedule", "interval"),
+        ("--temperature_schedule", "cosine"),
+    ],
+)
 def test_unknown_choices_list_what_there_is(folder, tmp_path, capsys, flag, choices):
     with pytest.raises(SystemExit):
         main(command(folder, tmp_path, "--classes", "0", flag, "best"))

@@ -64,6 +64,7 @@ def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # ------------------------------------------------------------------------------------------------------------- PSNR, SSIM
 
+
 def test_psnr_is_scikit_images() -> None:
     a = crops(4, 48, seed=1)
     b = damaged(a, 12.0)
@@ -81,11 +82,15 @@ def test_psnr_of_equal_images_is_finite() -> None:
 
 @pytest.mark.parametrize("height, width", [(64, 64), (11, 11), (40, 23)])
 def test_ssim_is_scikit_images(height: int, width: int) -> None:
-    a = crops(20, 64, seed=2)[..., :height, :width]                     # more than one chunk
+    a = crops(20, 64, seed=2)[..., :height, :width]  # more than one chunk
     b = torch.cat([damaged(a[:10], 5.0), damaged(a[10:], 40.0)])
-    b[0], b[1] = 0, 255                                                 # flat images have no variance at all
-    expected = [structural_similarity(x, y, channel_axis=0, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
-                for x, y in zip(a.numpy(), b.numpy(), strict=True)]
+    b[0], b[1] = 0, 255  # flat images have no variance at all
+    expected = [
+        structural_similarity(
+            x, y, channel_axis=0, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+        )
+        for x, y in zip(a.numpy(), b.numpy(), strict=True)
+    ]
     found = ssim(a, b)
     assert found.shape == (20,)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
@@ -100,13 +105,14 @@ def test_ssim_of_equal_images_is_one_and_small_ones_are_refused() -> None:
 
 # ------------------------------------------------------------------------------------------------------------- FID
 
+
 def random_features(number: int, dim: int, seed: int, shift: float = 0.0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return (rng.standard_normal((number, dim)) @ rng.standard_normal((dim, dim)) + shift).astype(np.float32)
 
 
 def test_statistics_in_batches_are_numpys() -> None:
-    x = random_features(101, 24, seed=0, shift=30.0)                    # a mean far from 0 is where sums of squares lose digits
+    x = random_features(101, 24, seed=0, shift=30.0)  # a mean far from 0 is where sums of squares lose digits
     statistics = FeatureStatistics(24)
     for part in torch.from_numpy(x).split(17):
         statistics.update(part)
@@ -165,7 +171,8 @@ def test_fid_of_equal_and_shifted_statistics() -> None:
     x = random_features(200, 16, seed=1)
     assert abs(fid(stats_of(x), stats_of(x))) < 1e-6 * np.trace(stats_of(x)["sigma"])
     moved = stats_of(x) | {"mu": stats_of(x)["mu"] + 2.0}
-    assert fid(stats_of(x), moved) == pytest.approx(16 * 4.0, rel=1e-6)          # equal covariances: the squared distance of the means
+    # equal covariances: the squared distance of the means
+    assert fid(stats_of(x), moved) == pytest.approx(16 * 4.0, rel=1e-6)
 
 
 def test_fid_of_two_gaussians_in_closed_form() -> None:
@@ -173,7 +180,9 @@ def test_fid_of_two_gaussians_in_closed_form() -> None:
     rng = np.random.default_rng(3)
     (m1, m2), (s1, s2) = rng.standard_normal((2, 12)), rng.uniform(0.2, 3, (2, 12))
     expected = ((m1 - m2) ** 2).sum() + ((s1 - s2) ** 2).sum()
-    assert fid({"mu": m1, "sigma": np.diag(s1**2)}, {"mu": m2, "sigma": np.diag(s2**2)}) == pytest.approx(expected, rel=1e-9)
+    assert fid({"mu": m1, "sigma": np.diag(s1**2)}, {"mu": m2, "sigma": np.diag(s2**2)}) == pytest.approx(
+        expected, rel=1e-9
+    )
 
 
 def test_fid_infinity_removes_the_bias_of_few_images() -> None:
@@ -193,7 +202,7 @@ def test_precision_and_recall_of_separated_equal_and_nested_clouds() -> None:
     cloud, far = (torch.from_numpy(rng.standard_normal((60, 8)).astype(np.float32)) for _ in range(2))
     assert precision_recall(cloud, cloud) == (1.0, 1.0)
     assert precision_recall(cloud, far + 100) == (0.0, 0.0)
-    mixed = torch.cat([cloud, cloud + 100])                                      # all generated images lie among the real ones, which have a mode more
+    mixed = torch.cat([cloud, cloud + 100])  # all generated images lie among the real ones, which have a mode more
     assert precision_recall(cloud, mixed) == (1.0, 0.5) and precision_recall(mixed, cloud) == (0.5, 1.0)
     with pytest.raises(ValueError, match="more than 3 images"):
         precision_recall(cloud[:3], far)
@@ -207,6 +216,7 @@ def test_precision_and_recall_are_the_definition(monkeypatch: pytest.MonkeyPatch
     def share_within(x: Tensor, y: Tensor) -> float:
         radius = torch.cdist(y, y).sort(1).values[:, 3]
         return (torch.cdist(x, y) <= radius).any(1).double().mean().item()
+
     assert precision_recall(a.float(), b.float()) == pytest.approx((share_within(a, b), share_within(b, a)))
 
 
@@ -219,6 +229,7 @@ def test_kid_of_equal_and_moved_clouds() -> None:
 
     def kernel(p: np.ndarray, q: np.ndarray) -> np.ndarray:
         return (p @ q.T / 5 + 1) ** 3
+
     within = [(k.sum() - np.trace(k)) / (50 * 49) for k in (kernel(x, x), kernel(y, y))]
     assert kid(a[:50], b[:50] + 1)[0] == pytest.approx(sum(within) - 2 * kernel(x, y).mean(), rel=1e-4)
 
@@ -230,13 +241,15 @@ def test_inception_score_of_numbered_batches_is_torch_fidelitys() -> None:
     sums = InceptionScoreSums(53)
     for numbers in (range(40, 53), range(0, 17), range(17, 40)):
         sums.update(numbers, logits[numbers.start : numbers.stop])
-    assert sums.merge().score() == pytest.approx((expected["inception_score_mean"], expected["inception_score_std"]), rel=1e-12)
+    assert sums.merge().score() == pytest.approx(
+        (expected["inception_score_mean"], expected["inception_score_std"]), rel=1e-12
+    )
 
 
 def test_inception_score_of_known_logits() -> None:
     uniform = torch.zeros(50, 1008)
-    assert inception_score(uniform)[0] == pytest.approx(1.0, abs=1e-9)           # no image says anything about its class
-    sure = 100 * torch.eye(1008)[torch.arange(5).repeat(2)]                      # five classes, each certain, evenly
+    assert inception_score(uniform)[0] == pytest.approx(1.0, abs=1e-9)  # no image says anything about its class
+    sure = 100 * torch.eye(1008)[torch.arange(5).repeat(2)]  # five classes, each certain, evenly
     mean, std = inception_score(sure, splits=1)
     assert mean == pytest.approx(5.0, rel=1e-9) and std == 0
     with pytest.raises(ValueError, match="at least 10 images"):
@@ -261,14 +274,18 @@ def allowed_tf32() -> set[object]:
     }
 
 
-@pytest.mark.parametrize("score, owner, function", [
-    (lambda x: fid(stats_of(x.numpy()), stats_of(x.numpy())), metrics, "fid_statistics_to_metric"),
-    (lambda x: precision_recall(x, x), metrics, "prc_features_to_metric"),
-    (lambda x: kid(x, x), metrics, "kid_features_to_metric"),
-    (lambda x: fid_infinity(x, stats_of(x.numpy())), np.linalg, "eigh"),
-    (lambda x: inception_score(x), torch.Tensor, "index_add_"),
-    (lambda x: FeatureStatistics(4).update(x), torch.Tensor, "addmm_"),
-], ids=["fid", "precision_recall", "kid", "fid_infinity", "inception_score", "statistics"])
+@pytest.mark.parametrize(
+    "score, owner, function",
+    [
+        (lambda x: fid(stats_of(x.numpy()), stats_of(x.numpy())), metrics, "fid_statistics_to_metric"),
+        (lambda x: precision_recall(x, x), metrics, "prc_features_to_metric"),
+        (lambda x: kid(x, x), metrics, "kid_features_to_metric"),
+        (lambda x: fid_infinity(x, stats_of(x.numpy())), np.linalg, "eigh"),
+        (lambda x: inception_score(x), torch.Tensor, "index_add_"),
+        (lambda x: FeatureStatistics(4).update(x), torch.Tensor, "addmm_"),
+    ],
+    ids=["fid", "precision_recall", "kid", "fid_infinity", "inception_score", "statistics"],
+)
 def test_scores_are_computed_without_tf32(
     score: Callable[[Tensor], object], owner: object, function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +295,7 @@ def test_scores_are_computed_without_tf32(
     def recorded(*args: object, **more: object) -> object:
         inside.append(allowed_tf32())
         return original(*args, **more)
+
     monkeypatch.setattr(owner, function, recorded)
     before = torch.get_float32_matmul_precision()
     try:
@@ -308,6 +326,7 @@ def test_tf32_for_all_backends_does_not_reach_the_scores() -> None:
 
 # ------------------------------------------------------------------------------------------------------------- Inception
 
+
 def offline(*args: object, **kwargs: object) -> None:
     raise URLError("no route")
 
@@ -319,6 +338,7 @@ def test_inception_weights_are_downloaded_once(tmp_path: Path, monkeypatch: pyte
     def download(url: str, target: str, hash_prefix: str, progress: bool) -> None:
         asked.append((url.rsplit("/", 1)[1], hash_prefix))
         Path(target).write_bytes(b"weights")
+
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     first, second = fetch_inception_weights(None), fetch_inception_weights(None)
@@ -331,7 +351,9 @@ def test_inception_weights_absent_or_wrong(tmp_path: Path, monkeypatch: pytest.M
         find_inception_weights(str(tmp_path / "none.pth"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(FileNotFoundError, match="download https://.*--inception_weights.*the download failed: .*no route"):
+    with pytest.raises(
+        FileNotFoundError, match="download https://.*--inception_weights.*the download failed: .*no route"
+    ):
         InceptionFeatures(None, CPU)
     monkeypatch.setattr(
         torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("a download that was ruled out")
@@ -347,7 +369,9 @@ def test_inception_weights_absent_or_wrong(tmp_path: Path, monkeypatch: pytest.M
     torch.save([Explosive(tmp_path / "ran")], tmp_path / "code.pth")
     (tmp_path / "text.pth").write_text("not weights")
     for name in ("other.pth", "code.pth", "text.pth"):
-        with pytest.raises(ValueError, match=rf"{name} \(--inception_weights\) does not hold torch-fidelity's Inception weights"):
+        with pytest.raises(
+            ValueError, match=rf"{name} \(--inception_weights\) does not hold torch-fidelity's Inception weights"
+        ):
             InceptionFeatures(str(tmp_path / name), CPU)
     assert not (tmp_path / "ran").exists()
 
@@ -367,7 +391,7 @@ def test_inception_features_are_torch_fidelitys(inception_weights: Path) -> None
     parts = [ours(part) for part in images.split(3)]
     network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(inception_weights))
     pool, logits = network(images)
-    assert pool.std(0).mean() > 1e-3                                             # the images do differ under these weights
+    assert pool.std(0).mean() > 1e-3  # the images do differ under these weights
     torch.testing.assert_close(torch.cat([p["2048"] for p in parts]), pool, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.cat([p["logits_unbiased"] for p in parts]), logits, rtol=1e-4, atol=1e-4)
     assert pool.shape == (5, FEATURE_DIM) and logits.shape == (5, 1008)
@@ -376,7 +400,8 @@ def test_inception_features_are_torch_fidelitys(inception_weights: Path) -> None
     network(images)
     spatial = torch.cat([p["spatial"] for p in parts])
     assert maps["mixed_6"].shape == (5, 768, 17, 17) and spatial.shape == (5, SPATIAL_DIM)
-    expected = maps["mixed_6"].permute(0, 2, 3, 1)[..., :7].flatten(1)               # TensorFlow's layout, as ADM's evaluator flattens it
+    # TensorFlow's layout, as ADM's evaluator flattens it
+    expected = maps["mixed_6"].permute(0, 2, 3, 1)[..., :7].flatten(1)
     torch.testing.assert_close(spatial, expected, rtol=1e-4, atol=1e-4)
     assert expected.std(0).mean() > 1e-3
 
@@ -391,20 +416,35 @@ def test_scores_are_torch_fidelitys(tmp_path: Path, inception_weights: Path) -> 
         for i, image in enumerate(images):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i:02d}.png")
     expected = torch_fidelity.calculate_metrics(
-        input1=str(tmp_path / "changed"), input2=str(tmp_path / "original"), cuda=False, batch_size=12, isc=True, fid=True, kid=True, prc=True,
+        input1=str(tmp_path / "changed"),
+        input2=str(tmp_path / "original"),
+        cuda=False,
+        batch_size=12,
+        isc=True,
+        fid=True,
+        kid=True,
+        prc=True,
         feature_extractor="inception-v3-compat",
-        kid_subset_size=12, verbose=False, feature_extractor_weights_path=str(inception_weights), save_cpu_ram=True, cache=False)
+        kid_subset_size=12,
+        verbose=False,
+        feature_extractor_weights_path=str(inception_weights),
+        save_cpu_ram=True,
+        cache=False,
+    )
     extractor = InceptionFeatures(str(inception_weights), CPU)
     real, made = extractor(original), extractor(changed)
     mean, std = inception_score(made["logits_unbiased"])
     assert mean == pytest.approx(expected["inception_score_mean"], rel=1e-5)
     assert std == pytest.approx(expected["inception_score_std"], rel=1e-4, abs=1e-6)
-    assert fid(stats_of(made["2048"].numpy()), stats_of(real["2048"].numpy())) == pytest.approx(expected["frechet_inception_distance"], rel=1e-3)
+    assert fid(stats_of(made["2048"].numpy()), stats_of(real["2048"].numpy())) == pytest.approx(
+        expected["frechet_inception_distance"], rel=1e-3
+    )
     assert kid(made["2048"], real["2048"])[0] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-3)
     assert precision_recall(made["2048"], real["2048"]) == (expected["precision"], expected["recall"])
 
 
 # ------------------------------------------------------------------------------------------------------------- latents
+
 
 def test_latent_scale_is_one_over_std() -> None:
     latents = 4.3 * torch.randn(50, 4, 8, 8, generator=torch.Generator().manual_seed(0)) + 1.0
@@ -417,9 +457,9 @@ def test_frequency_order_finds_slow_channels() -> None:
     gradient, board = (x + y) / 8, (-1) ** (x + y)
     noise = torch.randn(20, 16, 16, generator=torch.Generator().manual_seed(0))
     wave = torch.linspace(-1, 1, 20)[:, None, None]
-    latents = torch.stack([board * wave * 100, noise + 50, gradient * wave * 0.01], dim=1)                  # (20, 3, 16, 16)
+    latents = torch.stack([board * wave * 100, noise + 50, gradient * wave * 0.01], dim=1)  # (20, 3, 16, 16)
     share = low_frequency_share(latents)
     assert frequency_order(latents) == [2, 1, 0]
     assert share[2] > 0.95 and share[0] < 1e-6
-    assert 0.1 < share[1] < 0.4                                                  # white noise: the share of frequencies within the radius, about 0.2
+    assert 0.1 < share[1] < 0.4  # white noise: the share of frequencies within the radius, about 0.2
     assert frequency_order(latents[:, [2, 1, 0]]) == [0, 1, 2]

@@ -16,8 +16,8 @@ from models.layers import CausalAttention
 from models.tokenbridge import TokenBridge
 from tests.conftest import tiny_batch, tiny_config, tiny_model
 
-N = 7           # tokens
-HEADS = 4       # of the tiny model's head
+N = 7  # tokens
+HEADS = 4  # of the tiny model's head
 
 
 def random_inputs(model: TokenBridge, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -52,14 +52,16 @@ def plain_head(model: TokenBridge, z: Tensor, indices: Tensor, start: str) -> Te
     conditioning = silu(h[:, None] + w["timesteps_embeddings"])
     for i in range(len(model.channel_blocks)):
         at = f"channel_blocks.{i}"
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = linear(f"{at}.adaLN_modulation.1", conditioning).split(width, -1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = linear(f"{at}.adaLN_modulation.1", conditioning).split(
+            width, -1
+        )
         qkv = linear(f"{at}.attn.qkv", norm(x, f"{at}.norm1") * (1 + scale_a) + shift_a)
         out = []
         for head in range(HEADS):
             size = width // HEADS
             q, k, v = (qkv[..., part * width + head * size : part * width + (head + 1) * size] for part in range(3))
             scores = norm(q, f"{at}.attn.q_norm") @ norm(k, f"{at}.attn.k_norm").transpose(1, 2) / math.sqrt(size)
-            scores = scores + w["channel_mask"]                                  # 0 on and below the diagonal, -inf above
+            scores = scores + w["channel_mask"]  # 0 on and below the diagonal, -inf above
             out.append(scores.softmax(-1) @ v)
         x = x + gate_a * linear(f"{at}.attn.proj", torch.cat(out, -1))
         hidden = linear(f"{at}.mlp.fc1", norm(x, f"{at}.norm2") * (1 + scale_m) + shift_m)
@@ -80,18 +82,24 @@ def plain_sample(model: TokenBridge, z: Tensor, start: str) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------- the forward pass
 
+
 @pytest.mark.parametrize("channels", [16, 4, 2])
 @torch.no_grad()
 def test_training_logits_are_the_plain_heads(channels):
     model = tiny_model(vae_embed_dim=channels)
     z, indices = random_inputs(model)
-    torch.testing.assert_close(model.channel_logits(z, indices).double(), plain_head(model, z, indices, "trained"), rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        model.channel_logits(z, indices).double(), plain_head(model, z, indices, "trained"), rtol=0, atol=2e-5
+    )
 
 
 @torch.no_grad()
 def test_training_ignores_the_start_switch():
     z, indices = random_inputs(tiny_model())
-    assert torch.equal(tiny_model(head_start="official").channel_logits(z, indices), tiny_model(head_start="trained").channel_logits(z, indices))
+    assert torch.equal(
+        tiny_model(head_start="official").channel_logits(z, indices),
+        tiny_model(head_start="trained").channel_logits(z, indices),
+    )
 
 
 @torch.no_grad()
@@ -109,6 +117,7 @@ def test_causal():
 
 # ------------------------------------------------------------------------------------------------------- dropout
 
+
 def test_dropout_rates_reach_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
     model, passed, real = tiny_model(attn_dropout=0.2, proj_dropout=0.3), [], F.scaled_dot_product_attention
     for block in model.channel_blocks:
@@ -118,6 +127,7 @@ def test_dropout_rates_reach_every_block(monkeypatch: pytest.MonkeyPatch) -> Non
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, **more: object) -> Tensor:
         passed.append(dropout_p)
         return real(q, k, v, mask, dropout_p, **more)
+
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     for training, rate in ((True, 0.2), (False, 0.0)):
         model.train(training).channel_logits(*random_inputs(model))
@@ -126,13 +136,17 @@ def test_dropout_rates_reach_every_block(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("head", ["autoregressive", "parallel"])
-@pytest.mark.parametrize("rates", [dict(attn_dropout=0.3), dict(proj_dropout=0.3), dict(attn_dropout=0.3, proj_dropout=0.3)])
+@pytest.mark.parametrize(
+    "rates", [dict(attn_dropout=0.3), dict(proj_dropout=0.3), dict(attn_dropout=0.3, proj_dropout=0.3)]
+)
 @torch.no_grad()
 def test_dropout_acts_in_training_mode_only(head: str, rates: dict[str, float]) -> None:
     plain, model = tiny_model(head=head), tiny_model(head=head, **rates)
     inputs = random_inputs(model)
     expected = plain.channel_logits(*inputs)
-    assert torch.equal(plain.train().channel_logits(*inputs), expected) and torch.equal(model.channel_logits(*inputs), expected)
+    assert torch.equal(plain.train().channel_logits(*inputs), expected) and torch.equal(
+        model.channel_logits(*inputs), expected
+    )
     model.train()
     first, second = model.channel_logits(*inputs), model.channel_logits(*inputs)
     assert not torch.equal(first, second) and not torch.equal(first, expected)
@@ -183,6 +197,7 @@ def test_share_of_dropped_attention_weights_is_the_rate(rate: float) -> None:
 
 # ------------------------------------------------------------------------------------------------------- cached decoding
 
+
 def cached_logits(model: TokenBridge, z: Tensor, indices: Tensor) -> Tensor:
     """The logits that `channel_sample` computes, position by position, when the draws are forced to `indices`: (N, C, K)."""
     seen = []
@@ -190,6 +205,7 @@ def cached_logits(model: TokenBridge, z: Tensor, indices: Tensor) -> Tensor:
     def forced(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
         seen.append(logits.clone())
         return indices[:, len(seen) - 1], logits[:, 0]
+
     original, channel_ar.draw_indices = channel_ar.draw_indices, forced
     try:
         model.channel_sample(z, torch.zeros(len(z), model.num_channels), 1.0)
@@ -205,7 +221,7 @@ def test_cached_logits_step_by_step(start):
     z, indices = random_inputs(model)
     found = cached_logits(model, z, indices)
     torch.testing.assert_close(found.double(), plain_head(model, z, indices, start), rtol=0, atol=2e-5)
-    if start == "trained":                                     # then decoding continues exactly what training learnt
+    if start == "trained":  # then decoding continues exactly what training learnt
         torch.testing.assert_close(found, model.channel_logits(z, indices), rtol=0, atol=1e-5)
     else:
         assert (found - model.channel_logits(z, indices)).abs().max() > 1e-2
@@ -226,7 +242,9 @@ def test_sixteen_positions_per_token_not_136():
     model = tiny_model()
     z, _ = random_inputs(model)
     rows = []
-    hook = model.channel_blocks[0].attn.qkv.register_forward_hook(lambda module, args, out: rows.append(out.shape[:-1].numel()))
+    hook = model.channel_blocks[0].attn.qkv.register_forward_hook(
+        lambda module, args, out: rows.append(out.shape[:-1].numel())
+    )
     model.channel_sample(z, torch.rand(N, 16), 1.0)
     hook.remove()
     assert sum(rows) == N * 16
@@ -239,7 +257,8 @@ def test_decoding_in_chunks_changes_nothing(monkeypatch, temperature):
     z, _ = random_inputs(model)
     uniform = torch.rand(N, 16, generator=torch.Generator().manual_seed(0))
     whole = model.channel_sample(z, uniform, temperature)[0]
-    monkeypatch.setattr(channel_ar, "DECODE_CHUNK_BYTES", 16 * 48 * 14 * 4 * 2)     # two tokens of the tiny model at a time
+    # two tokens of the tiny model at a time
+    monkeypatch.setattr(channel_ar, "DECODE_CHUNK_BYTES", 16 * 48 * 14 * 4 * 2)
     sizes = []
     hook = model.channel_heads[0].register_forward_hook(lambda module, args, out: sizes.append(len(out)))
     assert torch.equal(model.channel_sample(z, uniform, temperature)[0], whole)
@@ -266,6 +285,7 @@ def test_broken_weights_show_in_the_witness():
 
 
 # ------------------------------------------------------------------------------------------------------- draws
+
 
 def test_argmax_at_temperature_0():
     logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, -1.0, 4.9], [1.0, 1.0, 0.0]])
@@ -299,12 +319,18 @@ def test_frequencies(temperature):
 
 
 @pytest.mark.parametrize("draw", ["inverse", "gumbel"])
-@pytest.mark.parametrize(("top_k", "top_p", "kept"), [(0, 1.0, 8), (3, 1.0, 3), (0, 0.7, 4), (2, 0.7, 2), (1, 1.0, 1), (0, 0.01, 1)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"), [(0, 1.0, 8), (3, 1.0, 3), (0, 0.7, 4), (2, 0.7, 2), (1, 1.0, 1), (0, 0.01, 1)]
+)
 def test_frequencies_of_what_top_k_and_top_p_leave(draw, top_k, top_p, kept):
     """Probabilities 0.28, 0.2, 0.16, 0.12, ... : the `kept` largest, renormalised, whichever way is drawn; the chi-square test at 100,000 draws."""
     p = np.array([0.04, 0.28, 0.06, 0.2, 0.08, 0.16, 0.06, 0.12])
     generator = torch.Generator().manual_seed(3)
-    noise = torch.rand(100_000, generator=generator) if draw == "inverse" else -torch.empty(100_000, 8).exponential_(generator=generator).log()
+    noise = (
+        torch.rand(100_000, generator=generator)
+        if draw == "inverse"
+        else -torch.empty(100_000, 8).exponential_(generator=generator).log()
+    )
     drawn = draw_indices(torch.from_numpy(p).log().expand(100_000, 8), noise, 1.0, top_k, top_p)[0]
     counts = torch.bincount(drawn, minlength=8).numpy()
     left = np.argsort(-p, kind="stable")[:kept]
@@ -313,7 +339,9 @@ def test_frequencies_of_what_top_k_and_top_p_leave(draw, top_k, top_p, kept):
         assert chisquare(counts[left], 100_000 * p[left] / p[left].sum()).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("noise", [torch.rand(500, generator=torch.Generator().manual_seed(5)), torch.randn(500, 64) * 100])
+@pytest.mark.parametrize(
+    "noise", [torch.rand(500, generator=torch.Generator().manual_seed(5)), torch.randn(500, 64) * 100]
+)
 def test_top_k_1_is_the_argmax(noise):
     logits = torch.randn(500, 64, generator=torch.Generator().manual_seed(4))
     for temperature in (0.1, 1.0, 50.0):
@@ -325,12 +353,16 @@ def test_the_head_draws_from_its_joint_distribution(draw):
     """A head of 2 dimensions with 4 levels: all 16 outcomes of a token, against p(first) p(second | first) from the teacher-forced logits."""
     model = tiny_model(channel_depth=1, vae_embed_dim=2, quant_levels=4, channel_order=[1, 0])
     z = torch.randn(1, model.mask_token.shape[-1], generator=torch.Generator().manual_seed(6))
-    outcomes = torch.cartesian_prod(torch.arange(4), torch.arange(4))                                # (16, 2) head order
+    outcomes = torch.cartesian_prod(torch.arange(4), torch.arange(4))  # (16, 2) head order
     with torch.no_grad():
         first, second = model.channel_logits(z.expand(16, -1), outcomes).double().mul(1 / 0.7).log_softmax(-1).unbind(1)
         expected = (first.gather(1, outcomes[:, :1]) + second.gather(1, outcomes[:, 1:])).exp()[:, 0].numpy()
         generator = torch.Generator().manual_seed(7)
-        noise = torch.rand(40_000, 2, generator=generator) if draw == "inverse" else -torch.empty(40_000, 2, 4).exponential_(generator=generator).log()
+        noise = (
+            torch.rand(40_000, 2, generator=generator)
+            if draw == "inverse"
+            else -torch.empty(40_000, 2, 4).exponential_(generator=generator).log()
+        )
         drawn, _ = model.channel_sample(z.expand(40_000, -1), noise, 0.7)
     counts = torch.bincount(drawn[:, 0] * 4 + drawn[:, 1], minlength=16).numpy()
     assert expected.sum() == pytest.approx(1) and chisquare(counts, 40_000 * expected).pvalue > 1e-3
@@ -360,6 +392,7 @@ def test_half_precision_logits_are_drawn_in_float32():
 
 # ------------------------------------------------------------------------------------------------------- orders, parts, errors
 
+
 def test_channel_order_and_its_inverse():
     order = [2, 0, 3, 1]
     model = tiny_model(vae_embed_dim=4, channel_order=order)
@@ -381,21 +414,25 @@ def test_attention_with_one_position_sees_itself_only():
     torch.testing.assert_close(layer(x), layer.proj(F.linear(x, layer.qkv.weight[16:], layer.qkv.bias[16:])))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(head_start="first"), "head_start must be one of official, trained"),
-    (dict(channel_order=list(range(15))), "permutation of 0..15"),
-    (dict(channel_order=[0, *range(15)]), "permutation of 0..15"),
-    (dict(vae_embed_dim=4, channel_order=[1, 2, 3, 4]), "permutation of 0..3"),
-    (dict(channel_heads=5), "head width 48 is not a multiple of its 5 heads"),
-    (dict(head="mlp"), "head must be one of autoregressive, parallel"),
-    (dict(head="parallel", head_start="official"), "the parallel one (--head) has"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(head_start="first"), "head_start must be one of official, trained"),
+        (dict(channel_order=list(range(15))), "permutation of 0..15"),
+        (dict(channel_order=[0, *range(15)]), "permutation of 0..15"),
+        (dict(vae_embed_dim=4, channel_order=[1, 2, 3, 4]), "permutation of 0..3"),
+        (dict(channel_heads=5), "head width 48 is not a multiple of its 5 heads"),
+        (dict(head="mlp"), "head must be one of autoregressive, parallel"),
+        (dict(head="parallel", head_start="official"), "the parallel one (--head) has"),
+    ],
+)
 def test_errors(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         TokenBridge(**tiny_config(**change))
 
 
 # ------------------------------------------------------------------------------------------------------------- the parallel head
+
 
 def test_the_parallel_head_predicts_each_dimension_from_z_alone():
     """Its logits do not know the indices, those of the autoregressive head do; it has every parameter of that head but the token embeddings."""
@@ -404,7 +441,9 @@ def test_the_parallel_head_predicts_each_dimension_from_z_alone():
     changed = (indices + 1) % model.num_levels
     assert torch.equal(model.channel_logits(z, indices), model.channel_logits(z, changed))
     assert not torch.equal(other.channel_logits(z, indices), other.channel_logits(z, changed))
-    assert {key for key in other.state_dict() if key not in model.state_dict()} == {f"token_embeddings.{c}.weight" for c in range(15)}
+    assert {key for key in other.state_dict() if key not in model.state_dict()} == {
+        f"token_embeddings.{c}.weight" for c in range(15)
+    }
     assert model.state_dict().keys() < other.state_dict().keys() and model.config["head"] == "parallel"
 
 
@@ -423,7 +462,12 @@ def test_the_parallel_head_samples_from_its_logits():
         expected = draws * logits[0, c].double().softmax(-1)
         likely = expected >= 5
         observed = torch.bincount(drawn[:, c], minlength=16).double()
-        assert chisquare([*observed[likely], observed[~likely].sum()], [*expected[likely], expected[~likely].sum() + 1e-9]).pvalue > 1e-4
+        assert (
+            chisquare(
+                [*observed[likely], observed[~likely].sum()], [*expected[likely], expected[~likely].sum() + 1e-9]
+            ).pvalue
+            > 1e-4
+        )
 
 
 def test_the_parallel_head_learns():

@@ -40,15 +40,22 @@ def strays(ops: RecordOps) -> set[str]:
 
 # ------------------------------------------------------------------------------------------------------- building
 
+
 @pytest.mark.parametrize("device", ["meta", "cpu"])
-@pytest.mark.parametrize(("build", "arguments"), [(TokenBridge, tiny_config()), (AutoencoderKL, SMALL_VAE), (GaussianQuantizer, dict(bits=6))])
+@pytest.mark.parametrize(
+    ("build", "arguments"),
+    [(TokenBridge, tiny_config()), (AutoencoderKL, SMALL_VAE), (GaussianQuantizer, dict(bits=6))],
+)
 def test_building_under_a_device(device, build, arguments):
     with torch.device(device):
         module = build(**arguments)
     assert devices(module) == {device}
 
 
-@pytest.mark.parametrize(("build", "arguments"), [(TokenBridge, tiny_config()), (AutoencoderKL, SMALL_VAE), (GaussianQuantizer, dict(bits=6))])
+@pytest.mark.parametrize(
+    ("build", "arguments"),
+    [(TokenBridge, tiny_config()), (AutoencoderKL, SMALL_VAE), (GaussianQuantizer, dict(bits=6))],
+)
 def test_building_on_a_gpu(build, arguments):
     with fake_gpu():
         assert devices(on_fake_gpu(build, **arguments)) == {"cuda"}
@@ -86,6 +93,7 @@ def test_a_meta_model_becomes_real_by_loading():
 
 # ------------------------------------------------------------------------------------------------------- running on a fake GPU
 
+
 def test_vae_stays_on_the_gpu():
     with fake_gpu():
         vae = on_fake_gpu(AutoencoderKL, **SMALL_VAE, scale_factor=[0.5] * 16, shift=0.1)
@@ -94,7 +102,10 @@ def test_vae_stays_on_the_gpu():
             posterior = vae.encode(image)
             decoded = vae.decode(posterior.sample())
         assert posterior.parameters.shape == (2, 32, 4, 4) and decoded.shape == (2, 3, 64, 64)
-        assert {t.device.type for t in (posterior.parameters, posterior.mean, posterior.std, posterior.mode(), posterior.kl(), decoded)} == {"cuda"}
+        assert {
+            t.device.type
+            for t in (posterior.parameters, posterior.mean, posterior.std, posterior.mode(), posterior.kl(), decoded)
+        } == {"cuda"}
         assert ops.names and not strays(ops)
         assert vae.unscale(vae.scale(posterior.mean)).device.type == "cuda"
 
@@ -113,7 +124,9 @@ def test_training_forward_stays_on_the_gpu(context, checkpointing):
     """With given masks not one tensor elsewhere; also within a torch.device("cuda") block."""
     around = {"plain": contextlib.nullcontext, "device": lambda: torch.device("cuda")}
     with fake_gpu():
-        model = on_fake_gpu(TokenBridge, **tiny_config(label_drop_prob=0.1, attn_dropout=0.1, grad_checkpointing=checkpointing)).train()
+        model = on_fake_gpu(
+            TokenBridge, **tiny_config(label_drop_prob=0.1, attn_dropout=0.1, grad_checkpointing=checkpointing)
+        ).train()
         latents, labels = torch.zeros(2, 16, 4, 4, device="cuda"), torch.zeros(2, dtype=torch.long, device="cuda")
         mask = torch.ones(2, 16, device="cuda")
         with around[context](), RecordOps() as ops:
@@ -138,7 +151,12 @@ def test_training_forward_with_a_mask_of_unknown_count():
     with fake_gpu():
         model = on_fake_gpu(TokenBridge, **tiny_config())
         mask = torch.ones(2, 16, device="cuda")
-        details = model(torch.zeros(2, 16, 4, 4, device="cuda"), torch.zeros(2, dtype=torch.long, device="cuda"), mask, return_details=True)
+        details = model(
+            torch.zeros(2, 16, 4, 4, device="cuda"),
+            torch.zeros(2, dtype=torch.long, device="cuda"),
+            mask,
+            return_details=True,
+        )
         assert details.logits.shape == (28, 16, 16) and details.logits.device.type == "cuda"
 
 
@@ -158,20 +176,29 @@ def test_sampler_stays_on_the_gpu(context, labels):
         with around[context](), ops:
             latents = model.sample_tokens(2, num_iter=2, cfg=2.0, labels=given, seeds=[1, 2])
         assert latents.shape == (2, 16, 4, 4) and latents.device.type == "cuda"
-        assert len(first) == 2 + 1 and {device for _, device in ops.devices[first[0]:]} == {"cuda"}
-        moved = [name for name, device in ops.devices[:first[0]] if device != "cuda"]
+        assert len(first) == 2 + 1 and {device for _, device in ops.devices[first[0] :]} == {"cuda"}
+        moved = [name for name, device in ops.devices[: first[0]] if device != "cuda"]
         assert "normal_" not in moved and len(moved) < 30
 
 
 EDIT = dict(editing=True)
 
 
-@pytest.mark.parametrize("options", [
-    dict(order="confidence", confidence_candidates=2.0, reuse_guidance=2), dict(order="halton", draw="gumbel", channel_temperature=(0.5, 1.5)),
-    dict(order="raster", temperature_schedule="linear", cfg_schedule="interval", cfg_interval=(0.3, 0.7)), dict(temperature=0, reuse_features=2),
-    dict(order="subsample", top_k=3, top_p=0.9, compile=True), dict(order="confidence", draw="gumbel", temperature=0.9, compile=True),
-    EDIT | dict(order="confidence"), EDIT | dict(reuse_features=3, reuse_guidance=2), EDIT | dict(compile=True),
-], ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()))
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(order="confidence", confidence_candidates=2.0, reuse_guidance=2),
+        dict(order="halton", draw="gumbel", channel_temperature=(0.5, 1.5)),
+        dict(order="raster", temperature_schedule="linear", cfg_schedule="interval", cfg_interval=(0.3, 0.7)),
+        dict(temperature=0, reuse_features=2),
+        dict(order="subsample", top_k=3, top_p=0.9, compile=True),
+        dict(order="confidence", draw="gumbel", temperature=0.9, compile=True),
+        EDIT | dict(order="confidence"),
+        EDIT | dict(reuse_features=3, reuse_guidance=2),
+        EDIT | dict(compile=True),
+    ],
+    ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()),
+)
 def test_every_way_to_sample_stays_on_the_gpu(monkeypatch, options):
     """From the first pass on; the compiled path through the same functions uncompiled.
 
@@ -185,13 +212,20 @@ def test_every_way_to_sample_stays_on_the_gpu(monkeypatch, options):
         model = on_fake_gpu(TokenBridge, **tiny_config(vae_embed_dim=4, channel_order=None, channel_depth=1))
         given = {}
         if options.pop("editing", False):
-            given = dict(init=torch.zeros(1, 4, 4, 4, device="cuda"), regenerate=torch.arange(16, device="cpu").view(1, 16) % 3 == 0)
+            given = dict(
+                init=torch.zeros(1, 4, 4, 4, device="cuda"),
+                regenerate=torch.arange(16, device="cpu").view(1, 16) % 3 == 0,
+            )
         ops, first = RecordOps(), []
         model.z_proj.register_forward_pre_hook(lambda *_: first.append(len(ops.devices)))
         with ops:
-            states = list(sample_steps(model, model.class_emb.weight[:2], SamplerOptions(**options), seeds=[1, 2], **given))
-        assert len(states) == 3 and states[-1].latents.shape == (2, 4, 4, 4) and states[-1].latents.device.type == "cuda"
-        assert first and {device for _, device in ops.devices[first[0]:]} == {"cuda"}
+            states = list(
+                sample_steps(model, model.class_emb.weight[:2], SamplerOptions(**options), seeds=[1, 2], **given)
+            )
+        assert (
+            len(states) == 3 and states[-1].latents.shape == (2, 4, 4, 4) and states[-1].latents.device.type == "cuda"
+        )
+        assert first and {device for _, device in ops.devices[first[0] :]} == {"cuda"}
 
 
 def test_given_orders_may_be_on_the_gpu():
@@ -213,14 +247,21 @@ def test_quantizer_stays_on_the_gpu():
 def test_cached_latents_become_latents_on_the_gpu(kind):
     """Whatever the cache holds: half-precision moments or means, or int16 indices."""
     with fake_gpu():
-        model, vae = on_fake_gpu(TokenBridge, **tiny_config()), on_fake_gpu(AutoencoderKL, **SMALL_VAE, scale_factor=[0.5] * 16)
-        shape, dtype = {"images": ((2, 3, 64, 64), torch.float32), "moments": ((2, 32, 4, 4), torch.float16), "mean": ((2, 16, 4, 4), torch.bfloat16),
-                        "indices": ((2, 16, 4, 4), torch.int16)}[kind]
+        model, vae = (
+            on_fake_gpu(TokenBridge, **tiny_config()),
+            on_fake_gpu(AutoencoderKL, **SMALL_VAE, scale_factor=[0.5] * 16),
+        )
+        shape, dtype = {
+            "images": ((2, 3, 64, 64), torch.float32),
+            "moments": ((2, 32, 4, 4), torch.float16),
+            "mean": ((2, 16, 4, 4), torch.bfloat16),
+            "indices": ((2, 16, 4, 4), torch.int16),
+        }[kind]
         batch, noise = torch.zeros(shape, dtype=dtype, device="cuda"), torch.zeros(2, 16, 4, 4, device="cuda")
         with RecordOps() as ops:
             latents = batch_latents(batch, vae, noise, model)
         assert latents.shape == (2, 16, 4, 4) and latents.dtype == torch.float32 and latents.device.type == "cuda"
-        assert ops.names and strays(ops) <= {"lift_fresh"}                          # the description's 16 scale factors come from the host
+        assert ops.names and strays(ops) <= {"lift_fresh"}  # the description's 16 scale factors come from the host
 
 
 def test_mixed_devices_would_be_noticed():
@@ -228,7 +269,12 @@ def test_mixed_devices_would_be_noticed():
     with fake_gpu():
         model = on_fake_gpu(TokenBridge, **tiny_config())
         with pytest.raises(RuntimeError, match="device"):
-            model(torch.zeros(2, 16, 4, 4), torch.zeros(2, dtype=torch.long, device="cuda"), torch.ones(2, 16, device="cuda"), num_masked=16)
+            model(
+                torch.zeros(2, 16, 4, 4),
+                torch.zeros(2, dtype=torch.long, device="cuda"),
+                torch.ones(2, 16, device="cuda"),
+                num_masked=16,
+            )
 
 
 def test_real_tensors_of_another_dtype():
@@ -248,5 +294,7 @@ def test_the_parallel_head_and_the_image_checks_stay_on_the_gpu() -> None:
             logits = model.channel_logits(torch.zeros(5, model.mask_token.shape[-1]), None)
             indices, witness = model.channel_sample(torch.zeros(5, model.mask_token.shape[-1]), torch.zeros(5, 16), 1.0)
             flaws = image_flaws(torch.zeros(3, 3, 8, 8, dtype=torch.uint8))
-        assert {logits.device.type, indices.device.type, witness.device.type, flaws["saturated"].device.type} == {"cuda"}
+        assert {logits.device.type, indices.device.type, witness.device.type, flaws["saturated"].device.type} == {
+            "cuda"
+        }
         assert {device for _, device in record.devices} == {"cuda"}

@@ -11,7 +11,15 @@ from scipy.integrate import quad
 from scipy.stats import truncnorm
 
 from models import quantizer
-from models.quantizer import GaussianQuantizer, build_quantizer, check_tables, gaussian_tables, lloyd_tables, read_quantizer, uniform_tables
+from models.quantizer import (
+    GaussianQuantizer,
+    build_quantizer,
+    check_tables,
+    gaussian_tables,
+    lloyd_tables,
+    read_quantizer,
+    uniform_tables,
+)
 from models.tokenbridge import TokenBridge
 from tests.conftest import RecordOps, golden_arrays, tiny_model
 
@@ -35,6 +43,7 @@ def near_midpoint(x: np.ndarray, levels: np.ndarray, low: float, high: float) ->
 
 # ------------------------------------------------------------------------------------------------------- golden
 
+
 def test_golden_has_the_seven_cases():
     assert CASES == ["b1_-5_5", "b4_-5_5", "b5_-5_5", "b6_-3_3", "b6_-5_5", "b8_-5_5", "b9_-5_5"]
 
@@ -47,7 +56,9 @@ def test_golden(case):
     q = GaussianQuantizer(bits, low, high)
     assert q.boundaries.dtype == q.reconstruction_values.dtype == torch.float32
     np.testing.assert_allclose(q.boundaries.numpy(), expected["boundaries"], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(q.reconstruction_values.numpy(), expected["reconstruction"], rtol=0, atol=5e-7 * num_levels)
+    np.testing.assert_allclose(
+        q.reconstruction_values.numpy(), expected["reconstruction"], rtol=0, atol=5e-7 * num_levels
+    )
 
     x = torch.from_numpy(GOLDEN["x"])
     indices = q.quantize(x)
@@ -68,10 +79,13 @@ def test_golden_through_the_model(case):
     assert indices.shape == values.shape == (5, 7, 11, 13)
     differs = indices.flatten().numpy() != GOLDEN[f"{case}_indices"]
     assert differs.sum() <= (2 if bits == 9 else 0)
-    np.testing.assert_allclose(values.flatten().numpy()[~differs], GOLDEN[f"{case}_values"][~differs], rtol=0, atol=1e-6 * 2**bits)
+    np.testing.assert_allclose(
+        values.flatten().numpy()[~differs], GOLDEN[f"{case}_values"][~differs], rtol=0, atol=1e-6 * 2**bits
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- tables
+
 
 def test_one_bit_by_hand():
     """Levels +-(phi(0) - phi(3)) / (1/2 - Phi(-3)) = 0.3945105 / 0.4986501; on +-5 that is 5/3 as much."""
@@ -79,7 +93,9 @@ def test_one_bit_by_hand():
     assert q.boundaries.tolist() == [-3, 0, 3]
     expected = 0.39451044 / 0.49865010
     assert q.reconstruction_values.tolist() == pytest.approx([-expected, expected], abs=1e-6)
-    assert q(torch.tensor([-7.0, -0.1, 0.1, 7.0])).tolist() == pytest.approx([-expected * 5 / 3] * 2 + [expected * 5 / 3] * 2, abs=1e-6)
+    assert q(torch.tensor([-7.0, -0.1, 0.1, 7.0])).tolist() == pytest.approx(
+        [-expected * 5 / 3] * 2 + [expected * 5 / 3] * 2, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
@@ -92,7 +108,7 @@ def test_tables_are_finite_float64_and_strictly_increasing(bits):
     assert (boundaries[:-1] < levels).all() and (levels < boundaries[1:]).all()
     assert boundaries[0] == pytest.approx(-3, abs=1e-12) and boundaries[-1] == pytest.approx(3, abs=1e-12)
     np.testing.assert_array_equal(levels, -levels[::-1])
-    q = GaussianQuantizer(bits)                              # float32 keeps them apart too
+    q = GaussianQuantizer(bits)  # float32 keeps them apart too
     assert (q.reconstruction_values.diff() > 0).all() and (q.boundaries.diff() > 0).all()
 
 
@@ -111,7 +127,7 @@ def test_levels_are_conditional_means(bits):
     density = NormalDist().pdf
     for i in {*np.linspace(0, 2**bits - 1, 40).astype(int).tolist()}:
         low, high = boundaries[i], boundaries[i + 1]
-        middle = (low + high) / 2                            # integrate around it: the cells are narrow
+        middle = (low + high) / 2  # integrate around it: the cells are narrow
         mass = quad(density, low, high, epsabs=0, epsrel=1e-12)[0]
         offset = quad(lambda t, middle=middle: (t - middle) * density(t), low, high, epsabs=1e-18, epsrel=1e-10)[0]
         assert levels[i] == pytest.approx(middle + offset / mass, abs=1e-9)
@@ -121,10 +137,11 @@ def test_all_levels_are_used_equally_by_normal_latents():
     """What the quantiles are for: on +-3 each of 16 indices gets about 1/16 of normal numbers (an even split of +-3 would give 0.001 to 0.15)."""
     x = torch.from_numpy(np.random.default_rng(0).standard_normal(160_000).astype(np.float32))
     counts = torch.bincount(GaussianQuantizer(4, -3, 3).quantize(x), minlength=16).double() / len(x)
-    assert counts.min() > 0.035 and counts.max() < 0.085     # nearest-level cells are not exactly the quantile cells
+    assert counts.min() > 0.035 and counts.max() < 0.085  # nearest-level cells are not exactly the quantile cells
 
 
 # ------------------------------------------------------------------------------------------------------- nearest value
+
 
 @pytest.mark.parametrize("bits", ALL_BITS)
 @pytest.mark.parametrize(("low", "high"), [(-5, 5), (-3.5, 3.5), (-2, 6)])
@@ -133,12 +150,12 @@ def test_nearest_by_brute_force(bits, low, high):
     q = GaussianQuantizer(bits, low, high)
     levels = q.reconstruction_values.double().numpy()
     unit = np.clip((x.astype(np.float64) - low) * 6 / (high - low) - 3, -3, 3)
-    nearest = np.abs(unit[:, None] - levels[None]).argmin(1)             # numpy too takes the lowest index on a tie
+    nearest = np.abs(unit[:, None] - levels[None]).argmin(1)  # numpy too takes the lowest index on a tie
     found = q.quantize(torch.from_numpy(x)).numpy()
     differs = found != nearest
     assert not (differs & ~near_midpoint(x, levels, low, high)).any()
     assert np.abs(found - nearest).max() <= 1
-    assert differs.sum() <= 3                                            # and of 3,000 numbers hardly one is in those strips
+    assert differs.sum() <= 3  # and of 3,000 numbers hardly one is in those strips
 
 
 def test_ties_take_the_lowest_index():
@@ -196,6 +213,7 @@ def test_no_distance_tensor(bits):
 
 # ------------------------------------------------------------------------------------------------------- errors
 
+
 @pytest.mark.parametrize("bits", [0, 13, -1, 2.5, True])
 def test_bits_outside_1_to_12_are_refused(bits):
     with pytest.raises(ValueError, match="1 to 12.*--quant_bits"):
@@ -211,6 +229,7 @@ def test_ranges_that_are_none_are_refused(low, high):
 
 
 # ------------------------------------------------------------------------------------------------------- other tables
+
 
 @pytest.mark.parametrize("bits", [1, 3, 6, 9, 12])
 def test_uniform_tables(bits):
@@ -236,17 +255,35 @@ def test_lloyd_tables_of_odd_latents_are_tables(kind, bits):
     x = {"spike": np.zeros(50), "heavy": rng.standard_cauchy(2000), "outside": rng.normal(9, 0.1, 500)}[kind]
     boundaries, values = lloyd_tables(x, bits, -5.0, 5.0)
     check_tables(boundaries, values)
-    errors = {k: float((build_quantizer(k, bits, -5, 5, latents=x)(torch.from_numpy(x)) - torch.from_numpy(x)).square().mean())
-              for k in ("lloyd", "gaussian")}
+    errors = {
+        k: float(
+            (build_quantizer(k, bits, -5, 5, latents=x)(torch.from_numpy(x)) - torch.from_numpy(x)).square().mean()
+        )
+        for k in ("lloyd", "gaussian")
+    }
     assert errors["lloyd"] <= errors["gaussian"] + 1e-6
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    ("{", "does not describe a quantizer"), ("[]", "does not describe a quantizer"), ('{"kind": "lloyd"}', "does not describe a quantizer"),
-    ('{"kind": "x", "boundaries": [-3, 0, 3], "reconstruction_values": [1, -1], "min": -5, "max": 5}', "no quantizer's tables"),
-    ('{"kind": "x", "boundaries": [-3, 0, 3], "reconstruction_values": [-1, 1], "min": 5, "max": -5}', "quant_min < quant_max"),
-    ('{"kind": "x", "boundaries": [-3, 0, 3], "reconstruction_values": [-1, NaN], "min": -5, "max": 5}', "no quantizer's tables"),
-])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "does not describe a quantizer"),
+        ("[]", "does not describe a quantizer"),
+        ('{"kind": "lloyd"}', "does not describe a quantizer"),
+        (
+            '{"kind": "x", "boundaries": [-3, 0, 3], "reconstruction_values": [1, -1], "min": -5, "max": 5}',
+            "no quantizer's tables",
+        ),
+        (
+            '{"kind": "x", "boundaries": [-3, 0, 3], "reconstruction_values": [-1, 1], "min": 5, "max": -5}',
+            "quant_min < quant_max",
+        ),
+        (
+            '{"kind": "x", "boundaries": [-3, 0, 3], "reconstruction_values": [-1, NaN], "min": -5, "max": 5}',
+            "no quantizer's tables",
+        ),
+    ],
+)
 def test_files_that_hold_no_tables(tmp_path, content, words):
     (tmp_path / "q.json").write_text(content)
     with pytest.raises(ValueError, match=words):
@@ -259,4 +296,9 @@ def test_a_description_is_read_back(tmp_path):
     q = build_quantizer("uniform", 5, -4, 3)
     (tmp_path / "q.json").write_text(json.dumps(q.description()))
     again = read_quantizer(tmp_path / "q.json")
-    assert again.description() == q.description() and (again.kind, again.bits, again.min_value, again.max_value) == ("uniform", 5, -4.0, 3.0)
+    assert again.description() == q.description() and (again.kind, again.bits, again.min_value, again.max_value) == (
+        "uniform",
+        5,
+        -4.0,
+        3.0,
+    )

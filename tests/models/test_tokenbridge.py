@@ -11,10 +11,18 @@ from scipy.stats import kstest, truncnorm
 from torch import nn
 
 from models import MODELS
-from models.tokenbridge import TokenBridge, TrainingDetails, draw_mask_ratio, mask_from_orders, num_masked_tokens, random_orders
+from models.tokenbridge import (
+    TokenBridge,
+    TrainingDetails,
+    draw_mask_ratio,
+    mask_from_orders,
+    num_masked_tokens,
+    random_orders,
+)
 from tests.conftest import fill_golden, golden_arrays, golden_json, golden_weight, tiny_batch, tiny_config, tiny_model
 
-SIZES = {"tokenbridge_base": 218.02, "tokenbridge_large": 486.89, "tokenbridge_huge": 910.04}      # million parameters, SPEC 4
+# million parameters, SPEC 4
+SIZES = {"tokenbridge_base": 218.02, "tokenbridge_large": 486.89, "tokenbridge_huge": 910.04}
 KL16_ORDER = [8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5]
 
 
@@ -34,12 +42,18 @@ def half_mask(batch: int = 4, num_tokens: int = 16, hidden: int = 9) -> torch.Te
 
 # ------------------------------------------------------------------------------------------------------- golden
 
+
 @pytest.fixture(scope="module")
 def golden_tiny() -> tuple[TokenBridge, TrainingDetails]:
     """The tiny model in training mode after one forward and backward pass over the golden batch."""
     golden = golden_arrays("train_tiny")
     model = tiny_model().train()
-    details = model(torch.from_numpy(golden["latents"]), torch.from_numpy(golden["labels"]), torch.from_numpy(golden["mask"]), return_details=True)
+    details = model(
+        torch.from_numpy(golden["latents"]),
+        torch.from_numpy(golden["labels"]),
+        torch.from_numpy(golden["mask"]),
+        return_details=True,
+    )
     details.loss.backward()
     return model, details
 
@@ -63,7 +77,11 @@ def test_golden_gradient_norms(golden_tiny):
     named = dict(golden_tiny[0].named_parameters())
     assert set(named) == set(expected) and len(named) == 167
     found = {name: 0.0 if p.grad is None else p.grad.double().norm().item() for name, p in named.items()}
-    wrong = {n: (found[n], expected[n]) for n in named if abs(found[n] - (expected[n] or 0)) > 1e-3 * (expected[n] or 0) + 1e-6}
+    wrong = {
+        n: (found[n], expected[n])
+        for n in named
+        if abs(found[n] - (expected[n] or 0)) > 1e-3 * (expected[n] or 0) + 1e-6
+    }
     assert not wrong
 
 
@@ -79,13 +97,16 @@ def test_golden_full_size(name):
     """256 px, 200 masked tokens; z of the first 8 positions, logits of the first 8 masked tokens, the loss."""
     golden = golden_arrays(f"train_{name}")
     model = fill_golden(MODELS[name](attn_dropout=0.0, proj_dropout=0.0, label_drop_prob=0.0))
-    details = model.train()(*(torch.from_numpy(golden[key]) for key in ("latents", "labels", "mask")), return_details=True)
+    details = model.train()(
+        *(torch.from_numpy(golden[key]) for key in ("latents", "labels", "mask")), return_details=True
+    )
     np.testing.assert_allclose(details.z[0, :8].numpy(), golden["z_first8"], rtol=0, atol=2e-4)
     np.testing.assert_allclose(details.logits[:8].numpy(), golden["logits_first8"], rtol=0, atol=5e-4)
     assert details.loss.item() == pytest.approx(float(golden["loss"]), rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------- sizes, keys, norms
+
 
 @pytest.mark.parametrize("name", SIZES)
 def test_manifest_and_size(name):
@@ -94,7 +115,11 @@ def test_manifest_and_size(name):
     manifest = golden_json(f"manifest_{name}")
     assert [(key, list(value.shape)) for key, value in model.state_dict().items()] == list(manifest.items())
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == SIZES[name]
-    assert model.config["quant_levels"] == 64 and model.config["channel_order"] == KL16_ORDER and model.config["head_start"] == "trained"
+    assert (
+        model.config["quant_levels"] == 64
+        and model.config["channel_order"] == KL16_ORDER
+        and model.config["head_start"] == "trained"
+    )
 
 
 def test_the_defaults_are_large():
@@ -102,7 +127,7 @@ def test_the_defaults_are_large():
         model = TokenBridge()
     assert {k: list(v.shape) for k, v in model.state_dict().items()} == golden_json("manifest_tokenbridge_large")
     with pytest.raises(TypeError):
-        TokenBridge(256)                                       # keyword-only
+        TokenBridge(256)  # keyword-only
 
 
 def test_there_is_a_small_model_for_the_demo():
@@ -117,7 +142,8 @@ def test_every_norm_has_eps_1e_6(name):
     norms = [module for module in on_meta(name).modules() if isinstance(module, nn.LayerNorm)]
     depth = {"tokenbridge_base": 12, "tokenbridge_large": 16, "tokenbridge_huge": 20, "tokenbridge_digits": 3}[name]
     head = {"tokenbridge_huge": 6, "tokenbridge_digits": 2}.get(name, 4)
-    assert len(norms) == 2 * 2 * depth + 3 + 4 * head + 2      # backbone blocks; z_proj_ln and two ends; head blocks; channel_norm and final
+    # backbone blocks; z_proj_ln and two ends; head blocks; channel_norm and final
+    assert len(norms) == 2 * 2 * depth + 3 + 4 * head + 2
     assert {module.eps for module in norms} == {1e-6}
 
 
@@ -158,10 +184,15 @@ def test_channel_mask_buffer():
 
 # ------------------------------------------------------------------------------------------------------- initialisation
 
+
 def test_initialisation():
     """SPEC 5: by the spread of what was drawn and the exact zeros and ones."""
     torch.manual_seed(0)
-    model = TokenBridge(**tiny_config(encoder_embed_dim=128, decoder_embed_dim=128, channel_embed_dim=128, class_num=300, buffer_size=64))
+    model = TokenBridge(
+        **tiny_config(
+            encoder_embed_dim=128, decoder_embed_dim=128, channel_embed_dim=128, class_num=300, buffer_size=64
+        )
+    )
     for name, p in model.named_parameters():
         module = model.get_submodule(name.rpartition(".")[0])
         if "adaLN_modulation" in name:
@@ -171,7 +202,7 @@ def test_initialisation():
         elif isinstance(module, nn.Linear) and name.endswith("bias"):
             assert not p.any(), name
         elif isinstance(module, nn.Linear):
-            bound = math.sqrt(6 / sum(p.shape))                # xavier-uniform
+            bound = math.sqrt(6 / sum(p.shape))  # xavier-uniform
             assert p.abs().max() <= bound and p.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1), name
         elif name.startswith("token_embeddings"):
             assert p.std().item() == pytest.approx(1, rel=0.1), name
@@ -190,11 +221,22 @@ def test_a_fresh_model_predicts_about_chance():
 
 # ------------------------------------------------------------------------------------------------------- masks
 
+
 def test_masks_of_any_dtype():
     """All give the loss of the bool mask, whatever stands for 1."""
     model, (latents, labels), mask = tiny_model(), tiny_batch(), half_mask()
     expected = model(latents, labels, mask)
-    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    for dtype in (
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+    ):
         assert torch.equal(model(latents, labels, mask.to(dtype)), expected), dtype
     assert torch.equal(model(latents, labels, mask, num_masked=9), expected)
 
@@ -206,7 +248,9 @@ def test_only_masked_tokens_are_predicted_and_hidden_ones_do_not_leak():
     changed = torch.where(hidden, -latents, latents)
     before, after = (model(x, labels, mask, return_details=True) for x in (latents, changed))
     assert torch.equal(before.z, after.z)
-    assert torch.equal(before.logits[:, 0], after.logits[:, 0]) and not torch.equal(before.logits[:, 1], after.logits[:, 1])
+    assert torch.equal(before.logits[:, 0], after.logits[:, 0]) and not torch.equal(
+        before.logits[:, 1], after.logits[:, 1]
+    )
     visible_changed = model(torch.where(hidden, latents, -latents), labels, mask, return_details=True)
     assert not torch.allclose(before.z, visible_changed.z)
     assert before.logits.shape == (4 * 9, 16, 16)
@@ -220,9 +264,13 @@ def test_decoding_wanted_tokens_only_changes_none_of_them(depth):
     visible, wanted = torch.arange(16).expand(4, 16).split([7, 9], dim=1)
     values = model.patchify(latents)[:, :7]
     encoded = model.encode(values, visible, model.class_emb(labels))
-    z = model.decode(encoded, visible)                                                       # (4, 16, D)
+    z = model.decode(encoded, visible)  # (4, 16, D)
     for asked in (wanted, wanted.flip(1)[:, :3], visible[:, [6, 6, 0]]):
-        assert torch.allclose(model.decode(encoded, visible, asked), torch.stack([rows[at] for rows, at in zip(z, asked, strict=True)]), atol=1e-5)
+        assert torch.allclose(
+            model.decode(encoded, visible, asked),
+            torch.stack([rows[at] for rows, at in zip(z, asked, strict=True)]),
+            atol=1e-5,
+        )
 
 
 @torch.no_grad()
@@ -233,8 +281,15 @@ def test_guided_z_is_that_of_two_whole_passes(known):
     orders = random_orders(3, 16, torch.Generator().manual_seed(3))
     values = torch.randn(3, known, 16, generator=torch.Generator().manual_seed(4))
     visible, wanted, classes = orders[:, 16 - known :], orders[:, 5:9], model.class_emb(labels)
-    z, z_u = (torch.stack([row[at] for row, at in zip(model.decode(model.encode(values, visible, rows), visible), wanted, strict=True)])
-              for rows in (classes, model.fake_latent.expand(3, -1)))
+    z, z_u = (
+        torch.stack(
+            [
+                row[at]
+                for row, at in zip(model.decode(model.encode(values, visible, rows), visible), wanted, strict=True)
+            ]
+        )
+        for rows in (classes, model.fake_latent.expand(3, -1))
+    )
     assert not torch.allclose(z, z_u, atol=1e-2)
     assert torch.allclose(model._guided_z(values, visible, wanted, classes, 2.5), z_u + 2.5 * (z - z_u), atol=1e-5)
 
@@ -277,10 +332,15 @@ def test_mask_ratio_is_a_truncated_normal():
 
 def test_mask_ratio_mean_by_hand():
     """On [0.7, 1]: 1 - 0.25 (phi(0) - phi(1.2)) / (1/2 - Phi(-1.2)) = 1 - 0.25 * 0.2047563 / 0.3849303 = 0.867017."""
-    assert np.mean([draw_mask_ratio(0.7, u) for u in (np.arange(2000) + 0.5) / 2000]) == pytest.approx(0.867017, abs=1e-5)
+    assert np.mean([draw_mask_ratio(0.7, u) for u in (np.arange(2000) + 0.5) / 2000]) == pytest.approx(
+        0.867017, abs=1e-5
+    )
 
 
-@pytest.mark.parametrize(("ratio", "num_tokens", "expected"), [(0.7, 256, 180), (0.75, 256, 192), (0.7501, 256, 193), (1.0, 256, 256), (0.01, 16, 1)])
+@pytest.mark.parametrize(
+    ("ratio", "num_tokens", "expected"),
+    [(0.7, 256, 180), (0.75, 256, 192), (0.7501, 256, 193), (1.0, 256, 256), (0.01, 16, 1)],
+)
 def test_number_of_masked_tokens_is_rounded_up(ratio, num_tokens, expected):
     assert num_masked_tokens(ratio, num_tokens) == expected
 
@@ -301,7 +361,7 @@ def test_drawn_masks_in_the_forward_pass():
 def test_random_orders_are_uniform_permutations():
     orders = random_orders(3000, 8, torch.Generator().manual_seed(0))
     assert torch.equal(orders.sort(1).values, torch.arange(8).expand(3000, 8))
-    counts = F.one_hot(orders, 8).double().mean(0)             # (place, token): 1/8 each, standard error 0.006
+    counts = F.one_hot(orders, 8).double().mean(0)  # (place, token): 1/8 each, standard error 0.006
     assert (counts - 1 / 8).abs().max() < 0.03
     assert mask_from_orders(orders, 3).sum(1).tolist() == [3] * 3000
     assert torch.equal(orders, random_orders(3000, 8, torch.Generator().manual_seed(0)))
@@ -309,15 +369,20 @@ def test_random_orders_are_uniform_permutations():
 
 # ------------------------------------------------------------------------------------------------------- labels
 
+
 def test_dropped_labels_do_not_matter():
     """Images whose label is dropped see fake_latent: their z is the same for any label, the others' is not."""
     model, (latents, labels), mask = tiny_model(), tiny_batch(), half_mask()
     drop = torch.tensor([True, False, True, False])
-    first, second = (model(latents, y, mask, label_drop=drop, return_details=True).z for y in (labels, (labels + 1) % 10))
+    first, second = (
+        model(latents, y, mask, label_drop=drop, return_details=True).z for y in (labels, (labels + 1) % 10)
+    )
     assert torch.equal(first[drop], second[drop])
     assert ((first - second)[~drop].abs().amax((1, 2)) > 1e-3).all()
     everything = torch.ones(4, dtype=torch.bool)
-    assert torch.equal(model(latents, labels, mask, label_drop=everything), model(latents, labels * 0, mask, label_drop=everything))
+    assert torch.equal(
+        model(latents, labels, mask, label_drop=everything), model(latents, labels * 0, mask, label_drop=everything)
+    )
 
 
 def test_fake_latent_is_a_class_embedding():
@@ -331,10 +396,13 @@ def test_fake_latent_is_a_class_embedding():
 def test_label_drop_probability():
     """In training a share of the images, in eval none."""
     latents, labels = tiny_batch(400)
-    mask = F.one_hot(torch.zeros(400, dtype=torch.long), 16)                 # one token each, as the head is what takes time
+    mask = F.one_hot(torch.zeros(400, dtype=torch.long), 16)  # one token each, as the head is what takes time
     model = tiny_model(label_drop_prob=0.25).train()
     other = (labels + 1) % 10
-    first, second = (model(latents, y, mask, return_details=True, generator=torch.Generator().manual_seed(0)).z for y in (labels, other))
+    first, second = (
+        model(latents, y, mask, return_details=True, generator=torch.Generator().manual_seed(0)).z
+        for y in (labels, other)
+    )
     dropped = ((first - second).abs().amax((1, 2)) == 0).double().mean().item()
     assert dropped == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / 400))
     model.eval()
@@ -345,6 +413,7 @@ def test_label_drop_probability():
 
 
 # ------------------------------------------------------------------------------------------------------- gradients
+
 
 def test_every_parameter_gets_a_gradient():
     """But the key norms' biases, which softmax does not see, and the embeddings of classes and levels that did not occur."""
@@ -357,7 +426,12 @@ def test_every_parameter_gets_a_gradient():
 
 def test_no_gradient_for_the_buffers():
     assert {name for name, _ in tiny_model().named_buffers()} == {
-        "channel_mask", "boundaries", "reconstruction_values", "to_head_order", "to_natural_order"}
+        "channel_mask",
+        "boundaries",
+        "reconstruction_values",
+        "to_head_order",
+        "to_natural_order",
+    }
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -413,6 +487,7 @@ def test_a_few_steps_fit_one_batch():
 
 # ------------------------------------------------------------------------------------------------------- other sizes, bad input
 
+
 def test_other_channel_counts_and_orders(messages):
     assert tiny_model(vae_embed_dim=4).channel_order == [0, 1, 2, 3]
     assert len(messages) == 1 and "natural order" in messages[0]
@@ -422,13 +497,15 @@ def test_other_channel_counts_and_orders(messages):
     latents, labels = tiny_batch(channels=4)
     details = model(latents, labels, torch.ones(4, 16), return_details=True)
     targets = details.tokens.flatten(0, 1)[:, [2, 0, 3, 1]]
-    assert details.loss.item() == pytest.approx(F.cross_entropy(details.logits.flatten(0, 1), targets.flatten()).item(), rel=1e-6)
+    assert details.loss.item() == pytest.approx(
+        F.cross_entropy(details.logits.flatten(0, 1), targets.flatten()).item(), rel=1e-6
+    )
 
 
 def test_tokens_are_row_major():
     model = tiny_model()
     latents = torch.zeros(1, 16, 4, 4)
-    latents[0, 3, 1, 2] = 5.0                                  # dimension 3 at row 1, column 2: token 6
+    latents[0, 3, 1, 2] = 5.0  # dimension 3 at row 1, column 2: token 6
     tokens = model(latents, torch.tensor([0]), torch.ones(1, 16), return_details=True).tokens
     middle = model.quantize(torch.zeros(1))[0].item()
     assert (tokens != middle).nonzero().tolist() == [[0, 6, 3]] and tokens[0, 6, 3] == 15
@@ -450,40 +527,49 @@ def test_bf16_autocast_is_close():
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(model(*batch).item(), rel=0.02)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(patch_size=2), "patch_size 2.*head is defined for one"),
-    (dict(img_size=100), "img_size 100.*multiple of.* 16"),
-    (dict(img_size=0), "img_size 0"),
-    (dict(quant_levels=63), "power of two.*63"),
-    (dict(quant_levels=1), "power of two"),
-    (dict(quant_levels=8192), "power of two"),
-    (dict(mask_ratio_min=0.0), "mask_ratio_min"),
-    (dict(mask_ratio_min=1.2), "mask_ratio_min"),
-    (dict(label_drop_prob=1.5), "label_drop_prob"),
-    (dict(attn_dropout=-0.1), "attn_dropout"),
-    (dict(proj_dropout=2.0), "proj_dropout"),
-    (dict(class_num=0), "class_num"),
-    (dict(buffer_size=0), "buffer_size"),
-    (dict(encoder_num_heads=5), "encoder_embed_dim 64 is not a multiple"),
-    (dict(decoder_depth=0), "decoder_depth must be at least 1, got 0"),
-    (dict(decoder_num_heads=5), "decoder_embed_dim 96 is not a multiple"),
-    (dict(quant_min=5.0, quant_max=-5.0), "quant_min < quant_max"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(patch_size=2), "patch_size 2.*head is defined for one"),
+        (dict(img_size=100), "img_size 100.*multiple of.* 16"),
+        (dict(img_size=0), "img_size 0"),
+        (dict(quant_levels=63), "power of two.*63"),
+        (dict(quant_levels=1), "power of two"),
+        (dict(quant_levels=8192), "power of two"),
+        (dict(mask_ratio_min=0.0), "mask_ratio_min"),
+        (dict(mask_ratio_min=1.2), "mask_ratio_min"),
+        (dict(label_drop_prob=1.5), "label_drop_prob"),
+        (dict(attn_dropout=-0.1), "attn_dropout"),
+        (dict(proj_dropout=2.0), "proj_dropout"),
+        (dict(class_num=0), "class_num"),
+        (dict(buffer_size=0), "buffer_size"),
+        (dict(encoder_num_heads=5), "encoder_embed_dim 64 is not a multiple"),
+        (dict(decoder_depth=0), "decoder_depth must be at least 1, got 0"),
+        (dict(decoder_num_heads=5), "decoder_embed_dim 96 is not a multiple"),
+        (dict(quant_min=5.0, quant_max=-5.0), "quant_min < quant_max"),
+    ],
+)
 def test_arguments_that_do_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
         TokenBridge(**tiny_config(**change))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda b: b.update(latents=torch.zeros(4, 16, 8, 8)), r"\(16, 8, 8\) do not fit the model, which takes \(16, 4, 4\)"),
-    (lambda b: b.update(latents=torch.zeros(4, 4, 4, 4)), r"which takes \(16, 4, 4\)"),
-    (lambda b: b.update(labels=torch.tensor([0, 1, 2, 10])), r"labels must be in \[0, 10\)"),
-    (lambda b: b.update(labels=torch.tensor([0, 1, -1, 2])), r"labels must be in \[0, 10\)"),
-    (lambda b: b.update(labels=torch.tensor([0, 1, 2])), r"labels has shape \(3,\), expected \(4,\)"),
-    (lambda b: b.update(mask=torch.ones(4, 15)), r"mask has shape \(4, 15\), expected \(4, 16\)"),
-    (lambda b: b.update(mask=torch.zeros(4, 16)), "at least one"),
-    (lambda b: b.update(mask=torch.ones(4, 16).tril()), "same number of tokens"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda b: b.update(latents=torch.zeros(4, 16, 8, 8)),
+            r"\(16, 8, 8\) do not fit the model, which takes \(16, 4, 4\)",
+        ),
+        (lambda b: b.update(latents=torch.zeros(4, 4, 4, 4)), r"which takes \(16, 4, 4\)"),
+        (lambda b: b.update(labels=torch.tensor([0, 1, 2, 10])), r"labels must be in \[0, 10\)"),
+        (lambda b: b.update(labels=torch.tensor([0, 1, -1, 2])), r"labels must be in \[0, 10\)"),
+        (lambda b: b.update(labels=torch.tensor([0, 1, 2])), r"labels has shape \(3,\), expected \(4,\)"),
+        (lambda b: b.update(mask=torch.ones(4, 15)), r"mask has shape \(4, 15\), expected \(4, 16\)"),
+        (lambda b: b.update(mask=torch.zeros(4, 16)), "at least one"),
+        (lambda b: b.update(mask=torch.ones(4, 16).tril()), "same number of tokens"),
+    ],
+)
 def test_batches_that_do_not_fit(change, message):
     latents, labels = tiny_batch()
     batch = dict(latents=latents, labels=labels, mask=half_mask())
@@ -495,5 +581,11 @@ def test_batches_that_do_not_fit(change, message):
 def test_the_golden_rule_fills_what_the_model_calls_its_parameters():
     """fill_golden on the module is the manifest rule key by key: parameter names are state-dict keys."""
     model = fill_golden(TokenBridge(**tiny_config()))
-    assert {n for n, _ in model.named_parameters()} == set(model.state_dict()) - {"channel_mask", "boundaries", "reconstruction_values"}
-    np.testing.assert_array_equal(model.z_proj.weight.detach().numpy(), golden_weight("z_proj.weight", (64, 16)).astype(np.float32))
+    assert {n for n, _ in model.named_parameters()} == set(model.state_dict()) - {
+        "channel_mask",
+        "boundaries",
+        "reconstruction_values",
+    }
+    np.testing.assert_array_equal(
+        model.z_proj.weight.detach().numpy(), golden_weight("z_proj.weight", (64, 16)).astype(np.float32)
+    )

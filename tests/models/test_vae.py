@@ -8,13 +8,23 @@ import pytest
 import torch
 from torch import nn
 
-from models.vae import AutoencoderKL, DiagonalGaussian, Downsample, SpatialAttention, Upsample, load_vae, load_weights, posterior_from_moments
+from models.vae import (
+    AutoencoderKL,
+    DiagonalGaussian,
+    Downsample,
+    SpatialAttention,
+    Upsample,
+    load_vae,
+    load_weights,
+    posterior_from_moments,
+)
 from tests.conftest import Explosive, fill_golden, golden_arrays, golden_json, tiny_vae
 
 BIT_OF_EVERYTHING = dict(embed_dim=4, ch_mult=(1, 2), ch=8, num_res_blocks=1, norm_groups=4)
 
 
 # ------------------------------------------------------------------------------------------------------- golden
+
 
 @pytest.fixture(scope="module")
 def kl16() -> AutoencoderKL:
@@ -25,14 +35,21 @@ def kl16() -> AutoencoderKL:
 def test_golden_encode(kl16):
     golden = golden_arrays("vae_kl16")
     posterior = kl16.encode(torch.from_numpy(golden["image"]))
-    for name, found in (("moments", posterior.parameters), ("mean", posterior.mean), ("std", posterior.std), ("mean", posterior.mode())):
+    for name, found in (
+        ("moments", posterior.parameters),
+        ("mean", posterior.mean),
+        ("std", posterior.std),
+        ("mean", posterior.mode()),
+    ):
         np.testing.assert_allclose(found.numpy(), golden[name], rtol=0, atol=3e-5, err_msg=name)
 
 
 @torch.no_grad()
 def test_golden_decode(kl16):
     golden = golden_arrays("vae_kl16")
-    np.testing.assert_allclose(kl16.decode(torch.from_numpy(golden["latent"])).numpy(), golden["decoded"], rtol=0, atol=3e-5)
+    np.testing.assert_allclose(
+        kl16.decode(torch.from_numpy(golden["latent"])).numpy(), golden["decoded"], rtol=0, atol=3e-5
+    )
 
 
 def test_manifest_and_size():
@@ -50,8 +67,9 @@ def test_manifest_and_size():
 
 # ------------------------------------------------------------------------------------------------------- posterior
 
+
 def test_posterior_by_hand():
-    moments = torch.tensor([1.0, -2.0, 0.0, math.log(9.0)]).view(1, 4, 1, 1)       # two channels: N(1, 1), N(-2, 9)
+    moments = torch.tensor([1.0, -2.0, 0.0, math.log(9.0)]).view(1, 4, 1, 1)  # two channels: N(1, 1), N(-2, 9)
     posterior = posterior_from_moments(moments)
     assert posterior.parameters is moments
     assert posterior.mean.flatten().tolist() == [1, -2] and posterior.mode().flatten().tolist() == [1, -2]
@@ -68,7 +86,9 @@ def test_log_variance_is_clamped_but_the_parameters_are_not():
 
 
 def test_sampling_has_the_posteriors_moments_and_follows_the_generator():
-    posterior = DiagonalGaussian(torch.tensor([1.0, math.log(4.0)]).view(1, 2, 1, 1).expand(1, 2, 200, 200).contiguous())
+    posterior = DiagonalGaussian(
+        torch.tensor([1.0, math.log(4.0)]).view(1, 2, 1, 1).expand(1, 2, 200, 200).contiguous()
+    )
     sample = posterior.sample(torch.Generator().manual_seed(3))
     assert sample.mean().item() == pytest.approx(1, abs=0.05) and sample.std().item() == pytest.approx(2, abs=0.05)
     assert torch.equal(sample, posterior.sample(torch.Generator().manual_seed(3)))
@@ -81,13 +101,18 @@ def test_sampling_has_the_posteriors_moments_and_follows_the_generator():
 def test_kl_against_torch_distributions():
     moments = torch.randn(3, 8, 2, 2, generator=torch.Generator().manual_seed(0))
     mean, logvar = moments.chunk(2, 1)
-    expected = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (logvar / 2).exp()), torch.distributions.Normal(0.0, 1.0))
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, (logvar / 2).exp()), torch.distributions.Normal(0.0, 1.0)
+    )
     torch.testing.assert_close(DiagonalGaussian(moments).kl(), expected.flatten(1).sum(1))
 
 
 # ------------------------------------------------------------------------------------------------------- layers
 
-@pytest.mark.parametrize(("tap", "expected"), [((0, 0), [[1, 3], [9, 11]]), ((1, 1), [[6, 8], [14, 16]]), ((2, 2), [[11, 0], [0, 0]])])
+
+@pytest.mark.parametrize(
+    ("tap", "expected"), [((0, 0), [[1, 3], [9, 11]]), ((1, 1), [[6, 8], [14, 16]]), ((2, 2), [[11, 0], [0, 0]])]
+)
 def test_downsample_pads_right_and_bottom_only(tap, expected):
     """A kernel with a single 1 picks x[2i + row, 2j + column]; beyond the right and bottom edge there are zeros."""
     layer = Downsample(1)
@@ -102,17 +127,23 @@ def test_upsample_repeats_each_pixel():
     nn.init.zeros_(layer.conv.weight)
     nn.init.zeros_(layer.conv.bias)
     layer.conv.weight.data[0, 0, 1, 1] = 1
-    assert layer(torch.tensor([[[[1.0, 2], [3, 4]]]]))[0, 0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
+    assert layer(torch.tensor([[[[1.0, 2], [3, 4]]]]))[0, 0].tolist() == [
+        [1, 1, 2, 2],
+        [1, 1, 2, 2],
+        [3, 3, 4, 4],
+        [3, 3, 4, 4],
+    ]
 
 
 def test_attention_written_out():
     """x + proj(softmax(q k^T / sqrt(channels)) v) with an explicit attention matrix, float64."""
     layer = fill_golden(SpatialAttention(8, 2)).double()
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 8, 3, 5)))
-    h = nn.functional.group_norm(x, 2, layer.norm.weight, layer.norm.bias, 1e-6).flatten(2)                 # (B, ch, HW)
+    h = nn.functional.group_norm(x, 2, layer.norm.weight, layer.norm.bias, 1e-6).flatten(2)  # (B, ch, HW)
 
     def conv(module: nn.Conv2d, t: torch.Tensor) -> torch.Tensor:
         return torch.einsum("oc,bcn->bon", module.weight[:, :, 0, 0], t) + module.bias[:, None]
+
     q, k, v = conv(layer.q, h), conv(layer.k, h), conv(layer.v, h)
     attention = (torch.einsum("bci,bcj->bij", q, k) / math.sqrt(8)).softmax(-1)
     expected = x + conv(layer.proj_out, torch.einsum("bij,bcj->bci", attention, v)).view_as(x)
@@ -134,10 +165,11 @@ def test_every_parameter_gets_a_gradient():
     reconstruction = vae.decode(posterior.sample(torch.Generator().manual_seed(0)))
     (reconstruction.square().mean() + 1e-3 * posterior.kl().mean()).backward()
     without = [name for name, p in vae.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-7]
-    assert all(name.endswith(".k.bias") for name in without)         # softmax does not see what is added to every key alike
+    assert all(name.endswith(".k.bias") for name in without)  # softmax does not see what is added to every key alike
 
 
 # ------------------------------------------------------------------------------------------------------- scale, config, fingerprint
+
 
 def test_scale_and_unscale_by_hand():
     z = torch.tensor([2.0, -4.0]).view(1, 2, 1, 1)
@@ -150,7 +182,9 @@ def test_scale_and_unscale_by_hand():
 
 
 def test_config_rebuilds_the_vae():
-    vae = AutoencoderKL(**BIT_OF_EVERYTHING, attention=False, scale_factor=[1, 2, 3, 4], shift=0.25, channel_order=[3, 1, 0, 2])
+    vae = AutoencoderKL(
+        **BIT_OF_EVERYTHING, attention=False, scale_factor=[1, 2, 3, 4], shift=0.25, channel_order=[3, 1, 0, 2]
+    )
     again = AutoencoderKL(**json.loads(json.dumps(vae.config)))
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in vae.state_dict().items()}
     assert (list(again.scale_factor), again.shift, again.channel_order) == ([1, 2, 3, 4], 0.25, [3, 1, 0, 2])
@@ -169,6 +203,7 @@ def test_fingerprint_is_that_of_the_latent_space():
 
 
 # ------------------------------------------------------------------------------------------------------- files
+
 
 def save(path, content):
     torch.save(content, path)
@@ -200,13 +235,16 @@ def test_without_config_a_file_is_kl16(tmp_path):
         load_vae(path)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda w: w.pop("decoder.conv_in.bias"), r"lacks 1 .*decoder\.conv_in\.bias"),
-    (lambda w: w.update({"quant_conv.bias": torch.zeros(3)}), r"quant_conv\.bias: file \(3,\), VAE \(8,\)"),
-    (lambda w: w.update({"quant_conv.bias": torch.full((8,), math.nan)}), r"NaN.*quant_conv\.bias"),
-    (lambda w: w.update({"quant_conv.bias": torch.full((8,), math.inf)}), r"infinite.*quant_conv\.bias"),
-    (lambda w: w.update({"quant_conv.bias": 5}), r"quant_conv\.bias: file no tensor but int"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("decoder.conv_in.bias"), r"lacks 1 .*decoder\.conv_in\.bias"),
+        (lambda w: w.update({"quant_conv.bias": torch.zeros(3)}), r"quant_conv\.bias: file \(3,\), VAE \(8,\)"),
+        (lambda w: w.update({"quant_conv.bias": torch.full((8,), math.nan)}), r"NaN.*quant_conv\.bias"),
+        (lambda w: w.update({"quant_conv.bias": torch.full((8,), math.inf)}), r"infinite.*quant_conv\.bias"),
+        (lambda w: w.update({"quant_conv.bias": 5}), r"quant_conv\.bias: file no tensor but int"),
+    ],
+)
 def test_weights_that_do_not_fit(tmp_path, change, message):
     vae = AutoencoderKL(**BIT_OF_EVERYTHING)
     weights = dict(vae.state_dict())
@@ -216,7 +254,7 @@ def test_weights_that_do_not_fit(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_weights(vae, path)
     assert str(path) in str(caught.value) and "--vae_path" in str(caught.value)
-    assert all(torch.equal(before[k], v) for k, v in vae.state_dict().items())        # nothing was half loaded
+    assert all(torch.equal(before[k], v) for k, v in vae.state_dict().items())  # nothing was half loaded
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {}}, {"model": [1]}, [1, 2], torch.zeros(3), {}])
@@ -266,16 +304,19 @@ def test_a_config_that_describes_no_vae(tmp_path, config):
         load_vae(path)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (dict(embed_dim=0), "embed_dim"),
-    (dict(ch_mult=()), "ch_mult"),
-    (dict(ch_mult=(1, 0)), "ch_mult"),
-    (dict(num_res_blocks=0), "num_res_blocks"),
-    (dict(ch=100), "norm_groups"),
-    (dict(embed_dim=4, channel_order=[0, 1, 2, 2]), "channel_order"),
-    (dict(embed_dim=4, scale_factor=[1.0, 2.0]), "scale_factor"),
-    (dict(embed_dim=4, shift=[1.0, 2.0]), "shift"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(embed_dim=0), "embed_dim"),
+        (dict(ch_mult=()), "ch_mult"),
+        (dict(ch_mult=(1, 0)), "ch_mult"),
+        (dict(num_res_blocks=0), "num_res_blocks"),
+        (dict(ch=100), "norm_groups"),
+        (dict(embed_dim=4, channel_order=[0, 1, 2, 2]), "channel_order"),
+        (dict(embed_dim=4, scale_factor=[1.0, 2.0]), "scale_factor"),
+        (dict(embed_dim=4, shift=[1.0, 2.0]), "shift"),
+    ],
+)
 def test_sizes_that_do_not_fit(arguments, message):
     with pytest.raises(ValueError, match=message), torch.device("meta"):
         AutoencoderKL(**arguments)

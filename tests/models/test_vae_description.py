@@ -22,15 +22,24 @@ def save(path: Path, **extra: object) -> Path:
 
 # ------------------------------------------------------------------------------------------------------- description
 
+
 def test_kl16_is_built_in() -> None:
     with torch.device("meta"):
         vae = AutoencoderKL()
-    assert (vae.embed_dim, vae.stride, vae.scale_factor, vae.shift) == (16, 16, 0.2325, 0.0) and vae.channel_order == KL16.channel_order
+    assert (vae.embed_dim, vae.stride, vae.scale_factor, vae.shift) == (
+        16,
+        16,
+        0.2325,
+        0.0,
+    ) and vae.channel_order == KL16.channel_order
     assert (KL16.quant_bits, KL16.quant_min, KL16.quant_max) == (6, -5.0, 5.0)
 
 
 def test_the_file_beside_the_weights_takes_precedence(tmp_path: Path) -> None:
-    path = save(tmp_path / "vae.pth", description=dict(channels=4, stride=2, scale_factor=3.0, quant_bits=5, quant_min=-2.0, quant_max=2.0))
+    path = save(
+        tmp_path / "vae.pth",
+        description=dict(channels=4, stride=2, scale_factor=3.0, quant_bits=5, quant_min=-2.0, quant_max=2.0),
+    )
     vae = load_vae(path)
     assert (vae.scale_factor, vae.channel_order, vae.quant_bits, vae.quant_range) == (3.0, None, 5, (-2.0, 2.0))
     found = VaeDescription(4, 2, [1.0, 2.0, 4.0, 8.0], [0.0, 1.0, 2.0, 3.0], [3, 1, 0, 2], 7, -4.0, 4.0)
@@ -42,20 +51,26 @@ def test_the_file_beside_the_weights_takes_precedence(tmp_path: Path) -> None:
     expected = (z - torch.tensor([0.0, 1, 2, 3]).view(4, 1, 1)) * torch.tensor([1.0, 2, 4, 8]).view(4, 1, 1)
     torch.testing.assert_close(vae.scale(z), expected)
     torch.testing.assert_close(vae.unscale(vae.scale(z)), z)
-    AutoencoderKL(**vae.config)                                                    # the config of a checkpoint of ours builds the same scale
+    AutoencoderKL(**vae.config)  # the config of a checkpoint of ours builds the same scale
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    ("{", "vae.latents.json does not describe a VAE"), ("[1]", "it is no JSON object"), ('{"channels": 4}', "stride"),
-    ('{"channels": 4, "stride": 2, "scale": 1}', r"unknown keys \['scale'\]"),
-    ('{"channels": 8, "stride": 2}', "says 8 channels at stride 2, the VAE has 4 at 2"),
-    ('{"channels": 4, "stride": 2, "scale_factor": [1, 2]}', "scale_factor has 2 values but the VAE has 4"),
-    ('{"channels": 4, "stride": 2, "scale_factor": 0}', "none of them 0"), ('{"channels": 4, "stride": 2, "shift": NaN}', "shift must be finite"),
-    ('{"channels": 4, "stride": 2, "channel_order": [0, 0, 1, 2]}', "channel_order must be a permutation"),
-    ('{"channels": 4, "stride": 2, "quant_bits": 13}', "quant_bits must be a whole number from 1 to 12"),
-    ('{"channels": 4, "stride": 2, "quant_min": 1, "quant_max": 1}', "quant_min must be less"),
-    ('{"channels": 4, "stride": 2, "quant_min": 1}', "quant_min"),
-])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "vae.latents.json does not describe a VAE"),
+        ("[1]", "it is no JSON object"),
+        ('{"channels": 4}', "stride"),
+        ('{"channels": 4, "stride": 2, "scale": 1}', r"unknown keys \['scale'\]"),
+        ('{"channels": 8, "stride": 2}', "says 8 channels at stride 2, the VAE has 4 at 2"),
+        ('{"channels": 4, "stride": 2, "scale_factor": [1, 2]}', "scale_factor has 2 values but the VAE has 4"),
+        ('{"channels": 4, "stride": 2, "scale_factor": 0}', "none of them 0"),
+        ('{"channels": 4, "stride": 2, "shift": NaN}', "shift must be finite"),
+        ('{"channels": 4, "stride": 2, "channel_order": [0, 0, 1, 2]}', "channel_order must be a permutation"),
+        ('{"channels": 4, "stride": 2, "quant_bits": 13}', "quant_bits must be a whole number from 1 to 12"),
+        ('{"channels": 4, "stride": 2, "quant_min": 1, "quant_max": 1}', "quant_min must be less"),
+        ('{"channels": 4, "stride": 2, "quant_min": 1}', "quant_min"),
+    ],
+)
 def test_descriptions_that_are_refused(tmp_path: Path, content: str, words: str) -> None:
     path = save(tmp_path / "vae.pth")
     description_path(path).write_text(content)
@@ -65,16 +80,18 @@ def test_descriptions_that_are_refused(tmp_path: Path, content: str, words: str)
 
 def test_range_and_bits_fill_in_what_was_not_given() -> None:
     import argparse
+
     vae = tiny_vae(**TINY)
     args = argparse.Namespace(quant_bits=6, quant_min=-5.0, quant_max=5.0)
     vae.fill_in_range(args, set())
-    assert vars(args) == dict(quant_bits=6, quant_min=-5.0, quant_max=5.0)         # nothing is known
+    assert vars(args) == dict(quant_bits=6, quant_min=-5.0, quant_max=5.0)  # nothing is known
     vae.set_description(VaeDescription(4, 2, quant_bits=7, quant_min=-3.5, quant_max=3.5))
     vae.fill_in_range(args, {"quant_bits"})
     assert vars(args) == dict(quant_bits=6, quant_min=-3.5, quant_max=3.5)
 
 
 # ------------------------------------------------------------------------------------------------------- diffusers
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -83,12 +100,29 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("diffusers")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        kl = diffusers.AutoencoderKL(block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                                     layers_per_block=1, latent_channels=4, norm_num_groups=4, scaling_factor=0.18215, shift_factor=0.1)
-        dc = diffusers.AutoencoderDC(latent_channels=8, encoder_block_out_channels=(8, 16), decoder_block_out_channels=(8, 16),
-                                     encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), encoder_block_types="ResBlock",
-                                     decoder_block_types="ResBlock", encoder_qkv_multiscales=((), ()),
-                                     decoder_qkv_multiscales=((), ()), attention_head_dim=4, scaling_factor=0.5)
+        kl = diffusers.AutoencoderKL(
+            block_out_channels=(8, 8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            scaling_factor=0.18215,
+            shift_factor=0.1,
+        )
+        dc = diffusers.AutoencoderDC(
+            latent_channels=8,
+            encoder_block_out_channels=(8, 16),
+            decoder_block_out_channels=(8, 16),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            encoder_block_types="ResBlock",
+            decoder_block_types="ResBlock",
+            encoder_qkv_multiscales=((), ()),
+            decoder_qkv_multiscales=((), ()),
+            attention_head_dim=4,
+            scaling_factor=0.5,
+        )
     kl.save_pretrained(root / "kl")
     kl.save_pretrained(root / "pipeline" / "vae")
     dc.save_pretrained(root / "dc")
@@ -98,6 +132,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @torch.no_grad()
 def test_a_kl_vae_of_diffusers(folders: dict[str, Path]) -> None:
     from diffusers import AutoencoderKL as Theirs
+
     vae, theirs, x = load_vae(folders["kl"]), Theirs.from_pretrained(folders["kl"]), torch.randn(2, 3, 16, 16)
     assert (vae.embed_dim, vae.stride, vae.scale_factor, vae.shift, vae.deterministic) == (4, 4, 0.18215, 0.1, False)
     posterior, expected = vae.encode(x), theirs.encode(x).latent_dist
@@ -115,15 +150,21 @@ def test_a_kl_vae_of_diffusers(folders: dict[str, Path]) -> None:
 @torch.no_grad()
 def test_a_deterministic_vae_of_diffusers(folders: dict[str, Path]) -> None:
     from diffusers import AutoencoderDC as Theirs
+
     vae, theirs, x = load_vae(folders["dc"]), Theirs.from_pretrained(folders["dc"]), torch.randn(2, 3, 16, 16)
     assert (vae.embed_dim, vae.stride, vae.scale_factor, vae.deterministic) == (8, 2, 0.5, True)
     posterior, latent = vae.encode(x), theirs.encode(x).latent
-    assert torch.equal(posterior.mean, latent) and torch.equal(posterior.sample(), latent) and posterior.parameters.shape == (2, 16, 8, 8)
+    assert (
+        torch.equal(posterior.mean, latent)
+        and torch.equal(posterior.sample(), latent)
+        and posterior.parameters.shape == (2, 16, 8, 8)
+    )
     assert torch.equal(vae.decode(latent), theirs.decode(latent).sample)
 
 
 def test_folders_that_are_no_vae(folders: dict[str, Path], tmp_path: Path) -> None:
     import shutil
+
     with pytest.raises(FileNotFoundError, match="is a folder without config.json"):
         load_vae(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
@@ -144,8 +185,11 @@ def test_folders_that_are_no_vae(folders: dict[str, Path], tmp_path: Path) -> No
         load_vae(folders["kl"], embed_dim=16)
 
 
-def test_without_the_package_the_error_says_what_to_install(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_error_says_what_to_install(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import sys
+
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ValueError, match="which is not installed: pip install -r requirements-extra.txt"):
         load_vae(folders["kl"])
@@ -153,7 +197,14 @@ def test_without_the_package_the_error_says_what_to_install(folders: dict[str, P
 
 def test_a_diffusers_folder_has_its_description_inside(folders: dict[str, Path], tmp_path: Path) -> None:
     import shutil
+
     folder = Path(shutil.copytree(folders["kl"], tmp_path / "kl"))
-    (folder / "tokenbridge.json").write_text(json.dumps(dict(channels=4, stride=4, scale_factor=2.0, channel_order=[1, 0, 3, 2])))
+    (folder / "tokenbridge.json").write_text(
+        json.dumps(dict(channels=4, stride=4, scale_factor=2.0, channel_order=[1, 0, 3, 2]))
+    )
     vae = load_vae(folder)
-    assert vae.scale_factor == 2.0 and vae.channel_order == [1, 0, 3, 2] and read_description(folder / "tokenbridge.json").stride == 4
+    assert (
+        vae.scale_factor == 2.0
+        and vae.channel_order == [1, 0, 3, 2]
+        and read_description(folder / "tokenbridge.json").stride == 4
+    )

@@ -19,5 +19,7 @@ def die_at_checkpoint(folder: Path) -> None:
 
 if __name__ == "__main__":
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        threading.Thread(target=die_at_checkpoint, args=(Path(sys.argv[sys.argv.index("--output_dir") + 1]),), daemon=True).start()
+        threading.Thread(
+            target=die_at_checkpoint, args=(Path(sys.argv[sys.argv.index("--output_dir") + 1]),), daemon=True
+        ).start()
     sys.exit(run_cli(main))

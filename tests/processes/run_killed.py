@@ -29,6 +29,7 @@ def main(flags: list[str], log: str, die_in_save: int | None) -> None:
 def save_half_and_die(number: int) -> None:
     """From the `number`-th torch.save on, half of the bytes are written and then this process gets SIGKILL."""
     import io
+
     real, count = torch.save, 0
 
     def save(content: object, file: object) -> None:
@@ -42,13 +43,14 @@ def save_half_and_die(number: int) -> None:
         file.write(whole.getvalue()[: whole.tell() // 2])
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
+
     torch.save = save
 
 
 def start(flags: list[str], log: Path, die_in_save: int | None = None) -> multiprocessing.Process:
     """The started process."""
     CONTEXT.set_forkserver_preload(["tests.processes.run_killed"])
-    repo = str(Path(__file__).parents[2])                          # the server looks for modules there and nowhere else, before Python 3.13
+    repo = str(Path(__file__).parents[2])  # the server looks for modules there and nowhere else, before Python 3.13
     if repo not in os.environ.get("PYTHONPATH", ""):
         os.environ["PYTHONPATH"] = os.pathsep.join([repo, *filter(None, [os.environ.get("PYTHONPATH")])])
     process = CONTEXT.Process(target=main, args=(flags, str(log), die_in_save))

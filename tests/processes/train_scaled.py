@@ -1,6 +1,6 @@
 """Train the tiny model on fixed moments, wrapped in some way, and write a whole checkpoint; test_scale.py runs it in two processes.
 
-  train_scaled.py OUT.pth '{"fsdp": true, "compiled": false, "grad_checkpointing": false, "accum_iter": 2, "batch_size": 4, "steps": 4}' [CHECKPOINT]
+train_scaled.py OUT.pth '{"fsdp": true, "compiled": false, "grad_checkpointing": false, "accum_iter": 2, "batch_size": 4, "steps": 4}' [CHECKPOINT]
 """
 
 import json
@@ -20,8 +20,19 @@ from util import checkpoint, dist
 from util.log import JsonlLog, run_cli
 
 
-def run(out: Path, *, batch_size: int, accum_iter: int = 1, steps: int = 4, fsdp: bool = False, compiled: bool = False, resume: str = "",
-        spoil_from: int | None = None, spoilt_rank: int = 1, **model_changes: object) -> dict | None:
+def run(
+    out: Path,
+    *,
+    batch_size: int,
+    accum_iter: int = 1,
+    steps: int = 4,
+    fsdp: bool = False,
+    compiled: bool = False,
+    resume: str = "",
+    spoil_from: int | None = None,
+    spoilt_rank: int = 1,
+    **model_changes: object,
+) -> dict | None:
     """The checkpoint on rank 0 after `steps`; spoil_from: images of rank `spoilt_rank` are NaN after so many."""
     torch.manual_seed(0)
     s = settings(batch_size, accum_iter, steps)
@@ -29,8 +40,17 @@ def run(out: Path, *, batch_size: int, accum_iter: int = 1, steps: int = 4, fsdp
     content = checkpoint.load_file(resume) if resume else None
     if content is not None:
         checkpoint.load_state(model, content["model"], resume)
-    state = TrainState(model, weight_decay=0.02, ema_rate=0.9, precision="fp32", fsdp=fsdp, compiled=compiled,
-                       accumulates=accum_iter > 1, posthoc_ema=True, device=device)
+    state = TrainState(
+        model,
+        weight_decay=0.02,
+        ema_rate=0.9,
+        precision="fp32",
+        fsdp=fsdp,
+        compiled=compiled,
+        accumulates=accum_iter > 1,
+        posthoc_ema=True,
+        device=device,
+    )
     if content is not None:
         state.load_state_dict(content, s.steps_per_epoch, resume)
     sampler = GlobalBatchSampler(IMAGES, batch_size, dist.rank(), dist.world_size(), s.seed)

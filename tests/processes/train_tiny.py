@@ -1,6 +1,6 @@
 """Train the tiny model for a few steps on fixed moments and write its weights; test_engine.py runs it in one process and in two.
 
-  train_tiny.py OUT.pth BATCH_PER_PROCESS ACCUM_ITER STEPS [NaN step, rank]
+train_tiny.py OUT.pth BATCH_PER_PROCESS ACCUM_ITER STEPS [NaN step, rank]
 """
 
 import sys
@@ -38,13 +38,37 @@ class Moments(TensorDataset):
 
 def settings(batch_size: int, accum_iter: int, steps: int, **more: object) -> TrainSettings:
     per_epoch = IMAGES // (batch_size * accum_iter * dist.world_size())
-    return TrainSettings(**(dict(batch_size=batch_size, epochs=100, steps_per_epoch=per_epoch, lr=1e-3, min_lr=0.0, lr_schedule="cosine",
-                                 warmup_epochs=1, grad_clip=3.0, seed=7, precision="fp32", accum_iter=accum_iter, max_steps=steps, log_freq=2,
-                                 max_bad_steps=3) | more))
+    return TrainSettings(
+        **(
+            dict(
+                batch_size=batch_size,
+                epochs=100,
+                steps_per_epoch=per_epoch,
+                lr=1e-3,
+                min_lr=0.0,
+                lr_schedule="cosine",
+                warmup_epochs=1,
+                grad_clip=3.0,
+                seed=7,
+                precision="fp32",
+                accum_iter=accum_iter,
+                max_steps=steps,
+                log_freq=2,
+                max_bad_steps=3,
+            )
+            | more
+        )
+    )
 
 
-def run(batch_size: int, accum_iter: int, steps: int, log: JsonlLog | None = None, spoil_from: int | None = None,
-        dropout: float = 0.1) -> tuple[TrainState, list[int]]:
+def run(
+    batch_size: int,
+    accum_iter: int,
+    steps: int,
+    log: JsonlLog | None = None,
+    spoil_from: int | None = None,
+    dropout: float = 0.1,
+) -> tuple[TrainState, list[int]]:
     """(state after `steps`, samples that this process saw). dropout: in backbone and head."""
     torch.manual_seed(0)
     s, dataset = settings(batch_size, accum_iter, steps), Moments(spoil_from)

@@ -16,11 +16,22 @@ def sample(model, **options):  # noqa: ANN001, ANN201
     return model.sample_tokens(2, labels=LABELS, seeds=[1, 2], **(dict(num_iter=8, cfg=3.0) | options))
 
 
-@pytest.mark.parametrize("options", [
-    dict(), dict(num_iter=1), dict(num_iter=20), dict(cfg=1.0), dict(temperature=0), dict(temperature_schedule="linear", temperature_end=0.0),
-    dict(top_k=3, top_p=0.9), dict(draw="gumbel"), dict(order="confidence"), dict(cfg_schedule="interval", cfg_interval=(0.3, 0.7)),
-    dict(channel_temperature=(0.0, 1.5)),
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(num_iter=1),
+        dict(num_iter=20),
+        dict(cfg=1.0),
+        dict(temperature=0),
+        dict(temperature_schedule="linear", temperature_end=0.0),
+        dict(top_k=3, top_p=0.9),
+        dict(draw="gumbel"),
+        dict(order="confidence"),
+        dict(cfg_schedule="interval", cfg_interval=(0.3, 0.7)),
+        dict(channel_temperature=(0.0, 1.5)),
+    ],
+)
 @pytest.mark.parametrize("head_start", ["official", "trained"])
 def test_the_static_shapes_change_no_token(monkeypatch, options, head_start):
     """The graphs' functions run uncompiled: what is compiled below is this."""
@@ -47,14 +58,30 @@ def test_few_shapes_serve_all_steps(monkeypatch):
             if function.__name__ == "backbone":
                 seen.add(tuple(arguments[0].shape))
             return function(*arguments)
+
         return recorded
+
     monkeypatch.setattr(compiled, "graph", graph)
     sample(tiny_model(), compile=True, num_iter=64)
     assert 2 <= len(seen) <= 10 and all(shape[1] % 4 == 0 for shape in seen)
 
 
 def test_buckets():
-    assert [bucket(n) for n in (1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 17, 25, 100)] == [1, 2, 3, 4, 6, 6, 8, 12, 12, 16, 24, 32, 128]
+    assert [bucket(n) for n in (1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 17, 25, 100)] == [
+        1,
+        2,
+        3,
+        4,
+        6,
+        6,
+        8,
+        12,
+        12,
+        16,
+        24,
+        32,
+        128,
+    ]
     assert all(n <= bucket(n) <= 1.5 * n + 1 for n in range(1, 5000))
 
 
@@ -79,4 +106,4 @@ def test_compiled_equals_eager():
     model = tiny_model()
     expected = sample(model, num_iter=3)
     assert torch.equal(sample(model, num_iter=3, compile=True), expected)
-    assert torch.equal(sample(model, num_iter=3, compile=True), expected)               # the second batch finds the graphs
+    assert torch.equal(sample(model, num_iter=3, compile=True), expected)  # the second batch finds the graphs

@@ -35,6 +35,7 @@ def pixels(images: list[Image.Image]) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------------- generate
 
+
 def test_generate_gives_pictures(model, vae):
     images = model.generate(vae, [1, None, {2: 0.5, 7: 0.5}], seed=3, **OPTIONS)
     assert [image.size for image in images] == [(64, 64)] * 3 and all(image.mode == "RGB" for image in images)
@@ -44,7 +45,7 @@ def test_generate_gives_pictures(model, vae):
 def test_images_do_not_depend_on_the_batch(model, vae):
     together = pixels(model.generate(vae, [1, 2, 3, 4, 5], seed=3, **OPTIONS))
     split = pixels(model.generate(vae, [1, 2, 3, 4, 5], seed=3, batch_size=2, **OPTIONS))
-    assert np.abs(together.astype(int) - split).max() <= 1                               # the VAE's rounding; tokens are equal
+    assert np.abs(together.astype(int) - split).max() <= 1  # the VAE's rounding; tokens are equal
     assert not np.array_equal(together, pixels(model.generate(vae, [1, 2, 3, 4, 5], seed=4, **OPTIONS)))
 
 
@@ -63,8 +64,10 @@ def test_earlier_states_stay_as_they_were(model, vae):
     states = [step.state for step in model.generate_steps(vae, [1, 2], seed=3, **OPTIONS)]
     for state in states:
         assert ((state.latents != 0).any(1) == ~state.masked).all()
-    assert torch.equal(states[0].latents[~states[0].masked.unsqueeze(1).expand(-1, 16, -1, -1)],
-                       states[2].latents[~states[0].masked.unsqueeze(1).expand(-1, 16, -1, -1)])
+    assert torch.equal(
+        states[0].latents[~states[0].masked.unsqueeze(1).expand(-1, 16, -1, -1)],
+        states[2].latents[~states[0].masked.unsqueeze(1).expand(-1, 16, -1, -1)],
+    )
 
 
 def test_stopping_early_and_callbacks(model, vae):
@@ -73,7 +76,9 @@ def test_stopping_early_and_callbacks(model, vae):
     iterator.close()
     assert not torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
     heard = []
-    model.generate(vae, [1, 2, 3], batch_size=2, on_step=lambda step: heard.append((len(step.state.values), step.step)), **OPTIONS)
+    model.generate(
+        vae, [1, 2, 3], batch_size=2, on_step=lambda step: heard.append((len(step.state.values), step.step)), **OPTIONS
+    )
     assert heard == [(2, 0), (2, 1), (2, 2), (1, 0), (1, 1), (1, 2)]
 
 
@@ -87,10 +92,13 @@ def test_bf16_does_not_leak_into_the_caller(model, vae):
 
 # ------------------------------------------------------------------------------------------------------- mixtures of classes
 
+
 def test_mixtures_are_sums_of_embeddings(model):
     rows = model.class_embeddings([3, None, {3: 0.25, 7: 0.75}, {7: 1.0}])
     table = model.class_emb.weight
-    assert torch.equal(rows[0], table[3]) and torch.equal(rows[1], model.fake_latent[0]) and torch.equal(rows[3], table[7])
+    assert (
+        torch.equal(rows[0], table[3]) and torch.equal(rows[1], model.fake_latent[0]) and torch.equal(rows[3], table[7])
+    )
     assert torch.allclose(rows[2], 0.25 * table[3] + 0.75 * table[7])
 
 
@@ -102,10 +110,11 @@ def test_classes_that_do_not_exist(model, vae, wrong):
 
 # ------------------------------------------------------------------------------------------------------- editing
 
+
 def test_tokens_outside_the_mask_are_kept_exactly(model, vae):
     """Whatever the order; the regenerated ones are new."""
     mask = np.zeros((64, 64), np.uint8)
-    mask[16:48, 20:40] = 255                                   # touches token columns 1 and 2, rows 1 and 2
+    mask[16:48, 20:40] = 255  # touches token columns 1 and 2, rows 1 and 2
     init = encode_init(vae, [photo()], 64, torch.device("cpu"))
     kept = model.quantize(init)[1]
     chosen = torch.zeros(4, 4, dtype=torch.bool)
@@ -121,16 +130,27 @@ def test_token_masks():
     image[0, 17], image[63, 63], image[40, 2] = 255, 200, 100  # the last is dark: kept
     expected = torch.zeros(16, dtype=torch.bool)
     expected[[1, 15]] = True
-    assert torch.equal(token_mask(Image.fromarray(image), 64, 4), expected) and torch.equal(token_mask(image, 64, 4), expected)
+    assert torch.equal(token_mask(Image.fromarray(image), 64, 4), expected) and torch.equal(
+        token_mask(image, 64, 4), expected
+    )
     assert torch.equal(token_mask(expected.view(4, 4), 64, 4), expected)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(mask=np.ones((32, 64), np.uint8)), "mask.*64 x 64"), (dict(mask=np.zeros((64, 64), np.uint8)), "chooses nothing"),
-    (dict(init=photo(32)), "32 x 32 pixels.*64 x 64"), (dict(mask=None), "both an image and a mask"), (dict(seed=-1), "negative"),
-    (dict(order="spiral"), "random, confidence, halton, raster, subsample"), (dict(mask_schedule="step"), "cosine, linear, square"),
-    (dict(top_p=0.0), r"top_p must be in \(0, 1\]"), (dict(top_p=1.5), r"top_p must be in \(0, 1\]"), (dict(precision="fp8"), "fp32, bf16, fp16"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(mask=np.ones((32, 64), np.uint8)), "mask.*64 x 64"),
+        (dict(mask=np.zeros((64, 64), np.uint8)), "chooses nothing"),
+        (dict(init=photo(32)), "32 x 32 pixels.*64 x 64"),
+        (dict(mask=None), "both an image and a mask"),
+        (dict(seed=-1), "negative"),
+        (dict(order="spiral"), "random, confidence, halton, raster, subsample"),
+        (dict(mask_schedule="step"), "cosine, linear, square"),
+        (dict(top_p=0.0), r"top_p must be in \(0, 1\]"),
+        (dict(top_p=1.5), r"top_p must be in \(0, 1\]"),
+        (dict(precision="fp8"), "fp32, bf16, fp16"),
+    ],
+)
 def test_bad_input(model, vae, change, message):
     with pytest.raises(ValueError, match=message):
         model.generate(vae, [1], **(dict(init=photo(), mask=np.full((64, 64), 255, np.uint8), num_iter=2) | change))
@@ -152,12 +172,19 @@ def test_image_seeds():
 
 # ------------------------------------------------------------------------------------------------------- load
 
+
 def write_checkpoint(folder, model, vae, config: bool = True):  # noqa: ANN001, ANN201
     torch.save({"model": vae.state_dict(), "config": vae.config}, folder / "vae.pth")
     ema = {name: p.detach() + 0.001 for name, p in model.named_parameters()}
     content = {"model": model.state_dict(), "model_ema": ema}
     if config:
-        content["config"] = {"model_name": "tiny", "model": model.config, "vae": vae.config, "vae_fingerprint": vae.latent_fingerprint(), "args": {}}
+        content["config"] = {
+            "model_name": "tiny",
+            "model": model.config,
+            "vae": vae.config,
+            "vae_fingerprint": vae.latent_fingerprint(),
+            "args": {},
+        }
     torch.save(content, folder / "checkpoint-last.pth")
     return folder
 
@@ -166,7 +193,9 @@ def test_load_and_generate(tmp_path, model, vae):
     folder = write_checkpoint(tmp_path, model, vae)
     found, found_vae = load(folder, weights="model")
     assert not found.training and not any(p.requires_grad for p in found.parameters())
-    assert np.array_equal(pixels(found.generate(found_vae, [1, 2], **OPTIONS)), pixels(model.generate(vae, [1, 2], **OPTIONS)))
+    assert np.array_equal(
+        pixels(found.generate(found_vae, [1, 2], **OPTIONS)), pixels(model.generate(vae, [1, 2], **OPTIONS))
+    )
     averaged, _ = load(folder / "checkpoint-last.pth", vae_path=tmp_path / "vae.pth")
     assert torch.allclose(averaged.mask_token, model.mask_token + 0.001)
 

@@ -68,8 +68,9 @@ def test_the_sampler_packs_and_draws_the_same(monkeypatch, training):
             assert model.z_proj(torch.ones(1, 16)).requires_grad
             latents = state.latents
     names = [name.split(".")[0] for name in ops.names]
-    unpacked = names.count("addmm") - 4                                                      # the loop's own call of z_proj
-    assert unpacked == 2 * (4 + 1) + 2 and names.count(PACKED) > 100                         # a pass more, and z_proj of no token in two passes
+    unpacked = names.count("addmm") - 4  # the loop's own call of z_proj
+    # a pass more, and z_proj of no token in two passes
+    assert unpacked == 2 * (4 + 1) + 2 and names.count(PACKED) > 100
     monkeypatch.setattr(packed, "can_pack", lambda weight: False)
     assert torch.equal(sample(model), latents)
 
@@ -80,7 +81,7 @@ def test_weights_changed_between_batches_are_seen():
     model = tiny_model()
     before = sample(model)
     with torch.no_grad():
-        model.channel_heads[3].weight.data.neg_()                                            # raises no version counter
+        model.channel_heads[3].weight.data.neg_()  # raises no version counter
     after = sample(model)
     assert not torch.equal(before, after) and torch.equal(after, sample(copy.deepcopy(model)))
 
@@ -102,6 +103,7 @@ def test_what_is_not_packed():
 
     class Other(nn.Linear):
         pass
+
     assert not PackedLinears([Other(512, 512)]).forwards
     with fake_gpu():
         assert not can_pack(torch.empty(2, 2, device="cuda")) and not can_pack(torch.empty(2, 2))

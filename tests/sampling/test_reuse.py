@@ -41,7 +41,9 @@ def test_a_whole_pass_is_the_exact_one_and_keeps_what_the_next_needs(scale):
     for wanted in (orders[:, 8:11], orders[:, :2]):
         reused.calls = 1
         found = reused(values, orders, 11, wanted, scale)
-        assert torch.allclose(found, model._guided_z(take(values, visible), visible, wanted, embedding, scale), atol=1e-5)
+        assert torch.allclose(
+            found, model._guided_z(take(values, visible), visible, wanted, embedding, scale), atol=1e-5
+        )
 
 
 @torch.no_grad()
@@ -52,9 +54,11 @@ def test_the_guidance_of_the_last_whole_step_is_reused(features):
     values, orders, embedding = state(model)
     reused = source(model, embedding, features, guidance=3)
     visible, wanted = orders[:, 11:], orders[:, 8:11]
-    for scale in (2.0, 3.0, 1.0, 1.5):                          # step 0 whole, 1 reuses, 2 needs no guidance, 3 whole
+    for scale in (2.0, 3.0, 1.0, 1.5):  # step 0 whole, 1 reuses, 2 needs no guidance, 3 whole
         found = reused(values, orders, 11, wanted, scale)
-        assert torch.allclose(found, model._guided_z(take(values, visible), visible, wanted, embedding, scale), atol=1e-5)
+        assert torch.allclose(
+            found, model._guided_z(take(values, visible), visible, wanted, embedding, scale), atol=1e-5
+        )
 
 
 def seeing(block: nn.Module, x: Tensor, sees: Tensor) -> Tensor:
@@ -76,11 +80,14 @@ def test_between_whole_steps_old_tokens_do_not_see_new_ones():
     values = values.scatter(1, orders[:, 9:11, None].expand(-1, -1, 16), torch.ones(2, 2, 16))
     visible, wanted, slots = orders[:, 9:], orders[:, 6:9], model.buffer_size
     sees = torch.ones(slots + 7, slots + 7, dtype=torch.bool)
-    sees[:, slots : slots + 2] = False                           # the two new tokens lead `visible`
+    sees[:, slots : slots + 2] = False  # the two new tokens lead `visible`
     sees[slots : slots + 2] = True
     plain = model._run_blocks
-    model._run_blocks = lambda blocks, x: plain(blocks, x) if blocks is not model.encoder_blocks else functools.reduce(
-        lambda x, block: seeing(block, x, sees), blocks, x)
+    model._run_blocks = lambda blocks, x: (
+        plain(blocks, x)
+        if blocks is not model.encoder_blocks
+        else functools.reduce(lambda x, block: seeing(block, x, sees), blocks, x)
+    )
     expected = model.decode(model.encode(take(values, visible), visible, embedding), visible, wanted)
     assert torch.allclose(reused(values, orders, 9, wanted, 1.0), expected, atol=1e-5)
 
@@ -92,14 +99,23 @@ def sample(model: TokenBridge, num_iter: int = 8, **options: object) -> Tensor:
 def test_first_step_exact_and_every_step_with_one():
     model = tiny_model()
     assert torch.equal(sample(model), sample(model, reuse_features=1, reuse_guidance=1))
-    exact, reused = (next(model.sample_steps(2, labels=LABELS, seeds=[1, 2], num_iter=8, cfg=3.0, **more)).values
-                     for more in ({}, dict(reuse_features=4, reuse_guidance=4)))
+    exact, reused = (
+        next(model.sample_steps(2, labels=LABELS, seeds=[1, 2], num_iter=8, cfg=3.0, **more)).values
+        for more in ({}, dict(reuse_features=4, reuse_guidance=4))
+    )
     assert torch.equal(exact, reused)
 
 
-@pytest.mark.parametrize("options", [dict(reuse_features=3), dict(reuse_guidance=2), dict(reuse_features=2, reuse_guidance=4),
-                                     dict(reuse_features=3, order="confidence", confidence_candidates=2),
-                                     dict(reuse_features=3, reuse_guidance=2, cfg_schedule="interval", cfg_interval=(0.3, 0.7))])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(reuse_features=3),
+        dict(reuse_guidance=2),
+        dict(reuse_features=2, reuse_guidance=4),
+        dict(reuse_features=3, order="confidence", confidence_candidates=2),
+        dict(reuse_features=3, reuse_guidance=2, cfg_schedule="interval", cfg_interval=(0.3, 0.7)),
+    ],
+)
 def test_every_combination_fills_the_image(options):
     """All tokens levels of the quantizer, the same whatever the batch, and nearly those of the exact sampler's first steps."""
     model = tiny_model()
@@ -115,6 +131,7 @@ def test_less_work():
 
     def flops(**options: object) -> int:
         return count(lambda: sample(model, 8, **options)).flops
+
     exact = flops()
     assert flops(reuse_features=4, reuse_guidance=4) < flops(reuse_features=4) < flops(reuse_features=2) < exact
     assert flops(reuse_guidance=4) < flops(reuse_guidance=2) < exact

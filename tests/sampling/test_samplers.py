@@ -10,9 +10,14 @@ from demo.samplers import EXACT, SETTINGS
 from tests.conftest import tiny_model, tiny_vae
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--seeds", "0"], "--seeds must be at least 1"), (["--num_images", "5"], "--num_images"), ([], "holds no trained digits model; run make demo first"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--num_images", "5"], "--num_images"),
+        ([], "holds no trained digits model; run make demo first"),
+    ],
+)
 def test_bad_flags(tmp_path: Path, flags: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         samplers.main([*flags, "--output_dir", str(tmp_path)])

@@ -11,7 +11,16 @@ from torch import Tensor
 from models.tokenbridge import TokenBridge, cosine_keep, guidance_scale, unmasking_plan
 from tests.conftest import RecordOps, golden_arrays, golden_json, tiny_model
 
-HOST_SYNCS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim", "item"}
+HOST_SYNCS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "is_nonzero",
+    "_unique2",
+    "unique_dim",
+    "item",
+}
 MANY_N = [1, 2, 3, 4, 6, 7, 8, 9, 12, 15, 16, 17, 24, 48, 64, 100, 192, 255, 256, 257, 300, 512]
 
 
@@ -28,14 +37,21 @@ def fixed_orders(batch: int) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------- golden
 
+
 @pytest.mark.parametrize("number", range(5))
 def test_golden(number):
     """All tokens equal, latents too; every golden case at its own steps, guidance and labels."""
     settings, golden = golden_json(f"sample_tiny_{number}"), golden_arrays(f"sample_tiny_{number}")
     model = tiny_model(head_start="official", **{k: v for k, v in settings["config"].items()})
-    latents = model.sample_tokens(len(golden["orders"]), num_iter=settings["num_iter"], cfg=settings["cfg"], cfg_schedule=settings["cfg_schedule"],
-                                  labels=torch.from_numpy(golden["labels"]) if settings["labels"] else None,
-                                  temperature=settings["temperature"], orders=torch.from_numpy(golden["orders"]))
+    latents = model.sample_tokens(
+        len(golden["orders"]),
+        num_iter=settings["num_iter"],
+        cfg=settings["cfg"],
+        cfg_schedule=settings["cfg_schedule"],
+        labels=torch.from_numpy(golden["labels"]) if settings["labels"] else None,
+        temperature=settings["temperature"],
+        orders=torch.from_numpy(golden["orders"]),
+    )
     np.testing.assert_array_equal(model.quantize(latents.flatten(2).transpose(1, 2))[0].numpy(), golden["tokens"])
     np.testing.assert_allclose(latents.numpy(), golden["latents"], rtol=0, atol=1e-6 * 16)
 
@@ -43,24 +59,34 @@ def test_golden(number):
 def test_the_goldens_cover_schedules_steps_and_labels():
     cases = [golden_json(f"sample_tiny_{i}") for i in range(5)]
     assert [c["num_iter"] for c in cases] == [1, 4, 4, 16, 20]
-    assert {c["cfg_schedule"] for c in cases} == {"linear", "constant"} and {c["labels"] for c in cases} == {True, False}
+    assert {c["cfg_schedule"] for c in cases} == {"linear", "constant"} and {c["labels"] for c in cases} == {
+        True,
+        False,
+    }
 
 
 def test_the_trained_start_is_another_model():
     """So the switch does something: the golden tokens are not met with head_start="trained"."""
     golden = golden_arrays("sample_tiny_1")
     model = tiny_model(head_start="trained")
-    latents = model.sample_tokens(3, num_iter=4, labels=torch.from_numpy(golden["labels"]), temperature=0, orders=torch.from_numpy(golden["orders"]))
+    latents = model.sample_tokens(
+        3,
+        num_iter=4,
+        labels=torch.from_numpy(golden["labels"]),
+        temperature=0,
+        orders=torch.from_numpy(golden["orders"]),
+    )
     assert (model.quantize(latents.flatten(2).transpose(1, 2))[0].numpy() != golden["tokens"]).mean() > 0.1
 
 
 # ------------------------------------------------------------------------------------------------------- schedules
 
+
 def test_plan_by_hand():
     """L = 16, N = 4: floor(16 cos(pi/8)) = floor(14.78), floor(16 cos(pi/4)) = floor(11.31), floor(16 cos(3 pi/8)) = floor(6.12), then the rest."""
     assert unmasking_plan(4, 16) == [(16, 14, 14), (14, 11, 11), (11, 6, 6), (6, 0, 1)]
     assert unmasking_plan(1, 16) == [(16, 0, 1)]
-    assert unmasking_plan(3, 16) == [(16, 13, 13), (13, 8, 8), (8, 0, 1)]                # cos(pi/3) = 1/2 lands on 8
+    assert unmasking_plan(3, 16) == [(16, 13, 13), (13, 8, 8), (8, 0, 1)]  # cos(pi/3) = 1/2 lands on 8
 
 
 @pytest.mark.parametrize("num_tokens", [1, 4, 16, 256])
@@ -70,7 +96,9 @@ def test_plan_by_brute_force(num_iter, num_tokens):
     masked = np.ones(num_tokens, dtype=bool)
     for step, (before, after, keep) in enumerate(unmasking_plan(num_iter, num_tokens)):
         assert before == masked.sum()
-        expected = max(1, min(int(masked.sum()) - 1, int(np.floor(num_tokens * np.cos(math.pi / 2 * (step + 1) / num_iter)))))
+        expected = max(
+            1, min(int(masked.sum()) - 1, int(np.floor(num_tokens * np.cos(math.pi / 2 * (step + 1) / num_iter))))
+        )
         assert keep == expected
         masked[:] = False
         masked[: 0 if step == num_iter - 1 else expected] = True
@@ -107,13 +135,18 @@ def test_steps_outside_the_plan_are_refused(step):
         cosine_keep(step, 4, 16, 16)
 
 
-@pytest.mark.parametrize(("cfg", "keep", "expected"), [(3.1, 256, 1.0), (3.1, 128, 2.05), (3.1, 64, 2.575), (3.1, 1, 1 + 2.1 * 255 / 256), (1.0, 7, 1.0)])
+@pytest.mark.parametrize(
+    ("cfg", "keep", "expected"),
+    [(3.1, 256, 1.0), (3.1, 128, 2.05), (3.1, 64, 2.575), (3.1, 1, 1 + 2.1 * 255 / 256), (1.0, 7, 1.0)],
+)
 def test_linear_guidance_by_hand(cfg, keep, expected):
     assert guidance_scale(cfg, "linear", 256, keep) == pytest.approx(expected, abs=1e-12)
     assert guidance_scale(cfg, "constant", 256, keep) == cfg
 
 
-@pytest.mark.parametrize(("schedule", "expected"), [("linear", [1.2625, 1.65625, 2.3125, 2.96875]), ("constant", [3.1] * 4)])
+@pytest.mark.parametrize(
+    ("schedule", "expected"), [("linear", [1.2625, 1.65625, 2.3125, 2.96875]), ("constant", [3.1] * 4)]
+)
 def test_guidance_scales_that_the_sampler_uses(schedule, expected):
     """L = 16, N = 4: 1 + 2.1 (16 - keep)/16 with keep 14, 11, 6 and, at the last step, 1."""
     model, scales = tiny_model(), []
@@ -125,11 +158,14 @@ def test_guidance_scales_that_the_sampler_uses(schedule, expected):
 
 # ------------------------------------------------------------------------------------------------------- passes through the model
 
+
 def count_passes(model: TokenBridge, **arguments: object) -> tuple[list[tuple[int, int]], list[int]]:
     """(rows, length) of every encoder pass, and the tokens of every head pass, of one call of the sampler."""
     passes, heads = [], []
-    hooks = [model.encoder_blocks[0].register_forward_hook(lambda module, args, out: passes.append(tuple(out.shape[:2]))),
-             model.condition_proj.register_forward_hook(lambda module, args, out: heads.append(len(out)))]
+    hooks = [
+        model.encoder_blocks[0].register_forward_hook(lambda module, args, out: passes.append(tuple(out.shape[:2]))),
+        model.condition_proj.register_forward_hook(lambda module, args, out: heads.append(len(out))),
+    ]
     greedy(model, **arguments)
     for hook in hooks:
         hook.remove()
@@ -167,9 +203,9 @@ def test_each_step_continues_from_the_dequantized_tokens():
     for keep_before, keep_after in [(16, 14), (14, 11), (11, 6), (6, 0)]:
         mask = torch.zeros(2, 16).scatter(1, orders[:, :keep_before], 1.0)
         with torch.no_grad():
-            details = model(final, labels, mask, return_details=True)            # the head is forced to the final indices
-        predicted = details.logits.argmax(-1)[:, model.to_natural_order]                       # (B*M, C)
-        rows = torch.nonzero(mask)                                                # batch-major, grid order
+            details = model(final, labels, mask, return_details=True)  # the head is forced to the final indices
+        predicted = details.logits.argmax(-1)[:, model.to_natural_order]  # (B*M, C)
+        rows = torch.nonzero(mask)  # batch-major, grid order
         for row, (b, position) in enumerate(rows.tolist()):
             if position in orders[b, keep_after:keep_before].tolist():
                 assert torch.equal(predicted[row], details.tokens[b, position])
@@ -180,8 +216,14 @@ def test_each_step_continues_from_the_dequantized_tokens():
 def test_any_number_of_steps(num_iter, cfg):
     """Every latent is a level of the quantizer, in one step, one token a step, or with idle steps; on_step hears of each."""
     model, steps = tiny_model(), []
-    latents = model.sample_tokens(3, num_iter=num_iter, cfg=cfg, labels=[1, 2, 3], seeds=[1, 2, 3],
-                                  on_step=lambda step, total: steps.append((step, total)))
+    latents = model.sample_tokens(
+        3,
+        num_iter=num_iter,
+        cfg=cfg,
+        labels=[1, 2, 3],
+        seeds=[1, 2, 3],
+        on_step=lambda step, total: steps.append((step, total)),
+    )
     assert latents.shape == (3, 16, 4, 4) and latents.dtype == torch.float32
     levels = model.dequantize(torch.arange(16))
     assert torch.isin(latents, levels).all() and len(latents.unique()) > 4
@@ -206,6 +248,7 @@ def test_the_model_is_as_before():
 
     def fail(step: int, total: int) -> None:
         raise RuntimeError("stop")
+
     with pytest.raises(RuntimeError, match="stop"):
         greedy(model, on_step=fail)
     assert model.training
@@ -213,11 +256,13 @@ def test_the_model_is_as_before():
 
 # ------------------------------------------------------------------------------------------------------- labels, seeds, temperature
 
+
 def test_no_labels_means_fake_latent():
     model = tiny_model()
     unconditional = greedy(model, labels=None)
     assert not torch.equal(unconditional, greedy(model))
-    assert torch.equal(unconditional, greedy(model, labels=None, cfg=4.0, cfg_schedule="constant"))       # both halves are the same
+    # both halves are the same
+    assert torch.equal(unconditional, greedy(model, labels=None, cfg=4.0, cfg_schedule="constant"))
     with torch.no_grad():
         model.class_emb.weight[:] = model.fake_latent
     assert torch.equal(unconditional, greedy(model))
@@ -228,11 +273,14 @@ def test_a_seed_is_an_image_whatever_the_batch(cfg):
     model, seeds, labels = tiny_model(), [11, 12, 13, 14, 15, 16], [0, 1, 2, 3, 4, 5]
 
     def images(*numbers: int) -> Tensor:
-        return model.sample_tokens(len(numbers), 4, cfg, labels=[labels[i] for i in numbers], seeds=[seeds[i] for i in numbers])
+        return model.sample_tokens(
+            len(numbers), 4, cfg, labels=[labels[i] for i in numbers], seeds=[seeds[i] for i in numbers]
+        )
+
     together = images(0, 1, 2, 3, 4, 5)
     assert torch.equal(torch.cat([images(0, 1), images(2, 3, 4), images(5)]), together)
     assert torch.equal(images(5, 0, 3), together[[5, 0, 3]])
-    torch.manual_seed(99)                                      # the global state plays no part
+    torch.manual_seed(99)  # the global state plays no part
     assert torch.equal(images(0, 1, 2, 3, 4, 5), together)
     assert len({tuple(image.flatten().tolist()) for image in together}) == 6
 
@@ -246,7 +294,9 @@ def test_seeds_are_not_labels():
 
 def test_generator_and_global_state():
     model = tiny_model()
-    first, same, other = (model.sample_tokens(2, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    first, same, other = (
+        model.sample_tokens(2, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
     assert torch.equal(first, same) and not torch.equal(first, other)
     torch.manual_seed(1)
     one, two = model.sample_tokens(2, 4), model.sample_tokens(2, 4)
@@ -268,7 +318,7 @@ def test_temperature():
     cold = greedy(model, temperature=1e-4, seeds=[1, 2])
     assert torch.equal(cold, greedy(model))
     hot = model.quantize(model.sample_tokens(40, 1, temperature=1e4, seeds=range(40)))[0]
-    counts = torch.bincount(hot.flatten(), minlength=16).double() / hot.numel()          # 10,240 draws: standard error 0.0024
+    counts = torch.bincount(hot.flatten(), minlength=16).double() / hot.numel()  # 10,240 draws: standard error 0.0024
     assert (counts - 1 / 16).abs().max() < 0.012
 
 
@@ -276,15 +326,21 @@ def test_draws_follow_the_logits():
     """One step, 1,000 images of one class: the first dimension in head order is distributed as the softmax of its logits at T = 0.8."""
     model = tiny_model(head_start="trained")
     with torch.no_grad():
-        logits = model(torch.zeros(1, 16, 4, 4), torch.tensor([4]), torch.ones(1, 16), return_details=True).logits[6, 0].double()    # token 6
+        # token 6
+        logits = (
+            model(torch.zeros(1, 16, 4, 4), torch.tensor([4]), torch.ones(1, 16), return_details=True)
+            .logits[6, 0]
+            .double()
+        )
     expected = (logits / 0.8).softmax(-1)
     latents = model.sample_tokens(1000, 1, labels=[4] * 1000, temperature=0.8, seeds=range(1000))
-    drawn = model.quantize(latents[:, 8, 1, 2])[0]                                        # dimension 8 leads KL-16's order; token 6 is row 1, column 2
+    drawn = model.quantize(latents[:, 8, 1, 2])[0]  # dimension 8 leads KL-16's order; token 6 is row 1, column 2
     counts = torch.bincount(drawn, minlength=16).double() / 1000
     assert ((counts - expected).abs() <= 4 * (expected * (1 - expected) / 1000).sqrt() + 1e-3).all()
 
 
 # ------------------------------------------------------------------------------------------------------- NaN, host syncs, errors
+
 
 def test_broken_weights_give_nan_not_a_picture():
     """Only the images that met them: class 3's embedding is NaN, class 7's is not."""
@@ -313,24 +369,27 @@ def test_no_host_sync_in_the_loop_with_labels_and_orders():
     with ops:
         greedy(model, cfg=2.0)
     hook.remove()
-    assert len(first) == 4 + 1 and HOST_SYNCS.isdisjoint(ops.names[first[0]:])
+    assert len(first) == 4 + 1 and HOST_SYNCS.isdisjoint(ops.names[first[0] :])
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(num_iter=0), "num_iter must be at least 1.*--num_iter"),
-    (dict(temperature=-0.1), "temperature.*--temperature"),
-    (dict(temperature=math.nan), "temperature"),
-    (dict(temperature=math.inf), "temperature"),
-    (dict(cfg=math.nan), "cfg must be finite"),
-    (dict(cfg_schedule="step"), "'step'.*linear, constant, cosine, interval"),
-    (dict(labels=torch.tensor([0, 10])), r"labels must be in \[0, 10\)"),
-    (dict(labels=[-1, 0]), r"labels must be in \[0, 10\)"),
-    (dict(labels=[1, 2, 3]), r"labels has shape \(3,\)"),
-    (dict(seeds=[1]), "1 seeds for 2 images"),
-    (dict(orders=torch.arange(16).view(1, 16)), r"orders has shape \(1, 16\), expected \(2, 16\)"),
-    (dict(orders=torch.zeros(2, 16, dtype=torch.long)), "permutation"),
-    (dict(orders=torch.arange(1, 17).expand(2, 16)), "permutation"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(num_iter=0), "num_iter must be at least 1.*--num_iter"),
+        (dict(temperature=-0.1), "temperature.*--temperature"),
+        (dict(temperature=math.nan), "temperature"),
+        (dict(temperature=math.inf), "temperature"),
+        (dict(cfg=math.nan), "cfg must be finite"),
+        (dict(cfg_schedule="step"), "'step'.*linear, constant, cosine, interval"),
+        (dict(labels=torch.tensor([0, 10])), r"labels must be in \[0, 10\)"),
+        (dict(labels=[-1, 0]), r"labels must be in \[0, 10\)"),
+        (dict(labels=[1, 2, 3]), r"labels has shape \(3,\)"),
+        (dict(seeds=[1]), "1 seeds for 2 images"),
+        (dict(orders=torch.arange(16).view(1, 16)), r"orders has shape \(1, 16\), expected \(2, 16\)"),
+        (dict(orders=torch.zeros(2, 16, dtype=torch.long)), "permutation"),
+        (dict(orders=torch.arange(1, 17).expand(2, 16)), "permutation"),
+    ],
+)
 def test_errors(change, message):
     with pytest.raises(ValueError, match=message):
         greedy(tiny_model(), **change)

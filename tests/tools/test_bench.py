@@ -26,6 +26,7 @@ CPU = torch.device("cpu")
 
 # ------------------------------------------------------------------------------------------------------------- the counter
 
+
 def test_counter_counts_operations_and_the_largest_tensor() -> None:
     x = torch.zeros(3, 5)
     with OpCounter() as counter:
@@ -33,14 +34,30 @@ def test_counter_counts_operations_and_the_largest_tensor() -> None:
         y = y.unsqueeze(-1) * torch.ones(7, dtype=torch.float64)
         y.sum()
     assert counter.by_name == {"add": 1, "unsqueeze": 1, "ones": 1, "mul": 1, "sum": 1}
-    assert counter.ops == 5 and counter.largest == 3 * 5 * 7 and counter.largest_bytes == 3 * 5 * 7 * 8 and counter.syncs == {}
+    assert (
+        counter.ops == 5
+        and counter.largest == 3 * 5 * 7
+        and counter.largest_bytes == 3 * 5 * 7 * 8
+        and counter.syncs == {}
+    )
 
 
-@pytest.mark.parametrize("waits", [
-    lambda x: x.sum().item(), lambda x: bool((x > 0).any()), lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x.masked_select(x > 0),
-    lambda x: x.unique(), lambda x: torch.equal(x, x), lambda x: x.masked_fill_(x > 0, 1)[x > 2], lambda x: x.__setitem__(x > 0, x[x > 0]),
-    lambda x: float(x[0, 0]), lambda x: int(x.argmax()),
-])
+@pytest.mark.parametrize(
+    "waits",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool((x > 0).any()),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.unique(),
+        lambda x: torch.equal(x, x),
+        lambda x: x.masked_fill_(x > 0, 1)[x > 2],
+        lambda x: x.__setitem__(x > 0, x[x > 0]),
+        lambda x: float(x[0, 0]),
+        lambda x: int(x.argmax()),
+    ],
+)
 def test_counter_knows_host_syncs(waits) -> None:  # noqa: ANN001
     with OpCounter() as counter:
         waits(torch.randn(4, 4))
@@ -50,7 +67,15 @@ def test_counter_knows_host_syncs(waits) -> None:  # noqa: ANN001
 def test_counter_lets_other_operations_pass() -> None:
     x, index = torch.randn(4, 4), torch.tensor([0, 2])
     with OpCounter() as counter:
-        x[index], x[:, 1:3], torch.where(x > 0, x, 0), x.gather(0, index[None]), x.masked_fill(x > 0, 1), x.argsort(), x.to(torch.float64)
+        (
+            x[index],
+            x[:, 1:3],
+            torch.where(x > 0, x, 0),
+            x.gather(0, index[None]),
+            x.masked_fill(x > 0, 1),
+            x.argsort(),
+            x.to(torch.float64),
+        )
         x[index] = 0
         x.scatter_(0, index[None], 1.0)
     assert counter.syncs == {} and counter.ops > 8
@@ -60,16 +85,18 @@ def test_counting_begins_with_the_module() -> None:
     layer = nn.Linear(3, 2)
 
     def function() -> None:
-        torch.ones(3).sum().item()                       # before: not counted
+        torch.ones(3).sum().item()  # before: not counted
         layer(torch.ones(3)).sum().item()
         layer(torch.ones(3))
+
     counts = count(function, arm_at=layer)
     assert counts.syncs == {"_local_scalar_dense": 1} and counts.by_name["addmm"] == 2 and counts.by_name["sum"] == 1
     assert counts.flops == 2 * 2 * 3 * 2
-    assert not layer._forward_pre_hooks                  # nothing stays behind
+    assert not layer._forward_pre_hooks  # nothing stays behind
 
 
 # ------------------------------------------------------------------------------------------------------------- quantizer
+
 
 @pytest.mark.parametrize("bits", [1, 4, 6, 8, 12])
 def test_quantizing_makes_no_distance_tensor(bits: int) -> None:
@@ -84,7 +111,7 @@ def test_quantizing_makes_no_distance_tensor(bits: int) -> None:
     assert plain.largest == x.numel() * len(values)
     mapped = (x.double() + 5) / 10 * 6 - 3
     midpoints = (values[:-1] + values[1:]).double() / 2
-    near = (mapped.unsqueeze(-1) - midpoints).abs().amin(-1) < 1e-6              # where rounding may decide
+    near = (mapped.unsqueeze(-1) - midpoints).abs().amin(-1) < 1e-6  # where rounding may decide
     assert torch.equal(found[~near], expected[~near]) and (found - expected).abs().max() <= 1
     assert near.double().mean() < 0.02
 
@@ -97,15 +124,20 @@ def test_quantizing_the_real_batch_makes_no_distance_tensor() -> None:
 
 # ------------------------------------------------------------------------------------------------------------- sampling
 
+
 @pytest.mark.parametrize("head_start", ["official", "trained"])
-@pytest.mark.parametrize("num_iter, cfg, schedule", [(1, 1.0, "linear"), (4, 3.0, "linear"), (5, 2.0, "constant"), (40, 3.0, "linear")])
+@pytest.mark.parametrize(
+    "num_iter, cfg, schedule", [(1, 1.0, "linear"), (4, 3.0, "linear"), (5, 2.0, "constant"), (40, 3.0, "linear")]
+)
 def test_the_plain_sampler_makes_the_same_tokens(num_iter: int, cfg: float, schedule: str, head_start: str) -> None:
     """Two passes, no cache, boolean masks: an independent account of the sampler gives every token alike."""
     model = tiny_model(head_start=head_start)
     orders, labels = random_orders(2, model.num_tokens, torch.Generator().manual_seed(3)), torch.tensor([3, 7])
-    plain, ours = (model.quantize(function())[0] for function in samplers(model, orders, labels, num_iter, cfg, schedule))
+    plain, ours = (
+        model.quantize(function())[0] for function in samplers(model, orders, labels, num_iter, cfg, schedule)
+    )
     assert torch.equal(plain, ours)
-    assert len(ours.unique()) > 4                                                # not a trivial picture
+    assert len(ours.unique()) > 4  # not a trivial picture
 
 
 def test_counts_on_fake_tensors_are_those_of_a_real_run() -> None:
@@ -115,20 +147,29 @@ def test_counts_on_fake_tensors_are_those_of_a_real_run() -> None:
     orders, labels = random_orders(2, model.num_tokens, torch.Generator().manual_seed(3)), torch.tensor([3, 7])
     for (counts, _), function in zip(fake, samplers(model, orders, labels, 2, 3.0, "linear"), strict=True):
         real = count(function, arm_at=model.z_proj)
-        assert (counts.flops, counts.ops, counts.syncs, counts.by_name) == (real.flops, real.ops, real.syncs, real.by_name)
+        assert (counts.flops, counts.ops, counts.syncs, counts.by_name) == (
+            real.flops,
+            real.ops,
+            real.syncs,
+            real.by_name,
+        )
     (plain, plain_positions), (ours, our_positions) = fake
     assert (plain_positions, our_positions) == (136, 16)
-    assert ours.syncs == {} and plain.num_syncs == 6 * 2                         # the plain way waits six times a step
+    assert ours.syncs == {} and plain.num_syncs == 6 * 2  # the plain way waits six times a step
     assert 0 < ours.flops < plain.flops
-    assert ours.ops - ours.views < plain.ops - plain.views                       # torch 2.6 counts a view for every ':' too
+    assert ours.ops - ours.views < plain.ops - plain.views  # torch 2.6 counts a view for every ':' too
 
 
-@pytest.mark.parametrize("temperature, schedule, cfg, with_labels", [(1.0, "linear", 3.0, True), (0.7, "constant", 1.0, False)])
+@pytest.mark.parametrize(
+    "temperature, schedule, cfg, with_labels", [(1.0, "linear", 3.0, True), (0.7, "constant", 1.0, False)]
+)
 def test_no_host_sync_at_any_temperature(temperature: float, schedule: str, cfg: float, with_labels: bool) -> None:
     model = tiny_model()
     labels = torch.tensor([1, 2]) if with_labels else None
     positions = HeadPositions(model)
-    counts = count(lambda: model.sample_tokens(2, 6, cfg, schedule, labels, temperature, seeds=[1, 2]), arm_at=model.z_proj)
+    counts = count(
+        lambda: model.sample_tokens(2, 6, cfg, schedule, labels, temperature, seeds=[1, 2]), arm_at=model.z_proj
+    )
     assert counts.syncs == {} and positions.total == 2 * model.num_tokens * 16
 
 
@@ -145,7 +186,9 @@ def test_sampling_base_within_its_flops() -> None:
 
 @pytest.mark.slow
 def test_sampling_base_the_plain_way_costs_more() -> None:
-    (plain, plain_positions), (ours, our_positions) = count_samplers(MODELS["tokenbridge_base"], 1, 8, 3.0, "linear", CPU)
+    (plain, plain_positions), (ours, our_positions) = count_samplers(
+        MODELS["tokenbridge_base"], 1, 8, 3.0, "linear", CPU
+    )
     assert plain.flops == pytest.approx(4.3e12, rel=0.03) and ours.flops <= 1.7e12
     assert (plain_positions, our_positions, ours.num_syncs) == (136, 16, 0)
 
@@ -162,6 +205,7 @@ def test_more_iterations_cost_the_backbone_only() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- training
+
 
 @pytest.mark.parametrize("lowest", [0.7, 0.5, 0.95])
 def test_mean_mask_ratio_is_the_mean_of_the_draws(lowest: float) -> None:
@@ -182,7 +226,10 @@ def test_training_counts() -> None:
 def test_the_plain_loss_is_the_same_and_so_are_its_gradients() -> None:
     """An independent account of the training step: boolean masks, attention with a mask of -inf, one head after the other."""
     latents, labels = tiny_batch(3)
-    drop, mask = torch.tensor([False, True, False]), mask_from_orders(random_orders(3, 16, torch.Generator().manual_seed(1)), 13)
+    drop, mask = (
+        torch.tensor([False, True, False]),
+        mask_from_orders(random_orders(3, 16, torch.Generator().manual_seed(1)), 13),
+    )
     plain, ours = tiny_model().train(), tiny_model().train()
     losses = plain_loss(plain, latents, labels, mask, drop), ours(latents, labels, mask, label_drop=drop)
     assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-5)
@@ -194,20 +241,35 @@ def test_the_plain_loss_is_the_same_and_so_are_its_gradients() -> None:
 
 def test_training_base_within_its_flops() -> None:
     """At most 1.27 TFLOP per image, forward + backward, at the expected mask ratio (issue 3)."""
-    (forward, both), = count_training(MODELS["tokenbridge_base"], 1, [mean_mask_ratio(0.7)], CPU)
+    ((forward, both),) = count_training(MODELS["tokenbridge_base"], 1, [mean_mask_ratio(0.7)], CPU)
     assert 1.0e12 < both.flops <= 1.27e12 and 0.3e12 < forward.flops < 0.45e12
     assert both.syncs == {}
 
 
 # ------------------------------------------------------------------------------------------------------------- command line
 
-DIGITS = ["--model", "tokenbridge_digits", "--img_size", "32", "--vae_stride", "8", "--vae_embed_dim", "4", "--buffer_size", "4", "--device", "cpu"]
+DIGITS = [
+    "--model",
+    "tokenbridge_digits",
+    "--img_size",
+    "32",
+    "--vae_stride",
+    "8",
+    "--vae_embed_dim",
+    "4",
+    "--buffer_size",
+    "4",
+    "--device",
+    "cpu",
+]
 
 
 def test_quantizer_table(capsys: pytest.CaptureFixture) -> None:
     main(["quantizer", "--shape", "2", "4", "8", "8", "--bits", "4", "--repeats", "2", "--device", "cpu"])
     out = capsys.readouterr().out
-    assert "(2, 4, 8, 8) float32 latents at 16 levels" in out and "100.0000%" in out and "16.0x" not in out.splitlines()[3]
+    assert (
+        "(2, 4, 8, 8) float32 latents at 16 levels" in out and "100.0000%" in out and "16.0x" not in out.splitlines()[3]
+    )
 
 
 def test_sample_table(capsys: pytest.CaptureFixture) -> None:
@@ -228,14 +290,22 @@ def test_train_table(capsys: pytest.CaptureFixture) -> None:
     assert "Whole step" not in out and "nothing was computed" in out and "mean 0.867" in out
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["quantizer", "--bits", "13"], "1 to 12"), (["quantizer", "--range", "-1"], "--range must be at least"),
-    (["quantizer", "--shape", "64", "0"], "--shape takes sizes"), (["quantizer", "--bits", "12", "--shape", "64", "16", "64", "64"], "would take 128 GiB"),
-    (["sample", "--num_iter", "0"], "--num_iter must be at least 1"), (["sample", "--batch_size", "0"], "--batch_size must be at least 1"),
-    (["sample", "--img_size", "100", "--dry"], "img_size 100"), (["train", "--mask_ratio", "1.5"], "--mask_ratio must be in"),
-    (["train", "--quant_bits", "0"], "1 to 12"), (["train", "--repeats", "0"], "--repeats must be at least 1"),
-    (["train", "--device", "tpu"], "--device 'tpu'"),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["quantizer", "--bits", "13"], "1 to 12"),
+        (["quantizer", "--range", "-1"], "--range must be at least"),
+        (["quantizer", "--shape", "64", "0"], "--shape takes sizes"),
+        (["quantizer", "--bits", "12", "--shape", "64", "16", "64", "64"], "would take 128 GiB"),
+        (["sample", "--num_iter", "0"], "--num_iter must be at least 1"),
+        (["sample", "--batch_size", "0"], "--batch_size must be at least 1"),
+        (["sample", "--img_size", "100", "--dry"], "img_size 100"),
+        (["train", "--mask_ratio", "1.5"], "--mask_ratio must be in"),
+        (["train", "--quant_bits", "0"], "1 to 12"),
+        (["train", "--repeats", "0"], "--repeats must be at least 1"),
+        (["train", "--device", "tpu"], "--device 'tpu'"),
+    ],
+)
 def test_bad_input(argv: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     assert run_cli(lambda: main(argv)) == 2
     assert message in capsys.readouterr().err
@@ -249,14 +319,37 @@ def test_unknown_model_lists_what_exists(capsys: pytest.CaptureFixture) -> None:
 
 def test_cache_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Bytes per image are what the records need and a head; every format is read. Times decide nothing here."""
-    main(["cache", "--records", "60", "--shape", "8", "4", "4", "--batch_size", "10", "--num_workers", "0", "--repeats", "1", "--images", "0",
-          "--folder", str(tmp_path)])
+    main(
+        [
+            "cache",
+            "--records",
+            "60",
+            "--shape",
+            "8",
+            "4",
+            "4",
+            "--batch_size",
+            "10",
+            "--num_workers",
+            "0",
+            "--repeats",
+            "1",
+            "--images",
+            "0",
+            "--folder",
+            str(tmp_path),
+        ]
+    )
     rows = {line[:34].strip(): line[34:].split() for line in capsys.readouterr().out.splitlines()}
     sizes = {name: int(cells[-1]) for name, cells in rows.items() if name.startswith(("npz", "shards"))}
     record = 2 * 8 * 4 * 4
     assert sizes["npz tree, float32 (published)"] > 4 * record + 200
-    for name, needed in (("shards, float32", 4 * record), ("shards, float16 (default)", 2 * record), ("shards, mean, float16", record),
-                         ("shards, indices, 6 bits", record * 6 // 16)):
+    for name, needed in (
+        ("shards, float32", 4 * record),
+        ("shards, float16 (default)", 2 * record),
+        ("shards, mean, float16", record),
+        ("shards, indices, 6 bits", record * 6 // 16),
+    ):
         assert needed < sizes[name] < needed + 60, name
     assert all(float(cells[0]) > 0 for name, cells in rows.items() if name.startswith(("npz", "shards", "the float16")))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
@@ -266,13 +359,33 @@ def test_cache_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_what_is_reused_is_not_computed(capsys: pytest.CaptureFixture) -> None:
     """Study "reuse": fewer FLOPs than the exact sampler for every saving; confidence order costs more the more candidates it scores."""
-    main(["sample", "--study", "reuse", "--model", "tokenbridge_digits", "--img_size", "32", "--vae_stride", "8", "--vae_embed_dim", "4",
-          "--batch_size", "1", "--num_iter", "6", "--dry"])
+    main(
+        [
+            "sample",
+            "--study",
+            "reuse",
+            "--model",
+            "tokenbridge_digits",
+            "--img_size",
+            "32",
+            "--vae_stride",
+            "8",
+            "--vae_embed_dim",
+            "4",
+            "--batch_size",
+            "1",
+            "--num_iter",
+            "6",
+            "--dry",
+        ]
+    )
     rows = [line for line in capsys.readouterr().out.splitlines() if line.endswith("x")]
     fewer = {line[:34].strip(): float(line[50:66].rstrip("x ")) for line in rows}
     assert fewer["exact, random order"] == 1 and list(fewer) == list(REUSE)
     assert all(fewer[name] > 1.02 for name in fewer if name.startswith("reuse") or name.startswith("both"))
-    assert fewer["order confidence"] <= fewer["order confidence, candidates 2"] <= fewer["order confidence, candidates 1"]
+    assert (
+        fewer["order confidence"] <= fewer["order confidence, candidates 2"] <= fewer["order confidence, candidates 1"]
+    )
 
 
 @pytest.mark.slow
@@ -280,7 +393,9 @@ def test_both_ways_of_evaluating_agree(tmp_path: Path) -> None:
     """From the same images, in memory and through torch-fidelity's reading of PNGs; and the scores of features in one and in two processes."""
     weights = bench_eval.write_random_inception(tmp_path / "inception.pth")
     found = bench_eval.compare_paths(argparse.Namespace(num_images=10, img_size=32, batch_size=5), weights, CPU)
-    assert found["fid"] == pytest.approx(found["plain fid"], rel=1e-3) and found["is"] == pytest.approx(found["plain is"], rel=1e-3)
+    assert found["fid"] == pytest.approx(found["plain fid"], rel=1e-3) and found["is"] == pytest.approx(
+        found["plain is"], rel=1e-3
+    )
     assert found["bytes"] > 0 and min(found[key] for key in ("in memory", "write", "read")) > 0
     one, two = (bench_eval.in_processes(world, bench_eval.score_features, 200, 16, False) for world in (1, 2))
     assert all(two[key] == pytest.approx(one[key], rel=1e-6) for key in ("fid", "sfid", "inception_score"))

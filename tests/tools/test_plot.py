@@ -13,8 +13,11 @@ from tools.plot import draw, main, read_columns, smooth
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A log of 10 steps, one of them skipped, details at every fifth, its last line cut short."""
-    lines = [{"step": i, "lr": i * 1e-4, "loss": 4 - i / 10, "grad_norm": 1.0 + i} | ({"loss_per_dim": [3.0, 1.0]} if i % 5 == 0 else {})
-             for i in range(1, 11)]
+    lines = [
+        {"step": i, "lr": i * 1e-4, "loss": 4 - i / 10, "grad_norm": 1.0 + i}
+        | ({"loss_per_dim": [3.0, 1.0]} if i % 5 == 0 else {})
+        for i in range(1, 11)
+    ]
     lines[3] = {"step": 4, "lr": 4e-4, "skipped": True}
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 11, "lo')
     return tmp_path
@@ -55,8 +58,13 @@ def test_what_is_no_run(tmp_path: Path) -> None:
     assert not (tmp_path / "curves.png").exists()
 
 
-@pytest.mark.parametrize(("later", "said"), [(3.4, "healthy at all 2 of 3 places"), (3.0, "step 7: loss 3.350, a healthy run has 3.00 +- 0.1")])
-def test_a_band_tells_healthy_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, later: float, said: str) -> None:
+@pytest.mark.parametrize(
+    ("later", "said"),
+    [(3.4, "healthy at all 2 of 3 places"), (3.0, "step 7: loss 3.350, a healthy run has 3.00 +- 0.1")],
+)
+def test_a_band_tells_healthy_runs(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, later: float, said: str
+) -> None:
     """Means of two steps by hand: (3.9 + 3.8) / 2 = 3.85 at step 2, (3.4 + 3.3) / 2 = 3.35 at step 7; step 20 is not reached yet."""
     band = dict(steps=[2, 7, 20], loss=[3.8, later, 1.0], width=2, tolerance=0.1)
     (tmp_path / "band.json").write_text(json.dumps(band))

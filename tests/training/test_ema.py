@@ -71,17 +71,20 @@ def test_saved_and_loaded():
     assert all(torch.equal(value, saved[name]) for name, value in ema.state_dict().items())
     with torch.no_grad():
         second.weight.fill_(1)
-    ema.update()                                               # goes on from what was loaded, which stays as it was
+    ema.update()  # goes on from what was loaded, which stays as it was
     torch.testing.assert_close(ema.state_dict()["weight"], 0.9 * first.weight.detach() + 0.1)
     assert torch.equal(saved["weight"], first.weight)
 
 
-@pytest.mark.parametrize(("state", "message"), [
-    ({"weight": torch.zeros(2, 2)}, r"in a\.pth lacks or misshapes 1 parameters: bias"),
-    ({"weight": torch.zeros(3), "bias": torch.zeros(2)}, "misshapes 1 parameters: weight"),
-    ({"weight": "text", "bias": torch.zeros(2)}, "misshapes 1 parameters: weight"),
-    ({"weight": torch.full((2, 2), math.nan), "bias": torch.zeros(2)}, "NaN.*weight"),
-])
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"weight": torch.zeros(2, 2)}, r"in a\.pth lacks or misshapes 1 parameters: bias"),
+        ({"weight": torch.zeros(3), "bias": torch.zeros(2)}, "misshapes 1 parameters: weight"),
+        ({"weight": "text", "bias": torch.zeros(2)}, "misshapes 1 parameters: weight"),
+        ({"weight": torch.full((2, 2), math.nan), "bias": torch.zeros(2)}, "NaN.*weight"),
+    ],
+)
 def test_states_that_do_not_fit(state, message):
     ema = ModelEma(nn.Linear(2, 2), 0.9)
     before = ema.state_dict()["weight"].clone()
@@ -135,6 +138,7 @@ def test_closed_form_over_a_ramp():
 
 
 # ------------------------------------------------------------------------------------------------------- power-function profiles
+
 
 @pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94), (12**-0.5, 0.0)])
 def test_exponents_of_the_paper(sigma_rel: float, gamma: float) -> None:

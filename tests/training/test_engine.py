@@ -42,12 +42,17 @@ def assert_close(mine: dict, other: dict) -> None:
 
 # ------------------------------------------------------------------------------------------------------- draws
 
+
 def test_draws_depend_on_seed_and_step_alone() -> None:
     model, s = tiny_model(label_drop_prob=0.3), train_tiny.settings(8, 1, 10)
     torch.manual_seed(1)
     one = draw_step(model, s, 4, CPU)
     torch.manual_seed(2)
-    same, next_step, other_seed = draw_step(model, s, 4, CPU), draw_step(model, s, 5, CPU), draw_step(model, train_tiny.settings(8, 1, 10, seed=8), 4, CPU)
+    same, next_step, other_seed = (
+        draw_step(model, s, 4, CPU),
+        draw_step(model, s, 5, CPU),
+        draw_step(model, train_tiny.settings(8, 1, 10, seed=8), 4, CPU),
+    )
     for name in ("masks", "label_drop", "noise"):
         assert torch.equal(getattr(one, name), getattr(same, name))
     assert not torch.equal(one.noise, next_step.noise) and not torch.equal(one.noise, other_seed.noise)
@@ -59,7 +64,10 @@ def test_every_image_of_a_micro_batch_has_the_same_number_of_masked_tokens() -> 
     for step in range(40):
         draws = draw_step(model, s, step, CPU)
         assert draws.masks.shape == (2, 6, 16) and draws.noise.shape == (2, 6, 16, 4, 4)
-        assert draws.masks.sum(-1).tolist() == [[count] * 6 for count in draws.num_masked] and draws.counts == draws.num_masked
+        assert (
+            draws.masks.sum(-1).tolist() == [[count] * 6 for count in draws.num_masked]
+            and draws.counts == draws.num_masked
+        )
         counts.update(draws.num_masked)
     assert min(counts) >= math.ceil(16 * 0.7) and max(counts) <= 16 and len(counts) > 2
 
@@ -70,7 +78,9 @@ def test_labels_are_dropped_at_the_rate() -> None:
     assert abs(share - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 4800)
 
 
-def draws_of(monkeypatch: pytest.MonkeyPatch, model: TokenBridge, size: int, world: int, accum: int, step: int = 2) -> dict[int, tuple[int, list[Tensor]]]:
+def draws_of(
+    monkeypatch: pytest.MonkeyPatch, model: TokenBridge, size: int, world: int, accum: int, step: int = 2
+) -> dict[int, tuple[int, list[Tensor]]]:
     """Masked tokens and draws of every micro-batch of `size` images, by its number in the global batch."""
     monkeypatch.setattr(dist, "world_size", lambda: world)
     found = {}
@@ -79,7 +89,7 @@ def draws_of(monkeypatch: pytest.MonkeyPatch, model: TokenBridge, size: int, wor
         draws = draw_step(model, train_tiny.settings(size, accum, 10, steps_per_epoch=2), step, CPU)
         assert len(draws.counts) == world * accum
         for micro in range(accum):
-            number = micro * world + rank                                   # as GlobalBatchSampler deals the images
+            number = micro * world + rank  # as GlobalBatchSampler deals the images
             assert draws.num_masked[micro] == draws.counts[number] == int(draws.masks[micro, 0].sum())
             found[number] = draws.num_masked[micro], [draws.masks[micro], draws.label_drop[micro], draws.noise[micro]]
     return found
@@ -92,7 +102,9 @@ def test_processes_and_micro_batches_draw_the_same(monkeypatch: pytest.MonkeyPat
     eight, split = (draws_of(monkeypatch, model, 3, *layout) for layout in ((8, 1), (world, accum)))
     assert eight.keys() == split.keys() == set(range(8))
     for number, (count, tensors) in eight.items():
-        assert split[number][0] == count and all(torch.equal(a, b) for a, b in zip(tensors, split[number][1], strict=True))
+        assert split[number][0] == count and all(
+            torch.equal(a, b) for a, b in zip(tensors, split[number][1], strict=True)
+        )
 
 
 def test_the_size_of_the_micro_batches_changes_the_mask_ratios_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +114,8 @@ def test_the_size_of_the_micro_batches_changes_the_mask_ratios_alone(monkeypatch
         assert torch.equal(one[0][1][i], torch.cat([four[number][1][i] for number in range(4)])), part
     masks = torch.cat([four[number][1][0] for number in range(4)])
     common = torch.minimum(masks.sum(1), torch.tensor(one[0][0]))
-    assert torch.equal((masks & one[0][1][0]).sum(1), common)               # the same order: the smaller mask is a part of the larger
+    # the same order: the smaller mask is a part of the larger
+    assert torch.equal((masks & one[0][1][0]).sum(1), common)
     assert len({count for count, _ in four.values()}) > 1
 
 
@@ -114,7 +127,7 @@ def test_32_ranks_draw_ratios_of_their_own(monkeypatch: pytest.MonkeyPatch) -> N
     model = tiny_model(img_size=256)
     assert model.num_tokens == 256
     one_step = draws_of(monkeypatch, model, 1, 32, 1)
-    assert len({count for count, _ in one_step.values()}) > 16              # of 78 possible values
+    assert len({count for count, _ in one_step.values()}) > 16  # of 78 possible values
     counts = np.array([masked_counts(model, 7, step, 32) for step in range(60)])
     assert list(counts[2]) == [one_step[rank][0] for rank in range(32)]
     law = truncnorm(-1.2, 0, loc=1, scale=0.25)
@@ -122,7 +135,7 @@ def test_32_ranks_draw_ratios_of_their_own(monkeypatch: pytest.MonkeyPatch) -> N
     empirical = (counts.reshape(1, -1) <= grid[:, None]).mean(1)
     assert np.abs(empirical - law.cdf(grid / 256)).max() < 1.95 / math.sqrt(counts.size)
     assert abs((counts / 256).mean() - (law.mean() + 0.5 / 256)) < 4 * law.std() / math.sqrt(counts.size)
-    for a, b in ((counts[:, :-1], counts[:, 1:]), (counts[:-1], counts[1:])):                # of ranks, of steps
+    for a, b in ((counts[:, :-1], counts[:, 1:]), (counts[:-1], counts[1:])):  # of ranks, of steps
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / math.sqrt(a.size)
 
 
@@ -135,6 +148,7 @@ def test_flops_count_every_micro_batch_of_every_process(monkeypatch: pytest.Monk
 
 
 # ------------------------------------------------------------------------------------------------------- steps
+
 
 def test_no_decay_for_biases_and_vectors() -> None:
     model = tiny_model()
@@ -161,7 +175,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     parameters[3].grad.view(-1)[0] = float("inf")
     assert not math.isfinite(optimizer_step(state, parameters, 3.0))
     assert all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
-    assert all(torch.equal(state.optimizer.state[p]["exp_avg"], old) for p, old in zip(parameters, moments, strict=True))
+    assert all(
+        torch.equal(state.optimizer.state[p]["exp_avg"], old) for p, old in zip(parameters, moments, strict=True)
+    )
     for p in parameters:
         p.grad = torch.ones_like(p)
     assert math.isfinite(optimizer_step(state, parameters, 3.0))
@@ -176,10 +192,13 @@ def test_gradients_are_clipped_to_the_norm(clip: float, expected: float) -> None
     for p in parameters:
         p.grad = torch.full_like(p, 10 / math.sqrt(count))
     assert optimizer_step(state, parameters, clip) == pytest.approx(10, rel=1e-4)
-    assert math.sqrt(sum(float(p.grad.double().square().sum()) for p in parameters)) == pytest.approx(expected, rel=1e-4)
+    assert math.sqrt(sum(float(p.grad.double().square().sum()) for p in parameters)) == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- the loop
+
 
 @pytest.fixture(scope="module")
 def big_batch(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainState, list[int], list[dict]]:
@@ -195,8 +214,10 @@ def test_every_step_is_logged_with_its_learning_rate(big_batch: tuple) -> None:
     _, seen, lines = big_batch
     assert [line["step"] for line in lines] == list(range(1, 11)) and len(seen) == 160
     for line in lines:
-        progress = (line["step"] - 1) / 3                                   # of the steps before it; 48 images / 16
-        assert line["lr"] == learning_rate(progress, peak=1e-3, min_lr=0.0, schedule="cosine", warmup_epochs=1, epochs=10 / 3)
+        progress = (line["step"] - 1) / 3  # of the steps before it; 48 images / 16
+        assert line["lr"] == learning_rate(
+            progress, peak=1e-3, min_lr=0.0, schedule="cosine", warmup_epochs=1, epochs=10 / 3
+        )
         assert math.isfinite(line["loss"]) and line["grad_norm"] > 0 and line["epoch"] == (line["step"] - 1) // 3
     assert lines[0]["lr"] == 0 and lines[1]["lr"] == pytest.approx(1e-3 / 3) and lines[3]["lr"] == pytest.approx(1e-3)
 
@@ -226,7 +247,11 @@ def test_accumulated_micro_batches_are_the_big_batch(monkeypatch: pytest.MonkeyP
 
 def two_processes(tmp_path: Path, *arguments: object) -> tuple[object, Path]:
     out = tmp_path / "two.pth"
-    result = run_processes([REPO / "tests" / "processes" / "train_tiny.py", out, *arguments], nproc=2, env={"PYTHONPATH": f"{REPO}:{REPO / 'tests'}"})
+    result = run_processes(
+        [REPO / "tests" / "processes" / "train_tiny.py", out, *arguments],
+        nproc=2,
+        env={"PYTHONPATH": f"{REPO}:{REPO / 'tests'}"},
+    )
     return result, out
 
 
@@ -243,9 +268,12 @@ def test_two_processes_are_one_with_two_micro_batches(big_batch: tuple, tmp_path
 
 
 def test_nan_on_one_of_two_processes_stops_both(tmp_path: Path) -> None:
-    result, out = two_processes(tmp_path, 8, 1, 20, 32, 1)                   # rank 1's images are NaN from its fifth step on
+    result, out = two_processes(tmp_path, 8, 1, 20, 32, 1)  # rank 1's images are NaN from its fifth step on
     assert result.returncode != 0 and not out.exists()
-    assert result.stderr.count("3 steps in a row had a loss or gradient that is not finite; stopped at step 7 with lr") == 2
+    assert (
+        result.stderr.count("3 steps in a row had a loss or gradient that is not finite; stopped at step 7 with lr")
+        == 2
+    )
     assert "grad norm" in result.stderr and "--max_bad_steps" in result.stderr
 
 
@@ -256,25 +284,31 @@ def test_bad_steps_are_skipped_counted_and_stop_the_run(tmp_path: Path) -> None:
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line.get("skipped", False) for line in lines] == [False] * 3 + [True] * 3
-    assert all("loss" not in line for line in lines[3:])                     # no NaN in the JSON
+    assert all("loss" not in line for line in lines[3:])  # no NaN in the JSON
 
 
 # ------------------------------------------------------------------------------------------------------- generation
 
-SAMPLE = SampleSettings(num_iter=3, cfg=2.0, cfg_schedule="linear", temperature=1.0, seed=5, batch_size=4, precision="fp32")
+SAMPLE = SampleSettings(
+    num_iter=3, cfg=2.0, cfg_schedule="linear", temperature=1.0, seed=5, batch_size=4, precision="fp32"
+)
 
 
 def images_of(batch_size: int, indices: list[int]) -> dict[int, torch.Tensor]:
     settings = SampleSettings(**(vars(SAMPLE) | {"batch_size": batch_size}))
     labels = [i % 10 for i in range(10)]
-    return {n: image for numbers, images in generate(tiny_model(), tiny_vae(), labels, indices, settings, CPU)
-            for n, image in zip(numbers, images, strict=True)}
+    return {
+        n: image
+        for numbers, images in generate(tiny_model(), tiny_vae(), labels, indices, settings, CPU)
+        for n, image in zip(numbers, images, strict=True)
+    }
 
 
 def test_an_image_depends_on_its_number_alone() -> None:
     together, apart = images_of(4, list(range(6))), images_of(3, [5, 1, 3, 0])
     assert together[0].shape == (3, 64, 64) and together[0].dtype == torch.uint8
-    for number, image in apart.items():                     # the tokens are equal bit for bit (test_sampling.py); the VAE's sums depend on the batch
+    # the tokens are equal bit for bit (test_sampling.py); the VAE's sums depend on the batch
+    for number, image in apart.items():
         assert (image.int() - together[number].int()).abs().max() <= 1
     assert (together[0].int() - together[1].int()).abs().max() > 10
 
@@ -287,7 +321,9 @@ def test_weights_that_give_nan_are_an_error() -> None:
         list(generate(model, tiny_vae(), [0], [0], SAMPLE, CPU))
 
 
-@pytest.mark.parametrize("count, classes, expected", [(6, range(3), [0, 0, 1, 1, 2, 2]), (5, [7, 2], [7, 7, 7, 2, 2]), (2, range(4), [0, 1])])
+@pytest.mark.parametrize(
+    "count, classes, expected", [(6, range(3), [0, 0, 1, 1, 2, 2]), (5, [7, 2], [7, 7, 7, 2, 2]), (2, range(4), [0, 1])]
+)
 def test_labels_are_balanced_and_class_major(count: int, classes: list[int], expected: list[int]) -> None:
     assert balanced_labels(count, classes) == expected
 

@@ -9,8 +9,20 @@ from tests.conftest import tiny_batch, tiny_config
 from tools.bench.counting import fake_mode
 from training.flops import forward_flops, peak_tflops, step_flops
 
-WIDE = dict(encoder_embed_dim=48, encoder_depth=3, encoder_num_heads=4, decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=2, channel_embed_dim=24,
-            channel_depth=2, channel_heads=3, mlp_ratio=3.0, quant_levels=32, buffer_size=5)
+WIDE = dict(
+    encoder_embed_dim=48,
+    encoder_depth=3,
+    encoder_num_heads=4,
+    decoder_embed_dim=32,
+    decoder_depth=2,
+    decoder_num_heads=2,
+    channel_embed_dim=24,
+    channel_depth=2,
+    channel_heads=3,
+    mlp_ratio=3.0,
+    quant_levels=32,
+    buffer_size=5,
+)
 
 
 @pytest.mark.parametrize("changes", [{}, WIDE])
@@ -31,9 +43,20 @@ def test_a_step_is_three_forward_passes_but_for_the_inputs() -> None:
     assert counter.get_total_flops() / 2 == pytest.approx(step_flops(model.config, 14), rel=0.03)
 
 
-@pytest.mark.parametrize(("name", "precision", "expected"), [
-    ("NVIDIA A100-SXM4-80GB", "bf16", 312), ("NVIDIA A100-SXM4-80GB", "fp32", 156), ("NVIDIA H100 80GB HBM3", "bf16", 989),
-    ("NVIDIA H100 PCIe", "fp16", 756), ("NVIDIA H200", "bf16", 989), ("Tesla V100-SXM2-32GB", "fp16", 125), ("NVIDIA L40S", "bf16", 362),
-    ("NVIDIA A10G", "bf16", 70), ("cpu", "fp32", None), ("a device nobody knows", "bf16", None)])
+@pytest.mark.parametrize(
+    ("name", "precision", "expected"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312),
+        ("NVIDIA A100-SXM4-80GB", "fp32", 156),
+        ("NVIDIA H100 80GB HBM3", "bf16", 989),
+        ("NVIDIA H100 PCIe", "fp16", 756),
+        ("NVIDIA H200", "bf16", 989),
+        ("Tesla V100-SXM2-32GB", "fp16", 125),
+        ("NVIDIA L40S", "bf16", 362),
+        ("NVIDIA A10G", "bf16", 70),
+        ("cpu", "fp32", None),
+        ("a device nobody knows", "bf16", None),
+    ],
+)
 def test_peaks_by_device_name(name: str, precision: str, expected: float | None) -> None:
     assert peak_tflops(name, precision) == expected

@@ -9,11 +9,22 @@ from training.lr_sched import base_learning_rate, learning_rate
 COSINE = dict(peak=0.8, min_lr=0.2, schedule="cosine", warmup_epochs=10, epochs=30)
 
 
-@pytest.mark.parametrize(("epoch", "expected"), [
-    (0, 0.0), (0.5, 0.04), (5, 0.4), (9.999, 0.79992),           # linear warm-up, per iteration
-    (10, 0.8), (15, 0.2 + 0.3 * (1 + math.sqrt(0.5))), (20, 0.5), (25, 0.2 + 0.3 * (1 - math.sqrt(0.5))), (30, 0.2),
-    (31, 0.2), (1000, 0.2),                                      # never beyond the end of the cosine
-])
+@pytest.mark.parametrize(
+    ("epoch", "expected"),
+    [
+        (0, 0.0),
+        (0.5, 0.04),
+        (5, 0.4),
+        (9.999, 0.79992),  # linear warm-up, per iteration
+        (10, 0.8),
+        (15, 0.2 + 0.3 * (1 + math.sqrt(0.5))),
+        (20, 0.5),
+        (25, 0.2 + 0.3 * (1 - math.sqrt(0.5))),
+        (30, 0.2),
+        (31, 0.2),
+        (1000, 0.2),  # never beyond the end of the cosine
+    ],
+)
 def test_cosine(epoch, expected):
     assert learning_rate(epoch, **COSINE) == pytest.approx(expected, abs=1e-12)
 
@@ -32,7 +43,8 @@ def test_without_warm_up_or_without_anything_after_it():
     assert learning_rate(0, peak=1, min_lr=0, schedule="cosine", warmup_epochs=0, epochs=10) == 1
     assert learning_rate(5, peak=1, min_lr=0, schedule="cosine", warmup_epochs=10, epochs=10) == 0.5
     assert learning_rate(10, peak=1, min_lr=0, schedule="cosine", warmup_epochs=10, epochs=10) == 1
-    assert learning_rate(4, peak=1, min_lr=0, schedule="cosine", warmup_epochs=8, epochs=5) == 0.5      # a run shorter than its warm-up
+    # a run shorter than its warm-up
+    assert learning_rate(4, peak=1, min_lr=0, schedule="cosine", warmup_epochs=8, epochs=5) == 0.5
 
 
 def test_base_rate():

@@ -26,7 +26,7 @@ def profile(tau: np.ndarray, step: float, sigma_rel: float) -> np.ndarray:
 
 
 def test_inner_products_by_numeric_integration() -> None:
-    tau = (np.arange(400_000) + 0.5) / 4000                                    # to 100
+    tau = (np.arange(400_000) + 0.5) / 4000  # to 100
     for (t_a, s_a), (t_b, s_b) in (((40, 0.05), (100, 0.1)), ((100, 0.05), (40, 0.1)), ((70, 0.08), (70, 0.2))):
         exact = inner_product(np.float64(t_a), power_exponent(s_a), np.float64(t_b), power_exponent(s_b))
         assert exact == pytest.approx((profile(tau, t_a, s_a) * profile(tau, t_b, s_b)).sum() / 4000, rel=1e-4)
@@ -44,6 +44,7 @@ def test_the_fit_is_the_best_sum_of_profiles() -> None:
 
         def off(w: np.ndarray, target: np.ndarray = target) -> float:
             return float(np.linalg.norm(w @ parts - target) / np.linalg.norm(target))
+
         assert off(x) == pytest.approx(residual, rel=1e-3)
         changes = rng.standard_normal((20, 8)) * 0.01
         assert all(off(x + change - change.mean()) > residual for change in changes)
@@ -79,6 +80,7 @@ def test_a_length_that_was_also_tracked(tmp_path: Path, sigma_rel: float) -> Non
 
     def distance(a: dict, b: dict) -> float:
         return float(torch.cat([(a[name] - b[name]).flatten() for name in a]).norm())
+
     norm = distance(wanted, {name: torch.zeros_like(value) for name, value in wanted.items()})
     print(f"sigma_rel {sigma_rel}: residual {residual:.2g}, relative error {distance(found, wanted) / norm:.2g}")
     assert residual < 0.01 and distance(found, wanted) < 1e-3 * norm
@@ -86,6 +88,7 @@ def test_a_length_that_was_also_tracked(tmp_path: Path, sigma_rel: float) -> Non
 
 
 # ------------------------------------------------------------------------------------------------------- toy runs
+
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory, image_root: Path):  # noqa: ANN201
@@ -95,10 +98,33 @@ def flags(tmp_path_factory: pytest.TempPathFactory, image_root: Path):  # noqa: 
     torch.save({"model": vae.state_dict(), "config": vae.config}, path)
 
     def build(output: Path, **changes: object) -> list[str]:
-        values = dict(model="tokenbridge_digits", img_size=32, class_num=2, buffer_size=4, vae_path=path, data_path=image_root, batch_size=4,
-                      warmup_epochs=0, lr=1e-3, num_workers=0, device="cpu", save_last_freq=1, max_steps=7, seed=3, posthoc_ema_freq=2,
-                      output_dir=output) | changes
-        return [part for name, value in values.items() for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+        values = (
+            dict(
+                model="tokenbridge_digits",
+                img_size=32,
+                class_num=2,
+                buffer_size=4,
+                vae_path=path,
+                data_path=image_root,
+                batch_size=4,
+                warmup_epochs=0,
+                lr=1e-3,
+                num_workers=0,
+                device="cpu",
+                save_last_freq=1,
+                max_steps=7,
+                seed=3,
+                posthoc_ema_freq=2,
+                output_dir=output,
+            )
+            | changes
+        )
+        return [
+            part
+            for name, value in values.items()
+            for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+        ]
+
     return build
 
 
@@ -126,7 +152,9 @@ def test_snapshots_and_checkpoint_of_a_run(trained: Path) -> None:
     last = load(files[7])
     assert last["step"] == content["step"] == 7 and last["run"] == content["config"]["run"]
     for sigma_rel, average in content["posthoc_ema"].items():
-        assert average.keys() == content["model_ema"].keys() and {value.dtype for value in average.values()} == {torch.float32}
+        assert average.keys() == content["model_ema"].keys() and {value.dtype for value in average.values()} == {
+            torch.float32
+        }
         assert all(torch.equal(value, average[name].half()) for name, value in last["averages"][sigma_rel].items())
     assert not torch.equal(content["posthoc_ema"]["0.05"]["mask_token"], content["posthoc_ema"]["0.1"]["mask_token"])
 
@@ -134,13 +162,20 @@ def test_snapshots_and_checkpoint_of_a_run(trained: Path) -> None:
 def test_off_it_leaves_no_trace(trained: Path, flags, tmp_path: Path) -> None:  # noqa: ANN001
     main_tokenbridge.main(flags(tmp_path / "run", posthoc_ema_freq=0))
     plain, content = load(tmp_path / "run" / "checkpoint-last.pth"), load(trained / "checkpoint-last.pth")
-    assert content.keys() - plain.keys() == {"posthoc_ema"} and content["config"].keys() - plain["config"].keys() == {"run"}
+    assert content.keys() - plain.keys() == {"posthoc_ema"} and content["config"].keys() - plain["config"].keys() == {
+        "run"
+    }
     assert not (tmp_path / "run" / "posthoc_ema").exists()
     assert all(torch.equal(value, content["model"][name]) for name, value in plain["model"].items())
 
 
-def test_a_resumed_run_keeps_the_same_averages(trained: Path, flags, tmp_path: Path, messages: list[str],  # noqa: ANN001
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_the_same_averages(
+    trained: Path,
+    flags,
+    tmp_path: Path,
+    messages: list[str],  # noqa: ANN001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Killed in the step after the checkpoint of step 3 and the snapshot of step 4: that snapshot goes, and all end as never stopped."""
     real, out = engine_train.train_one_epoch, tmp_path / "run"
 
@@ -150,16 +185,19 @@ def test_a_resumed_run_keeps_the_same_averages(trained: Path, flags, tmp_path: P
             real(state, vae, loader, settings, device, log, **more)
             raise KeyboardInterrupt
         return real(state, vae, loader, settings, device, log, **more)
+
     monkeypatch.setattr(engine_train, "train_one_epoch", killed)
     with pytest.raises(KeyboardInterrupt):
         main_tokenbridge.main(flags(out))
     assert load(out / "checkpoint-last.pth")["step"] == 3 and list(snapshot_files(out)) == [2, 4]
     with pytest.raises(ValueError, match=r"--step 4: .* has no snapshot of that step, it has 2"):
-        main([str(out), "--sigma_rel", "0.05", "--step", "4"])                 # later than the checkpoint: of no course yet
+        main([str(out), "--sigma_rel", "0.05", "--step", "4"])  # later than the checkpoint: of no course yet
     monkeypatch.setattr(engine_train, "train_one_epoch", real)
     main_tokenbridge.main(flags(out, resume=out))
     assert any("step-00000004.pth is later than step 3, where training goes on: removed" in line for line in messages)
-    assert_same_averages(load(out / "checkpoint-last.pth")["posthoc_ema"], load(trained / "checkpoint-last.pth")["posthoc_ema"])
+    assert_same_averages(
+        load(out / "checkpoint-last.pth")["posthoc_ema"], load(trained / "checkpoint-last.pth")["posthoc_ema"]
+    )
     assert list(snapshot_files(out)) == [2, 4, 6, 7]
     for step, path in snapshot_files(out).items():
         assert_same_averages(load(path)["averages"], load(snapshot_files(trained)[step])["averages"])
@@ -176,17 +214,25 @@ def test_two_processes_write_the_same_snapshots(flags, tmp_path: Path, sharded: 
     main_tokenbridge.main(flags(one, accum_iter=2, **same))
     more = dict(resume=two) | ({"fsdp": True} if sharded else {})
     for steps in (3, 7):
-        result = run_processes([REPO / "main_tokenbridge.py", *flags(two, max_steps=steps, **same, **more)], nproc=2, timeout=240)
+        result = run_processes(
+            [REPO / "main_tokenbridge.py", *flags(two, max_steps=steps, **same, **more)], nproc=2, timeout=240
+        )
         assert result.returncode == 0, result.stderr[-2000:]
-    assert list(snapshot_files(two)) == [2, 3, 4, 6, 7]                        # 3 was the last step once
+    assert list(snapshot_files(two)) == [2, 3, 4, 6, 7]  # 3 was the last step once
     for step, path in snapshot_files(one).items():
         mine, other = load(snapshot_files(two)[step])["averages"], load(path)["averages"]
         assert mine.keys() == other.keys()
-        assert all(torch.allclose(value.float(), other[key][name].float(), rtol=1e-3, atol=2e-4) for key in mine
-                   for name, value in mine[key].items() if not name.endswith(("k_norm.bias", "qkv.bias")))
+        assert all(
+            torch.allclose(value.float(), other[key][name].float(), rtol=1e-3, atol=2e-4)
+            for key in mine
+            for name, value in mine[key].items()
+            if not name.endswith(("k_norm.bias", "qkv.bias"))
+        )
     main([str(two), "--sigma_rel", "0.08"])
     (two / "checkpoint-last.pth").unlink()
-    result = run_processes([REPO / "main_tokenbridge.py", *flags(two, **same, **(more | {"seed": 4}))], nproc=2, timeout=240)
+    result = run_processes(
+        [REPO / "main_tokenbridge.py", *flags(two, **same, **(more | {"seed": 4}))], nproc=2, timeout=240
+    )
     assert result.returncode != 0 and result.stderr.count("belongs to another run") >= 2, result.stderr[-2000:]
 
 
@@ -195,7 +241,9 @@ def test_a_run_without_averages_cannot_take_them_up(trained: Path, flags, tmp_pa
     shutil.copytree(trained, out)
     main_tokenbridge.main(flags(out, resume=out, posthoc_ema_freq=0, max_steps=8))
     assert any("without the flag they end here and cannot be taken up again" in line for line in messages)
-    with pytest.raises(ValueError, match=r"--posthoc_ema_freq needs averages .*checkpoint-last\.pth has none: leave the flag out"):
+    with pytest.raises(
+        ValueError, match=r"--posthoc_ema_freq needs averages .*checkpoint-last\.pth has none: leave the flag out"
+    ):
         main_tokenbridge.main(flags(out, resume=out, max_steps=9))
     with pytest.raises(ValueError, match="has those of step 7, and training continues at step 12"):
         main_tokenbridge.main(flags(tmp_path / "new", resume=trained, max_steps=20, batch_size=2))
@@ -206,7 +254,9 @@ def test_snapshots_of_another_run_are_refused(trained: Path, flags, tmp_path: Pa
     out = tmp_path / "run"
     (out / "posthoc_ema").mkdir(parents=True)
     shutil.copy(snapshot_files(trained)[4], out / "posthoc_ema")
-    with pytest.raises(ValueError, match=r"step-00000004\.pth belongs to another run .*: move that run's posthoc_ema away"):
+    with pytest.raises(
+        ValueError, match=r"step-00000004\.pth belongs to another run .*: move that run's posthoc_ema away"
+    ):
         main_tokenbridge.main(flags(out))
     assert list(snapshot_files(out)) == [4]
     (out / "posthoc_ema" / "step-00000004.pth").unlink()
@@ -218,23 +268,49 @@ def test_snapshots_of_another_run_are_refused(trained: Path, flags, tmp_path: Pa
 
 # ------------------------------------------------------------------------------------------------------- the command
 
-def test_the_command_and_its_file(trained: Path, flags, tmp_path: Path, capsys: pytest.CaptureFixture, messages: list[str]) -> None:  # noqa: ANN001
+
+def test_the_command_and_its_file(
+    trained: Path, flags, tmp_path: Path, capsys: pytest.CaptureFixture, messages: list[str]
+) -> None:  # noqa: ANN001
     """The file's average is the fitted sum of the snapshots; --sample and models.load draw with it, no training goes on from it."""
     main([str(trained), "--sigma_rel", "0.08", "--output", str(tmp_path / "ema.pth")])
     said, content, files = capsys.readouterr().out, load(tmp_path / "ema.pth"), snapshot_files(trained)
-    assert said.startswith("sigma_rel 0.08 at step 7 from 4 snapshots: relative error of the profile 0.0") and str(tmp_path / "ema.pth") in said
+    assert (
+        said.startswith("sigma_rel 0.08 at step 7 from 4 snapshots: relative error of the profile 0.0")
+        and str(tmp_path / "ema.pth") in said
+    )
     weights, (residual,) = fit(np.repeat(list(files), 2), SIGMA_RELS * 4, 7, [0.08])
-    assert content["fit"] == {"sigma_rel": 0.08, "residual": pytest.approx(residual), "snapshots": 4} and content["step"] == 7
+    assert (
+        content["fit"] == {"sigma_rel": 0.08, "residual": pytest.approx(residual), "snapshots": 4}
+        and content["step"] == 7
+    )
     parts = [load(path)["averages"][key] for path in files.values() for key in ("0.05", "0.1")]
     for name, value in content["model_ema"].items():
         by_hand = sum(float(w) * part[name].double() for w, part in zip(weights[:, 0], parts, strict=True))
-        assert torch.allclose(value.double(), by_hand, rtol=1e-5, atol=1e-6) and torch.equal(content["model"][name], value)
+        assert torch.allclose(value.double(), by_hand, rtol=1e-5, atol=1e-6) and torch.equal(
+            content["model"][name], value
+        )
     last = load(trained / "checkpoint-last.pth")
-    assert content["model"].keys() == last["model"].keys() and torch.equal(content["model"]["boundaries"], last["model"]["boundaries"])
+    assert content["model"].keys() == last["model"].keys() and torch.equal(
+        content["model"]["boundaries"], last["model"]["boundaries"]
+    )
 
     arguments = flags(tmp_path / "unused")
     vae = ["--vae_path", arguments[arguments.index("--vae_path") + 1]]
-    sample = ["--sample", *vae, "--classes", "0", "--num_images", "1", "--num_iter", "2", "--device", "cpu", "--output_dir", str(tmp_path / "out")]
+    sample = [
+        "--sample",
+        *vae,
+        "--classes",
+        "0",
+        "--num_images",
+        "1",
+        "--num_iter",
+        "2",
+        "--device",
+        "cpu",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     main_tokenbridge.main([*sample, "--resume", str(tmp_path / "ema.pth")])
     assert list((tmp_path / "out").rglob("*.png")) and not any("still holds" in line for line in messages)
     inspect.main([str(tmp_path / "ema.pth"), "--json"])
@@ -260,19 +336,32 @@ def test_what_the_command_refuses(trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     before = sorted(path.name for path in run.rglob("*"))
-    for more, words in ((["--sigma_rel", "0.25"], r"--sigma_rel 0\.25 cannot be fitted with the 4 snapshots up to .* from 0\.0\d+ to 0\.1\d+"),
-                        (["--sigma_rel", "0.01"], r"the profile would be off by \d+ %"),
-                        (["--sigma_rel", "0.1", "--step", "5"], r"--step 5: .* has no snapshot of that step, it has 2, 4, 6, 7"),
-                        (["--sigma_rel", "0.1", "--output", str(run / "checkpoint-last.pth")], r"\(--output\) exists already")):
+    for more, words in (
+        (
+            ["--sigma_rel", "0.25"],
+            r"--sigma_rel 0\.25 cannot be fitted with the 4 snapshots up to .* from 0\.0\d+ to 0\.1\d+",
+        ),
+        (["--sigma_rel", "0.01"], r"the profile would be off by \d+ %"),
+        (["--sigma_rel", "0.1", "--step", "5"], r"--step 5: .* has no snapshot of that step, it has 2, 4, 6, 7"),
+        (["--sigma_rel", "0.1", "--output", str(run / "checkpoint-last.pth")], r"\(--output\) exists already"),
+    ):
         with pytest.raises(ValueError, match=words):
             main([str(run), *more])
     path = snapshot_files(run)[4]
     content = load(path)
-    for changes, words in (({"run": "other"}, r"step-00000004\.pth belongs to another run"),
-                           ({"averages": {}}, "is no snapshot of --posthoc_ema_freq"),
-                           ({"averages": content["averages"] | {"0.1": {}}}, r"step-00000004\.pth lacks or misshapes \d+ parameters"),
-                           ({"averages": {key: value | {"mask_token": value["mask_token"] / 0} for key, value in content["averages"].items()}},
-                            "NaN or values too large for float16, first in mask_token")):
+    for changes, words in (
+        ({"run": "other"}, r"step-00000004\.pth belongs to another run"),
+        ({"averages": {}}, "is no snapshot of --posthoc_ema_freq"),
+        ({"averages": content["averages"] | {"0.1": {}}}, r"step-00000004\.pth lacks or misshapes \d+ parameters"),
+        (
+            {
+                "averages": {
+                    key: value | {"mask_token": value["mask_token"] / 0} for key, value in content["averages"].items()
+                }
+            },
+            "NaN or values too large for float16, first in mask_token",
+        ),
+    ):
         torch.save(content | changes, path)
         with pytest.raises(ValueError, match=words):
             main([str(run), "--sigma_rel", "0.08"])

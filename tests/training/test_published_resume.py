@@ -20,10 +20,11 @@ from util import checkpoint
 
 CPU = torch.device("cpu")
 PRECISIONS = ("fp32", "bf16", "fp16")
-SAVED = dict(weight_decay=0.07, betas=(0.8, 0.9), eps=1e-6)             # no default, so that a default would be noticed
+SAVED = dict(weight_decay=0.07, betas=(0.8, 0.9), eps=1e-6)  # no default, so that a default would be noticed
 
 
 # ------------------------------------------------------------------------------------------------------- as the published script does it
+
 
 def published_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Its parameter groups: first what is never decayed, then the rest, each in the order of the model."""
@@ -33,7 +34,9 @@ def published_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return groups
 
 
-def published_optimizer(model: nn.Module, weight_decay: float = 0.02, betas: tuple = (0.9, 0.95), eps: float = 1e-8) -> torch.optim.AdamW:
+def published_optimizer(
+    model: nn.Module, weight_decay: float = 0.02, betas: tuple = (0.9, 0.95), eps: float = 1e-8
+) -> torch.optim.AdamW:
     """A plain AdamW: nothing is said of fused, foreach or capturable."""
     return torch.optim.AdamW(published_groups(model, weight_decay), lr=1e-3, betas=betas, eps=eps)
 
@@ -46,7 +49,7 @@ def published_file(path: Path, model: nn.Module, layout: str = "parameters", ste
     model = copy.deepcopy(model).train()
     optimizer, scaler = published_optimizer(model, **SAVED), torch.amp.GradScaler("cpu", enabled=True)
     ema = copy.deepcopy(list(model.parameters()))
-    torch.manual_seed(0)                                                   # masks and dropout
+    torch.manual_seed(0)  # masks and dropout
     for _ in range(steps):
         optimizer.zero_grad()
         latents, labels = tiny_batch(2, model.token_dim, model.grid_size, model.class_num)
@@ -63,10 +66,23 @@ def published_file(path: Path, model: nn.Module, layout: str = "parameters", ste
     assert all(value.requires_grad for value in averages.values())
     if layout == "mar":
         averages = model.state_dict() | averages
-    content = {"model": model.state_dict(), "model_ema": averages, "optimizer": optimizer.state_dict(), "epoch": 0, "scaler": scaler.state_dict()}
+    content = {
+        "model": model.state_dict(),
+        "model_ema": averages,
+        "optimizer": optimizer.state_dict(),
+        "epoch": 0,
+        "scaler": scaler.state_dict(),
+    }
     if layout == "namespace":
-        content["args"] = argparse.Namespace(lr=1e-3, weight_decay=SAVED["weight_decay"], warmup_epochs=100, batch_size=64, attn_dropout=0.1,
-                                             output_dir="out", distributed=True)
+        content["args"] = argparse.Namespace(
+            lr=1e-3,
+            weight_decay=SAVED["weight_decay"],
+            warmup_epochs=100,
+            batch_size=64,
+            attn_dropout=0.1,
+            output_dir="out",
+            distributed=True,
+        )
     torch.save(content, path)
     return path
 
@@ -85,6 +101,7 @@ def published_resume(path: Path, model: nn.Module) -> tuple[torch.optim.AdamW, d
 
 # ------------------------------------------------------------------------------------------------------- theirs here
 
+
 def resumed(path: Path, precision: str) -> tuple[TrainState, dict]:
     """A training state that continues from the file with the file's hyper-parameters, and what our reader found in it."""
     _, content = checkpoint.load_latest(str(path))
@@ -99,8 +116,18 @@ def one_epoch(state: TrainState, precision: str, spoilt: bool = False) -> None:
     """One step of 2 images; spoilt: its latents are NaN."""
     moments = torch.randn(2, 32, 4, 4, generator=torch.Generator().manual_seed(state.step))
     batch = (moments * float("nan") if spoilt else moments, torch.tensor([1, 2]))
-    settings = TrainSettings(batch_size=2, epochs=100, steps_per_epoch=1, lr=1e-3, min_lr=0.0, lr_schedule="constant", warmup_epochs=0, grad_clip=3.0,
-                             seed=7, precision=precision)
+    settings = TrainSettings(
+        batch_size=2,
+        epochs=100,
+        steps_per_epoch=1,
+        lr=1e-3,
+        min_lr=0.0,
+        lr_schedule="constant",
+        warmup_epochs=0,
+        grad_clip=3.0,
+        seed=7,
+        precision=precision,
+    )
     train_one_epoch(state, tiny_vae(), [batch], settings, CPU, None)
 
 
@@ -114,9 +141,14 @@ def test_a_published_checkpoint_resumes(tmp_path: Path, precision: str, layout: 
     """Its moments, EMA and scaler are read; a good step changes the weights, a NaN one nothing; the result is saved and read again."""
     state, content = resumed(published_file(tmp_path / "checkpoint-last.pth", tiny_model(), layout), precision)
     assert content["optimizer"]["param_groups"][0]["fused"] is None and state.step == 2
-    assert all(group["fused"] and group["foreach"] is None and not group["capturable"] for group in state.optimizer.param_groups)
+    assert all(
+        group["fused"] and group["foreach"] is None and not group["capturable"]
+        for group in state.optimizer.param_groups
+    )
     assert [group["weight_decay"] for group in state.optimizer.param_groups] == [0.0, SAVED["weight_decay"]]
-    assert all(group["betas"] == SAVED["betas"] and group["eps"] == SAVED["eps"] for group in state.optimizer.param_groups)
+    assert all(
+        group["betas"] == SAVED["betas"] and group["eps"] == SAVED["eps"] for group in state.optimizer.param_groups
+    )
     assert not any(value.requires_grad for value in [*state.ema.shadow.values(), *content["model_ema"].values()])
     assert all(torch.equal(value, content["model_ema"][name]) for name, value in state.ema.shadow.items())
     if precision == "fp16":
@@ -129,10 +161,14 @@ def test_a_published_checkpoint_resumes(tmp_path: Path, precision: str, layout: 
     moments = [entry["exp_avg"].clone() for entry in state.optimizer.state.values()]
     one_epoch(state, precision, spoilt=True)
     assert state.bad_in_row == 1 and all(torch.equal(value, after[name]) for name, value in weights_of(state).items())
-    assert all(torch.equal(old, entry["exp_avg"]) for old, entry in zip(moments, state.optimizer.state.values(), strict=True))
+    assert all(
+        torch.equal(old, entry["exp_avg"]) for old, entry in zip(moments, state.optimizer.state.values(), strict=True)
+    )
     checkpoint.atomic_save(state.snapshot(1), tmp_path / "ours.pth")
     again = checkpoint.load_file(tmp_path / "ours.pth")
-    assert all(torch.equal(again["model"][name], value) for name, value in after.items()) and ("scaler" in again) == (precision == "fp16")
+    assert all(torch.equal(again["model"][name], value) for name, value in after.items()) and ("scaler" in again) == (
+        precision == "fp16"
+    )
     assert list(again["model_ema"]) == list(after)
 
 
@@ -158,7 +194,10 @@ def test_an_optimizer_of_other_groups_is_refused(tmp_path: Path) -> None:
     path = published_file(tmp_path / "checkpoint-last.pth", tiny_model(), steps=1)
     content = torch.load(path, weights_only=True)
     state = TrainState(tiny_model(), weight_decay=0.02, ema_rate=0.9, precision="fp32")
-    for change, message in ((lambda groups: groups[::-1], "its groups hold"), (lambda groups: groups[:1], "its groups hold")):
+    for change, message in (
+        (lambda groups: groups[::-1], "its groups hold"),
+        (lambda groups: groups[:1], "its groups hold"),
+    ):
         saved = content["optimizer"] | {"param_groups": change(content["optimizer"]["param_groups"])}
         with pytest.raises(ValueError, match=rf"the optimizer state in a\.pth does not fit this model: {message}"):
             state.load_state_dict(content | {"optimizer": saved}, 2, "a.pth")
@@ -172,6 +211,7 @@ def test_an_optimizer_of_other_groups_is_refused(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------- ours there
 
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_our_checkpoint_resumes_in_the_published_code(tmp_path: Path, precision: str) -> None:
     state = TrainState(tiny_model(), weight_decay=0.02, ema_rate=0.9, precision=precision)
@@ -184,8 +224,10 @@ def test_our_checkpoint_resumes_in_the_published_code(tmp_path: Path, precision:
     assert all(group["fused"] is None and group["foreach"] is None for group in optimizer.param_groups)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.02]
     moments = {name: state.optimizer.state[p] for name, p in state.model.named_parameters()}
-    assert all(torch.equal(optimizer.state[p]["exp_avg_sq"], moments[name]["exp_avg_sq"]) and optimizer.state[p]["step"] == 1
-               for name, p in model.named_parameters())
+    assert all(
+        torch.equal(optimizer.state[p]["exp_avg_sq"], moments[name]["exp_avg_sq"]) and optimizer.state[p]["step"] == 1
+        for name, p in model.named_parameters()
+    )
     assert scaler.get_scale() == (state.scaler.get_scale() if precision == "fp16" else 2.0**16)
     before = [p.detach().clone() for p in model.parameters()]
     latents, labels = tiny_batch(2)
@@ -199,46 +241,77 @@ def test_our_checkpoint_resumes_in_the_published_code(tmp_path: Path, precision:
 
 # ------------------------------------------------------------------------------------------------------- hyper-parameters
 
+
 def settings_of(flags: list[str], given: set[str], content: dict) -> tuple[dict, argparse.Namespace]:
     args = build_parser().parse_args(flags)
     return take_optimizer_settings(args, given, content, Path("a.pth")), args
 
 
 def test_a_given_flag_wins_otherwise_the_checkpoint(messages: list[str]) -> None:
-    groups = [{"weight_decay": 0.0, "betas": (0.8, 0.9), "eps": 1e-6}, {"weight_decay": 0.07, "betas": (0.8, 0.9), "eps": 1e-6}]
+    groups = [
+        {"weight_decay": 0.0, "betas": (0.8, 0.9), "eps": 1e-6},
+        {"weight_decay": 0.07, "betas": (0.8, 0.9), "eps": 1e-6},
+    ]
     content = {"optimizer": {"param_groups": groups}}
     used, args = settings_of([], set(), content)
     assert used == SAVED and args.weight_decay == 0.07
-    assert messages == ["weight decay 0.07 as in a.pth; the default is 0.02 (--weight_decay)",
-                        "AdamW's betas (0.8, 0.9) as in a.pth, instead of (0.9, 0.95)", "AdamW's eps 1e-06 as in a.pth, instead of 1e-08"]
+    assert messages == [
+        "weight decay 0.07 as in a.pth; the default is 0.02 (--weight_decay)",
+        "AdamW's betas (0.8, 0.9) as in a.pth, instead of (0.9, 0.95)",
+        "AdamW's eps 1e-06 as in a.pth, instead of 1e-08",
+    ]
     messages.clear()
     used, args = settings_of(["--weight_decay", "0.02"], {"weight_decay"}, content)
     assert used == SAVED | {"weight_decay": 0.02} and args.weight_decay == 0.02
     assert messages[0] == "--weight_decay: 0.02 from now on, was 0.07 in a.pth"
     messages.clear()
-    for nothing_to_say in (None, {"model": {}}, {"optimizer": {"param_groups": [{"weight_decay": 0.02, "betas": [0.9, 0.95], "eps": 1e-8}]}}):
+    for nothing_to_say in (
+        None,
+        {"model": {}},
+        {"optimizer": {"param_groups": [{"weight_decay": 0.02, "betas": [0.9, 0.95], "eps": 1e-8}]}},
+    ):
         used, args = settings_of([], set(), nothing_to_say)
         assert used == {"weight_decay": 0.02, "betas": (0.9, 0.95), "eps": 1e-8} and messages == []
 
 
 @pytest.mark.parametrize("where", ["config", "namespace", "dict"])
 def test_other_settings_are_named_in_one_line(messages: list[str], where: str) -> None:
-    recorded = {"lr": 4e-4, "blr": 5e-5, "warmup_epochs": 100, "epochs": 400, "attn_dropout": 0.1, "grad_clip": 3.0, "output_dir": "theirs"}
-    content = {"config": {"config": {"args": recorded}}, "namespace": {"args": argparse.Namespace(**recorded)}, "dict": {"args": recorded}}[where]
+    recorded = {
+        "lr": 4e-4,
+        "blr": 5e-5,
+        "warmup_epochs": 100,
+        "epochs": 400,
+        "attn_dropout": 0.1,
+        "grad_clip": 3.0,
+        "output_dir": "theirs",
+    }
+    content = {
+        "config": {"config": {"args": recorded}},
+        "namespace": {"args": argparse.Namespace(**recorded)},
+        "dict": {"args": recorded},
+    }[where]
     args = build_parser().parse_args(["--epochs", "800", "--attn_dropout", "0.2", "--grad_clip", "1"])
     warn_of_other_recipe(args, content, Path("a.pth"), 4e-4)
-    dropout = "" if where == "config" else "; --attn_dropout 0.2, was 0.1"                # build_model names it for files with a config
-    assert messages == [f"settings that differ from those of a.pth: --epochs 800, was 400; --grad_clip 1.0, was 3.0{dropout}"]
+    # build_model names it for files with a config
+    dropout = "" if where == "config" else "; --attn_dropout 0.2, was 0.1"
+    assert messages == [
+        f"settings that differ from those of a.pth: --epochs 800, was 400; --grad_clip 1.0, was 3.0{dropout}"
+    ]
     messages.clear()
     warn_of_other_recipe(build_parser().parse_args([]), content, Path("a.pth"), 1e-4)
     assert messages == ["settings that differ from those of a.pth: peak learning rate 0.0001, was 0.0004 (--lr, --blr)"]
     messages.clear()
-    warn_of_other_recipe(build_parser().parse_args([]), {"config": {"args": {"lr": None, "blr": 5e-5}}, "data": {"global_batch": 2048}},
-                         Path("a.pth"), 4e-4)
+    warn_of_other_recipe(
+        build_parser().parse_args([]),
+        {"config": {"args": {"lr": None, "blr": 5e-5}}, "data": {"global_batch": 2048}},
+        Path("a.pth"),
+        4e-4,
+    )
     assert messages == []
 
 
 # ------------------------------------------------------------------------------------------------------- the command
+
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenBridge, Path]:
@@ -247,28 +320,57 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenBridge, Path]
     path = tmp_path_factory.mktemp("vae") / "vae.pth"
     torch.save({"model": vae.state_dict(), "config": vae.config}, path)
     torch.manual_seed(0)
-    return MODELS["tokenbridge_digits"](img_size=32, vae_stride=8, vae_embed_dim=4, class_num=3, buffer_size=4, channel_order=[0, 1, 2, 3]), path
+    return MODELS["tokenbridge_digits"](
+        img_size=32, vae_stride=8, vae_embed_dim=4, class_num=3, buffer_size=4, channel_order=[0, 1, 2, 3]
+    ), path
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_command_continues_a_published_training(digits: tuple, image_root: Path, tmp_path: Path, messages: list[str], precision: str) -> None:
+def test_the_command_continues_a_published_training(
+    digits: tuple, image_root: Path, tmp_path: Path, messages: list[str], precision: str
+) -> None:
     model, vae_path = digits
     (tmp_path / "theirs").mkdir()
     published_file(tmp_path / "theirs" / "checkpoint-last.pth", model, "namespace")
-    flags = dict(vae_path=vae_path, data_path=image_root, batch_size=4, warmup_epochs=0, lr=1e-3, num_workers=0, device="cpu", epochs=400, max_steps=4,
-                 seed=3, precision=precision, resume=tmp_path / "theirs", output_dir=tmp_path / "ours")
+    flags = dict(
+        vae_path=vae_path,
+        data_path=image_root,
+        batch_size=4,
+        warmup_epochs=0,
+        lr=1e-3,
+        num_workers=0,
+        device="cpu",
+        epochs=400,
+        max_steps=4,
+        seed=3,
+        precision=precision,
+        resume=tmp_path / "theirs",
+        output_dir=tmp_path / "ours",
+    )
     main([str(part) for name, value in flags.items() for part in (f"--{name}", value)])
     content = checkpoint.load_file(tmp_path / "ours" / "checkpoint-last.pth")
     assert content["step"] == 4 and content["config"]["args"]["weight_decay"] == SAVED["weight_decay"]
-    assert content["config"]["optimizer"] == SAVED and content["optimizer"]["param_groups"][1]["weight_decay"] == SAVED["weight_decay"]
+    assert (
+        content["config"]["optimizer"] == SAVED
+        and content["optimizer"]["param_groups"][1]["weight_decay"] == SAVED["weight_decay"]
+    )
     assert content["optimizer"]["state"][0]["step"] == 3, "two of the file, one of ours"
     differs = [line for line in messages if line.startswith("settings that differ from those of")]
-    assert len(differs) == 1 and "--warmup_epochs 0, was 100; --batch_size 4, was 64" in differs[0] and "--lr" not in differs[0]
+    assert (
+        len(differs) == 1
+        and "--warmup_epochs 0, was 100; --batch_size 4, was 64" in differs[0]
+        and "--lr" not in differs[0]
+    )
 
 
-def test_inspect_measures_the_distance_of_a_whole_state_dict(digits: tuple, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_inspect_measures_the_distance_of_a_whole_state_dict(
+    digits: tuple, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """MAR's layout: channel_mask holds -inf in both; the distance is that of the parameters, and equal to the other layout's."""
-    facts = [inspect.describe(published_file(tmp_path / f"{layout}.pth", digits[0], layout, steps=1)) for layout in ("mar", "parameters")]
+    facts = [
+        inspect.describe(published_file(tmp_path / f"{layout}.pth", digits[0], layout, steps=1))
+        for layout in ("mar", "parameters")
+    ]
     assert facts[0]["EMA distance"] == facts[1]["EMA distance"] and 0 < facts[0]["EMA distance"] < 0.1
     inspect.main([str(tmp_path / "mar.pth")])
     assert f"EMA distance            {facts[0]['EMA distance']:.4g}" in capsys.readouterr().out.splitlines()

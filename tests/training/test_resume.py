@@ -14,7 +14,7 @@ from tests.conftest import REPO, run_processes, tiny_vae
 from tests.processes import run_killed
 from util.checkpoint import LAST, load_latest, numbered
 
-STEPS = 24          # 3 per epoch
+STEPS = 24  # 3 per epoch
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +25,38 @@ def flags(tmp_path_factory: pytest.TempPathFactory, image_root: Path):  # noqa: 
     torch.save({"model": vae.state_dict(), "config": vae.config}, path)
 
     def build(output: Path, **changes: object) -> list[str]:
-        values = dict(model="tokenbridge_digits", img_size=32, class_num=2, buffer_size=4, vae_path=path, data_path=image_root, batch_size=4,
-                      warmup_epochs=1, lr=1e-3, ema_rate=0.9, num_workers=0, device="cpu", log_freq=5, save_last_freq=2, save_every_steps=2,
-                      keep_last=2, epochs=100, max_steps=STEPS, seed=3, output_dir=output, resume=output) | changes
-        return [part for name, value in values.items() for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+        values = (
+            dict(
+                model="tokenbridge_digits",
+                img_size=32,
+                class_num=2,
+                buffer_size=4,
+                vae_path=path,
+                data_path=image_root,
+                batch_size=4,
+                warmup_epochs=1,
+                lr=1e-3,
+                ema_rate=0.9,
+                num_workers=0,
+                device="cpu",
+                log_freq=5,
+                save_last_freq=2,
+                save_every_steps=2,
+                keep_last=2,
+                epochs=100,
+                max_steps=STEPS,
+                seed=3,
+                output_dir=output,
+                resume=output,
+            )
+            | changes
+        )
+        return [
+            part
+            for name, value in values.items()
+            for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+        ]
+
     return build
 
 
@@ -69,7 +97,10 @@ def assert_same_run(mine: Path, other: Path) -> None:
 
 def log_of(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("time", "images_per_s", "tflops", "data_wait", "memory_gib")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("time", "images_per_s", "tflops", "data_wait", "memory_gib")}
+        for line in lines
+    ]
 
 
 @pytest.mark.slow
@@ -81,7 +112,7 @@ def test_killed_at_ten_random_points(flags, whole: tuple[Path, float], tmp_path:
     while kills < 10:
         process = run_killed.start(flags(out), tmp_path / "log.txt")
         process.join(rng.uniform(0.2, 0.7) * seconds)
-        if process.exitcode is not None:                                    # it was quicker than the kill; begin again
+        if process.exitcode is not None:  # it was quicker than the kill; begin again
             assert process.exitcode == 0, (tmp_path / "log.txt").read_text()[-2000:]
             assert_same_run(out, folder)
             out = tmp_path / f"run{kills}"
@@ -96,8 +127,10 @@ def test_killed_at_ten_random_points(flags, whole: tuple[Path, float], tmp_path:
     assert max(steps) > 0, "no kill came after the first checkpoint"
 
 
-@pytest.mark.parametrize(("number", "step"), [(1, 2), (3, 4)])             # checkpoints at 2, at 3, the end of epoch 0, and at 4
-def test_killed_in_the_middle_of_a_checkpoint(flags, whole: tuple[Path, float], tmp_path: Path, number: int, step: int) -> None:  # noqa: ANN001
+@pytest.mark.parametrize(("number", "step"), [(1, 2), (3, 4)])  # checkpoints at 2, at 3, the end of epoch 0, and at 4
+def test_killed_in_the_middle_of_a_checkpoint(
+    flags, whole: tuple[Path, float], tmp_path: Path, number: int, step: int
+) -> None:  # noqa: ANN001
     """Half of its bytes are on the disk, under another name: the one before it is taken, or none if it was the first."""
     out = tmp_path / "run"
     finish(flags(out), tmp_path / "log.txt", code=-signal.SIGKILL, die_in_save=number)
@@ -107,7 +140,9 @@ def test_killed_in_the_middle_of_a_checkpoint(flags, whole: tuple[Path, float], 
         assert load_latest(str(out))[1]["step"] == step - 1
     finish(flags(out), tmp_path / "log.txt")
     assert_same_run(out, whole[0])
-    assert not list(out.glob(".*.tmp")) and [path.name for path in numbered(out)] == [f"checkpoint-{step:08d}.pth" for step in (STEPS - 2, STEPS)]
+    assert not list(out.glob(".*.tmp")) and [path.name for path in numbered(out)] == [
+        f"checkpoint-{step:08d}.pth" for step in (STEPS - 2, STEPS)
+    ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -126,7 +161,9 @@ def test_a_signal_ends_the_run_with_a_checkpoint(flags, whole: tuple[Path, float
     finish(flags(out, log_freq=1), log)
     a, b = load_latest(str(out))[1], load_latest(str(whole[0]))[1]
     assert all(torch.equal(value, b["model"][key]) for key, value in a["model"].items())
-    assert [(line["step"], line["loss"]) for line in log_of(out)] == [(line["step"], line["loss"]) for line in log_of(whole[0])]
+    assert [(line["step"], line["loss"]) for line in log_of(out)] == [
+        (line["step"], line["loss"]) for line in log_of(whole[0])
+    ]
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(flags, whole: tuple[Path, float], tmp_path: Path) -> None:  # noqa: ANN001
@@ -134,7 +171,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(flags, whole: tuple
     out, log = tmp_path / "run", tmp_path / "log.txt"
     finish(flags(out, max_steps=8, epochs=100), log)
     older, newest = numbered(out)
-    newest.write_bytes(newest.read_bytes()[:-500])                          # checkpoint-last.pth is the same file
+    newest.write_bytes(newest.read_bytes()[:-500])  # checkpoint-last.pth is the same file
     assert (out / LAST).samefile(newest)
     # max_steps 8 ended the schedule at step 8, so only the data order is compared here; the weights come from the older file
     finish(flags(out, max_steps=8), log)
@@ -150,17 +187,19 @@ def test_one_process_continues_as_two(flags, tmp_path: Path) -> None:  # noqa: A
     same = dict(max_steps=16, batch_size=2)
     finish(flags(tmp_path / "one", accum_iter=2, **same), tmp_path / "log.txt")
     out = tmp_path / "two"
-    process = run_killed.start(flags(out, accum_iter=2, save_every_steps=7, save_last_freq=1000, **same), tmp_path / "log.txt")
+    process = run_killed.start(
+        flags(out, accum_iter=2, save_every_steps=7, save_last_freq=1000, **same), tmp_path / "log.txt"
+    )
     while not (out / LAST).exists():
         time.sleep(0.005)
     process.kill()
     process.join()
     step = load_latest(str(out))[1]["step"]
-    assert step in (3, 7, 14)                                               # 3 ends epoch 0
+    assert step in (3, 7, 14)  # 3 ends epoch 0
     result = run_processes([REPO / "main_tokenbridge.py", *flags(out, **same)], nproc=2)
     assert result.returncode == 0, result.stderr[-2000:]
     assert f"at step {step}" in result.stderr
     one, two = log_of(tmp_path / "one"), log_of(out)
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], abs=2e-4)
     a, b = load_latest(str(tmp_path / "one"))[1]["model_ema"], load_latest(str(out))[1]["model_ema"]
-    assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-3     # lr is 1e-3: one step of AdamW
+    assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-3  # lr is 1e-3: one step of AdamW

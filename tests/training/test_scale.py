@@ -14,16 +14,22 @@ from tools.bench.counting import OpCounter
 from training.state import TrainState, compile_blocks, weight_decay_groups
 from util import checkpoint
 
-COMPILER = pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None,
-                              reason="torch.compile on a CPU needs a C++ compiler; none is here")
+COMPILER = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None,
+    reason="torch.compile on a CPU needs a C++ compiler; none is here",
+)
 
 
 def two_processes(out: Path, timeout: float = 240, **options: object) -> dict:
     """The checkpoint that rank 0 of two writes."""
     if options.get("fsdp"):
         skip_unless_shardable()
-    result = run_processes([REPO / "tests" / "processes" / "train_scaled.py", out, json.dumps(options)], nproc=2, timeout=timeout,
-                           env={"PYTHONPATH": f"{REPO}:{REPO / 'tests'}"})
+    result = run_processes(
+        [REPO / "tests" / "processes" / "train_scaled.py", out, json.dumps(options)],
+        nproc=2,
+        timeout=timeout,
+        env={"PYTHONPATH": f"{REPO}:{REPO / 'tests'}"},
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return torch.load(out, weights_only=True)
 
@@ -62,15 +68,26 @@ def assert_same_training(found: dict, alone: dict, atol: float = 2e-5) -> None:
         assert_close(found[key], alone[key], atol)
     for sigma_rel, average in alone["posthoc_ema"].items():
         assert_close(found["posthoc_ema"][sigma_rel], average, atol)
-        assert all(torch.equal(value, found["posthoc_ema"][sigma_rel][name].half()) for name, value in found["snapshot"][sigma_rel].items())
+        assert all(
+            torch.equal(value, found["posthoc_ema"][sigma_rel][name].half())
+            for name, value in found["snapshot"][sigma_rel].items()
+        )
     assert found["optimizer"]["state"].keys() == alone["optimizer"]["state"].keys()
-    assert all(mine["exp_avg"].shape == found["optimizer"]["state"][i]["exp_avg"].shape for i, mine in alone["optimizer"]["state"].items())
-    assert [group["params"] for group in found["optimizer"]["param_groups"]] == [group["params"] for group in alone["optimizer"]["param_groups"]]
+    assert all(
+        mine["exp_avg"].shape == found["optimizer"]["state"][i]["exp_avg"].shape
+        for i, mine in alone["optimizer"]["state"].items()
+    )
+    assert [group["params"] for group in found["optimizer"]["param_groups"]] == [
+        group["params"] for group in alone["optimizer"]["param_groups"]
+    ]
 
 
 def test_the_averaged_model_has_the_ema_and_the_tables(alone: dict) -> None:
     assert all(torch.equal(value, alone["averaged"][name]) for name, value in alone["model_ema"].items())
-    assert all(torch.equal(alone["averaged"][name], alone["model"][name]) for name in ("boundaries", "reconstruction_values", "channel_mask"))
+    assert all(
+        torch.equal(alone["averaged"][name], alone["model"][name])
+        for name in ("boundaries", "reconstruction_values", "channel_mask")
+    )
 
 
 @pytest.mark.slow
@@ -94,14 +111,19 @@ def test_sharded_training_is_the_same_and_its_checkpoint_too(alone: dict, tmp_pa
 @COMPILER
 def test_compiled_and_sharded_is_eager_alone_to_1e_4(alone: dict, tmp_path: Path) -> None:
     """The blocks that are compiled are the units that are cut."""
-    assert_same_training(two_processes(tmp_path / "a.pth", timeout=900, batch_size=8, fsdp=True, compiled=True), alone, atol=1e-4)
+    assert_same_training(
+        two_processes(tmp_path / "a.pth", timeout=900, batch_size=8, fsdp=True, compiled=True), alone, atol=1e-4
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["sharded", "alone"])
 def test_sharded_and_plain_runs_continue_each_other(tmp_path: Path, first: str) -> None:
     """Two steps one way, two the other, with accumulation and checkpointing where sharded."""
-    sharded, plain = dict(batch_size=4, accum_iter=2, fsdp=True, grad_checkpointing=True, **DROPOUT), dict(batch_size=4, accum_iter=4, **DROPOUT)
+    sharded, plain = (
+        dict(batch_size=4, accum_iter=2, fsdp=True, grad_checkpointing=True, **DROPOUT),
+        dict(batch_size=4, accum_iter=4, **DROPOUT),
+    )
     half, out = tmp_path / "half.pth", tmp_path / "a.pth"
     if first == "sharded":
         two_processes(half, steps=2, **sharded)
@@ -110,9 +132,13 @@ def test_sharded_and_plain_runs_continue_each_other(tmp_path: Path, first: str) 
     else:
         checkpoint.atomic_save(train_scaled.run(half, steps=2, **plain), half)
         two_processes(out, resume=str(half), **sharded)
-    reference = train_scaled.run(tmp_path / "b.pth", steps=2, **plain)      # the schedule ends at max_steps: compare like with like
+    # the schedule ends at max_steps: compare like with like
+    reference = train_scaled.run(tmp_path / "b.pth", steps=2, **plain)
     checkpoint.atomic_save(reference, tmp_path / "b.pth")
-    assert_same_training(torch.load(out, weights_only=True), train_scaled.run(tmp_path / "c.pth", resume=str(tmp_path / "b.pth"), **plain))
+    assert_same_training(
+        torch.load(out, weights_only=True),
+        train_scaled.run(tmp_path / "c.pth", resume=str(tmp_path / "b.pth"), **plain),
+    )
 
 
 @pytest.mark.slow
@@ -122,18 +148,29 @@ def test_nan_on_one_of_two_stops_both_when_sharded(tmp_path: Path) -> None:
     (test_engine.py has the same for DDP.)
     """
     skip_unless_shardable()
-    result = run_processes([REPO / "tests" / "processes" / "train_scaled.py", tmp_path / "a.pth", json.dumps(dict(batch_size=8, steps=20, fsdp=True, spoil_from=16))],
-                           nproc=2, env={"PYTHONPATH": f"{REPO}:{REPO / 'tests'}"})
+    result = run_processes(
+        [
+            REPO / "tests" / "processes" / "train_scaled.py",
+            tmp_path / "a.pth",
+            json.dumps(dict(batch_size=8, steps=20, fsdp=True, spoil_from=16)),
+        ],
+        nproc=2,
+        env={"PYTHONPATH": f"{REPO}:{REPO / 'tests'}"},
+    )
     assert result.returncode != 0 and not (tmp_path / "a.pth").exists()
-    assert result.stderr.count("3 steps in a row had a loss or gradient that is not finite; stopped at step 5 with lr") == 2, result.stderr[-3000:]
+    assert (
+        result.stderr.count("3 steps in a row had a loss or gradient that is not finite; stopped at step 5 with lr")
+        == 2
+    ), result.stderr[-3000:]
 
 
 # ------------------------------------------------------------------------------------------------------- one process
 
+
 def gradients(model: torch.nn.Module) -> tuple[float, dict[str, torch.Tensor]]:
     latents, labels = tiny_batch()
     generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(1)                                                    # dropout
+    torch.manual_seed(1)  # dropout
     loss = model.train()(latents, labels, num_masked=13, generator=generator)
     loss.backward()
     return float(loss), {name: p.grad for name, p in model.named_parameters()}
@@ -155,10 +192,12 @@ def test_checkpointing_keeps_less_for_the_backward_pass() -> None:
         def pack(x: torch.Tensor) -> torch.Tensor:
             sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
+
         parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             model.train()(*tiny_batch(), num_masked=13)
         return sum(size for pointer, size in sizes.items() if pointer not in parameters)
+
     assert kept(tiny_model(grad_checkpointing=True)) < 0.5 * kept(tiny_model())
 
 
@@ -184,7 +223,11 @@ def test_metrics_by_dimension_are_those_of_the_logits() -> None:
     right = details.logits.argmax(-1) == targets
     by_hand = -details.logits.double().log_softmax(-1).gather(-1, targets.unsqueeze(-1))[..., 0].mean(0)
     assert torch.allclose(losses.double(), by_hand, atol=1e-5) and torch.allclose(accuracy, right.float().mean(0))
-    assert loss.item() == pytest.approx(float(by_hand.mean()), abs=1e-5) and loss.requires_grad and not losses.requires_grad
+    assert (
+        loss.item() == pytest.approx(float(by_hand.mean()), abs=1e-5)
+        and loss.requires_grad
+        and not losses.requires_grad
+    )
 
 
 def test_a_loss_that_is_not_finite_spoils_every_gradient() -> None:
@@ -222,6 +265,7 @@ def test_learning_and_stepping_never_wait_for_a_gpu() -> None:
 def tiny_model_on_gpu() -> torch.nn.Module:
     from models.tokenbridge import TokenBridge
     from tests.conftest import tiny_config
+
     return TokenBridge(**tiny_config()).train()
 
 

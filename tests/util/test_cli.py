@@ -28,12 +28,25 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ------------------------------------------------------------------------------------------------------- parsing
 
+
 def test_defaults(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     args, given = parse(small_parser(), [])
     assert given == set()
-    assert vars(args) == {"num_images": 50, "cfg": 1.0, "name": "x", "evaluate": False, "device": "auto", "seed": 3, "num_workers": 10, "pin_mem": True,
-                          "world_size": 1, "local_rank": -1, "dist_on_itp": False, "dist_url": "env://"}
+    assert vars(args) == {
+        "num_images": 50,
+        "cfg": 1.0,
+        "name": "x",
+        "evaluate": False,
+        "device": "auto",
+        "seed": 3,
+        "num_workers": 10,
+        "pin_mem": True,
+        "world_size": 1,
+        "local_rank": -1,
+        "dist_on_itp": False,
+        "dist_url": "env://",
+    }
 
 
 @pytest.mark.parametrize("cores, processes, workers", [(64, 1, 10), (64, 8, 8), (2, 2, 1), (1, 4, 1)])
@@ -41,7 +54,7 @@ def test_workers_by_default_no_more_than_cores(monkeypatch, cores, processes, wo
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert parse(small_parser(), [])[0].num_workers == workers
-    assert parse(small_parser(), ["--num_workers", "12"])[0].num_workers == 12           # a wish is a wish
+    assert parse(small_parser(), ["--num_workers", "12"])[0].num_workers == 12  # a wish is a wish
 
 
 def test_what_was_given_is_told_from_defaults():
@@ -86,6 +99,7 @@ def test_help_shows_defaults_and_keeps_lines(capsys):
 
 # ------------------------------------------------------------------------------------------------------- process flags
 
+
 def test_dist_on_itp_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="--dist_on_itp is refused.*torchrun"):
         parse(small_parser(), ["--dist_on_itp"])
@@ -97,7 +111,7 @@ def test_world_size_must_be_what_was_launched(monkeypatch):
         parse(small_parser(), ["--world_size", "8"])
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert parse(small_parser(), ["--world_size", "8"])[0].world_size == 8
-    assert parse(small_parser(), [])[0].world_size == 1        # the default is no wish
+    assert parse(small_parser(), [])[0].world_size == 1  # the default is no wish
 
 
 @pytest.mark.parametrize("flag", ["--local_rank", "--local-rank"])
@@ -117,7 +131,11 @@ def test_num_workers_may_be_0_but_not_less():
 
 
 def test_pin_mem_both_ways():
-    assert [parse(small_parser(), argv)[0].pin_mem for argv in ([], ["--pin_mem"], ["--no_pin_mem"])] == [True, True, False]
+    assert [parse(small_parser(), argv)[0].pin_mem for argv in ([], ["--pin_mem"], ["--no_pin_mem"])] == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_a_parser_without_process_flags():
@@ -128,13 +146,14 @@ def test_a_parser_without_process_flags():
 
 # ------------------------------------------------------------------------------------------------------- checks
 
+
 def test_at_least():
     args = argparse.Namespace(num_iter=1, temperature=0.0, max_steps=None, cfg=float("nan"))
     at_least(args, num_iter=1, temperature=0, max_steps=1)
     with pytest.raises(ValueError, match="--num_iter must be at least 2, got 1"):
         at_least(args, temperature=0, num_iter=2)
     with pytest.raises(ValueError, match="--cfg"):
-        at_least(args, cfg=0)                                  # NaN is at least nothing
+        at_least(args, cfg=0)  # NaN is at least nothing
 
 
 def test_check_writable_makes_the_folder_and_leaves_nothing(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from tests.conftest import run_processes
 from util import dist
 
-WORKER = '''
+WORKER = """
 import json, sys
 from pathlib import Path
 import torch
@@ -32,7 +32,7 @@ dist.barrier()
 Path(sys.argv[1], f"{dist.rank()}.json").write_text(json.dumps(found))
 dist.shutdown()
 assert dist.world_size() == 1
-'''
+"""
 
 
 def test_two_processes(tmp_path):
@@ -44,7 +44,8 @@ def test_two_processes(tmp_path):
         assert (found["rank"], found["world"], found["main"], found["device"]) == (rank, 2, rank == 0, "cpu")
         assert found["sum"] == [3, 30] and found["mean"] == [1.5, 15]
         assert found["gathered"] == [{"rank": 0, "text": ""}, {"rank": 1, "text": "x"}]
-        assert found["both fine"] == "no error" and found["one fails"] == "bad file 7"       # together, also where nothing went wrong
+        # together, also where nothing went wrong
+        assert found["both fine"] == "no error" and found["one fails"] == "bad file 7"
 
 
 def test_one_process():
@@ -62,6 +63,7 @@ def test_one_process():
 
 
 # ------------------------------------------------------------------------------------------------------- devices
+
 
 def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int, bf16: bool = True) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
@@ -98,6 +100,7 @@ def test_devices_that_are_none(monkeypatch, flag):
 
 # ------------------------------------------------------------------------------------------------------- precision
 
+
 def test_precision_by_device(monkeypatch):
     """bf16 where the GPU has it itself (emulation does not count), else fp16; fp32 on the CPU; the flag goes before."""
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
@@ -110,7 +113,9 @@ def test_precision_by_device(monkeypatch):
         dist.pick_precision("fp8", gpu)
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_autocast(precision, dtype):
     layer = torch.nn.Linear(4, 4)
     with dist.autocast(torch.device("cpu"), precision):
@@ -120,7 +125,7 @@ def test_autocast(precision, dtype):
 
 def test_memory_and_waiting_on_the_cpu():
     dist.synchronize(torch.device("cpu"))
-    assert 0.05 < dist.peak_memory_gib(torch.device("cpu")) < 1000          # GiB: a Python with torch is beyond 50 MiB
+    assert 0.05 < dist.peak_memory_gib(torch.device("cpu")) < 1000  # GiB: a Python with torch is beyond 50 MiB
 
 
 def start(store, processes: int):  # noqa: ANN001

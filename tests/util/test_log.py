@@ -18,6 +18,7 @@ def steps(path) -> list[int]:
 
 # ------------------------------------------------------------------------------------------------------- jsonl
 
+
 def test_lines_are_written_at_once(tmp_path):
     """One JSON object a line, there before the log is closed: a killed run keeps what it logged."""
     log = JsonlLog(tmp_path / "new" / "log.jsonl")
@@ -61,9 +62,11 @@ def test_tensorboard_gets_the_same_scalars(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- exit codes
 
+
 def fail_with(error: BaseException):
     def main() -> None:
         raise error
+
     return main
 
 
@@ -72,14 +75,18 @@ def test_success_is_0(capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("error", [ValueError("--bits 13"), FileNotFoundError("no folder x"), PermissionError("not yours")])
+@pytest.mark.parametrize(
+    "error", [ValueError("--bits 13"), FileNotFoundError("no folder x"), PermissionError("not yours")]
+)
 def test_bad_input_is_2_and_one_line(capsys, monkeypatch, error):
     monkeypatch.delenv("TOKENBRIDGE_DEBUG", raising=False)
     assert run_cli(fail_with(error)) == 2
     assert capsys.readouterr().err == f"error: {error}\n"
 
 
-@pytest.mark.parametrize("error", [RuntimeError("bug"), KeyError("bug"), AssertionError("bug"), KeyboardInterrupt(), SystemExit(3)])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("bug"), KeyError("bug"), AssertionError("bug"), KeyboardInterrupt(), SystemExit(3)]
+)
 def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)):
         run_cli(fail_with(error))
@@ -93,6 +100,7 @@ def test_debug_shows_the_traceback_of_bad_input(monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------- the logger
 
+
 def test_the_logger_is_one():
     first, handlers = get_logger(), list(get_logger().handlers)
     assert first is get_logger() is logging.getLogger("tokenbridge") and get_logger().handlers == handlers
@@ -103,6 +111,14 @@ def test_the_logger_is_one():
 def test_rank_0_informs_and_every_rank_warns(rank, expected):
     """On stderr, so that stdout stays free for results."""
     code = "from util.log import get_logger; log = get_logger(); log.info('hello'); log.warning('careful')"
-    found = subprocess.run([sys.executable, "-c", code], cwd=REPO, env={"RANK": rank, "PATH": ""}, capture_output=True, text=True, timeout=60, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPO,
+        env={"RANK": rank, "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     assert found.stdout == ""
     assert [line.partition(" ")[2] for line in found.stderr.splitlines()] == expected

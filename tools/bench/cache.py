@@ -25,14 +25,19 @@ from tools.bench.counting import print_table
 from util.cli import at_least, check_writable
 
 CLASSES = 10
-BATCH = 500                # records made and written together
+BATCH = 500  # records made and written together
 
 
 class NoiseSource(Dataset):
     """Image number -> (number, (2, 2C, h, w) normal noise drawn from the number alone, no problem): stands in for pictures and VAE."""
 
     def __init__(self, count: int, shape: Sequence[int]):
-        self.count, self.shape, self.root, self.classes = count, tuple(shape), Path("."), [f"class{c}" for c in range(CLASSES)]
+        self.count, self.shape, self.root, self.classes = (
+            count,
+            tuple(shape),
+            Path("."),
+            [f"class{c}" for c in range(CLASSES)],
+        )
         self.labels = sorted(i % CLASSES for i in range(count))
         self.paths = [f"{self.classes[label]}/{i:06d}.png" for i, label in enumerate(self.labels)]
 
@@ -40,7 +45,11 @@ class NoiseSource(Dataset):
         return self.count
 
     def __getitem__(self, number: int) -> tuple[int, Tensor, None]:
-        return number, torch.from_numpy(np.random.default_rng(number).standard_normal((2, *self.shape), dtype=np.float32)), None
+        return (
+            number,
+            torch.from_numpy(np.random.default_rng(number).standard_normal((2, *self.shape), dtype=np.float32)),
+            None,
+        )
 
 
 def write_cache(folder: Path, source: NoiseSource, kind: str) -> None:
@@ -50,17 +59,30 @@ def write_cache(folder: Path, source: NoiseSource, kind: str) -> None:
     from main_cache import describe
     from models.quantizer import GaussianQuantizer
     from util.files import write_json
+
     folder.mkdir(parents=True, exist_ok=True)
     mode, dtype = ("moments", "float32") if kind == "npz" else (*kind.split("-"), "uint8")[:2]
     c, h, w = source.shape
     spec = RecordSpec(mode, dtype, (c if mode == "moments" else c // 2, h, w), 2, 6 if mode == "indices" else 0)
     quantizer = GaussianQuantizer()
     encoder = Encoder(None, spec, True, torch.device("cpu"), quantizer=quantizer, scale=lambda z: z)
-    files = NpzFiles(folder, source, spec, BATCH) if kind == "npz" else ShardFiles(folder, source, spec, BATCH, 1000, kind)
+    files = (
+        NpzFiles(folder, source, spec, BATCH) if kind == "npz" else ShardFiles(folder, source, spec, BATCH, 1000, kind)
+    )
     for name in source.classes if kind == "npz" else ():
         (folder / name).mkdir(exist_ok=True)
-    args = argparse.Namespace(format="npz" if kind == "npz" else "shards", img_size=16 * w, crops=1, no_flip=False, mode=mode, dtype=dtype,
-                              precision="fp32", batch_size=BATCH, seed=0, shard_size=1000)
+    args = argparse.Namespace(
+        format="npz" if kind == "npz" else "shards",
+        img_size=16 * w,
+        crops=1,
+        no_flip=False,
+        mode=mode,
+        dtype=dtype,
+        precision="fp32",
+        batch_size=BATCH,
+        seed=0,
+        shard_size=1000,
+    )
     record = describe(args, spec, source, quantizer if mode == "indices" else None) | {"latent_fingerprint": None}
     counts = Counts()
     encode_all(files, source, encoder, files.plan(counts), counts, num_workers=0, pin_memory=False)
@@ -97,11 +119,13 @@ class LibrarySlices(Dataset):
         from safetensors import safe_open
 
         from dataset.loader import coin
+
         part, slot = divmod(index[0], self.parts[0][1])
         if part not in self.open:
             self.open[part] = safe_open(self.parts[part][0], "pt").get_slice("moments")
         flipped = int(coin(index[1]))
-        return self.open[part][slot : slot + 1, flipped : flipped + 1][0, 0], int(self.labels[index[0]])      # safetensors 0.4.0 takes no numbers
+        # safetensors 0.4.0 takes no numbers
+        return self.open[part][slot : slot + 1, flipped : flipped + 1][0, 0], int(self.labels[index[0]])
 
 
 def epoch(dataset: Dataset, batch_size: int, num_workers: int, seed: int) -> Iterator[Tensor]:
@@ -123,8 +147,13 @@ def bench_cache(args: argparse.Namespace) -> None:
     """Write every format, read an epoch of each in turn, print samples/s and bytes per image."""
     folder = Path(args.folder or tempfile.mkdtemp(prefix="cache_bench_"))
     source = NoiseSource(args.records, args.shape)
-    kinds = {"npz tree, float32 (published)": "npz", "shards, float32": "moments-float32", "shards, float16 (default)": "moments-float16",
-             "shards, mean, float16": "mean-float16", "shards, indices, 6 bits": "indices"}
+    kinds = {
+        "npz tree, float32 (published)": "npz",
+        "shards, float32": "moments-float32",
+        "shards, float16 (default)": "moments-float16",
+        "shards, mean, float16": "mean-float16",
+        "shards, indices, 6 bits": "indices",
+    }
     try:
         for kind in kinds.values():
             if not (folder / kind / RECORD).exists():
@@ -132,7 +161,7 @@ def bench_cache(args: argparse.Namespace) -> None:
         names = [*kinds, "the float16 shards by safetensors"]
         rates: dict[tuple[str, bool], list[float]] = {}
         for repeat in range(args.repeats):
-            for name in names:                                                     # in turn, so that a slow moment hits all of them
+            for name in names:  # in turn, so that a slow moment hits all of them
                 place = folder / kinds.get(name, "moments-float16")
                 for cold in (True, False):
                     if cold:
@@ -141,11 +170,25 @@ def bench_cache(args: argparse.Namespace) -> None:
                     rates.setdefault((name, cold), []).append(rate(dataset, args, seed=repeat))
         found = {key: statistics.median(values) for key, values in rates.items()}
         base = {cold: found[names[0], cold] for cold in (True, False)}
-        rows = [(name, [f"{found[name, True]:.0f}", f"{found[name, False]:.0f}", f"{found[name, True] / base[True]:.1f}x",
-                        f"{found[name, False] / base[False]:.1f}x", f"{size_of(folder / kinds[name]) / args.records:.0f}" if name in kinds else ""])
-                for name in names]
-        print_table(f"One shuffled epoch of {args.records} records {tuple(args.shape)} with their mirror images; {args.num_workers} workers, batches of "
-                    f"{args.batch_size}; samples/s, median of {args.repeats}", ["cold", "warm", "cold ratio", "warm ratio", "bytes/image"], rows)
+        rows = [
+            (
+                name,
+                [
+                    f"{found[name, True]:.0f}",
+                    f"{found[name, False]:.0f}",
+                    f"{found[name, True] / base[True]:.1f}x",
+                    f"{found[name, False] / base[False]:.1f}x",
+                    f"{size_of(folder / kinds[name]) / args.records:.0f}" if name in kinds else "",
+                ],
+            )
+            for name in names
+        ]
+        print_table(
+            f"One shuffled epoch of {args.records} records {tuple(args.shape)} with their mirror images; {args.num_workers} workers, batches of "
+            f"{args.batch_size}; samples/s, median of {args.repeats}",
+            ["cold", "warm", "cold ratio", "warm ratio", "bytes/image"],
+            rows,
+        )
     finally:
         if not args.folder:
             shutil.rmtree(folder, ignore_errors=True)
@@ -159,23 +202,42 @@ def bench_encoding(args: argparse.Namespace) -> None:
     from dataset.loader import ImageFolderDataset
     from dataset.shards import RecordSpec
     from models.vae import AutoencoderKL
+
     with tempfile.TemporaryDirectory(prefix="encode_bench_") as folder:
         rng, root = np.random.default_rng(0), Path(folder)
         (root / "data" / "class").mkdir(parents=True)
         for i in range(args.images):
             coarse = Image.fromarray(rng.integers(0, 256, (16, 20, 3), dtype=np.uint8))
-            coarse.resize((500, 400), Image.Resampling.BICUBIC).save(root / "data" / "class" / f"{i:05d}.jpg", quality=90)
+            coarse.resize((500, 400), Image.Resampling.BICUBIC).save(
+                root / "data" / "class" / f"{i:05d}.jpg", quality=90
+            )
         torch.manual_seed(0)
-        vae = AutoencoderKL(embed_dim=16, ch_mult=(1, 1, 2, 2, 4), ch=args.width, norm_groups=8, channel_order=list(range(16))).eval()
-        source, spec = ImageSource(ImageFolderDataset(root / "data", 256), 1, 0), RecordSpec("moments", "float16", (32, 16, 16), 2)
+        vae = AutoencoderKL(
+            embed_dim=16, ch_mult=(1, 1, 2, 2, 4), ch=args.width, norm_groups=8, channel_order=list(range(16))
+        ).eval()
+        source, spec = (
+            ImageSource(ImageFolderDataset(root / "data", 256), 1, 0),
+            RecordSpec("moments", "float16", (32, 16, 16), 2),
+        )
         files, counts = ShardFiles(root, source, spec, 8, 1024, "bench"), Counts()
         started = time.perf_counter()
-        encode_all(files, source, Encoder(vae, spec, True, torch.device("cpu"), scale=vae.scale), files.plan(counts), counts,
-                   num_workers=args.num_workers, pin_memory=False)
+        encode_all(
+            files,
+            source,
+            Encoder(vae, spec, True, torch.device("cpu"), scale=vae.scale),
+            files.plan(counts),
+            counts,
+            num_workers=args.num_workers,
+            pin_memory=False,
+        )
         seconds = time.perf_counter() - started
         files.close()
-    print_table(f"Encoding {args.images} JPEG files of 500 x 400 at 256 px, a random VAE of KL-16's shape, {args.width} wide, on the CPU; "
-                f"{args.num_workers} workers", ["images/s", "VAE waits"], [("", [f"{args.images / seconds:.2f}", f"{counts.waited:.2%}"])])
+    print_table(
+        f"Encoding {args.images} JPEG files of 500 x 400 at 256 px, a random VAE of KL-16's shape, {args.width} wide, on the CPU; "
+        f"{args.num_workers} workers",
+        ["images/s", "VAE waits"],
+        [("", [f"{args.images / seconds:.2f}", f"{counts.waited:.2%}"])],
+    )
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -196,20 +258,33 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--records {args.records} is less than one --batch_size, {args.batch_size}")
     if args.folder:
         check_writable(args.folder, "--folder")
-    needed, free = 5 * 2 * 4 * int(np.prod(args.shape)) * args.records, shutil.disk_usage(args.folder or tempfile.gettempdir()).free
+    needed, free = (
+        5 * 2 * 4 * int(np.prod(args.shape)) * args.records,
+        shutil.disk_usage(args.folder or tempfile.gettempdir()).free,
+    )
     if needed > free:
-        raise ValueError(f"--records {args.records} needs up to {needed / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free; lower it, or name "
-                         "another --folder")
+        raise ValueError(
+            f"--records {args.records} needs up to {needed / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free; lower it, or name "
+            "another --folder"
+        )
 
 
 def register(commands: argparse._SubParsersAction) -> None:
     """Add the sub-command."""
     about = "an epoch over cached latents: shards against a tree of .npz files"
-    sub = commands.add_parser("cache", help=about, description=about, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    sub = commands.add_parser(
+        "cache",
+        help=about,
+        description=about,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     sub.set_defaults(function=bench, check=check)
     sub.add_argument("--repeats", type=int, default=3, help="epochs of each; the median counts")
     sub.add_argument("--records", type=int, default=20_000)
-    sub.add_argument("--shape", type=int, nargs=3, default=[32, 16, 16], metavar=("2C", "H", "W"), help="of one view's moments")
+    sub.add_argument(
+        "--shape", type=int, nargs=3, default=[32, 16, 16], metavar=("2C", "H", "W"), help="of one view's moments"
+    )
     sub.add_argument("--batch_size", type=int, default=64)
     sub.add_argument("--num_workers", type=int, default=2)
     sub.add_argument("--images", type=int, default=128, help="image files for the encode loop; 0 leaves it out")

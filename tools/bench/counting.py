@@ -22,12 +22,24 @@ from util import dist
 from util.cli import at_least
 from util.heap import keep_freed_memory
 
-SYNC_OPS = ("_local_scalar_dense", "is_nonzero", "nonzero", "nonzero_numpy", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive")
-INDEX_OPS = ("index", "index_put", "index_put_")          # with a boolean index they have to learn how many entries are True
+SYNC_OPS = (
+    "_local_scalar_dense",
+    "is_nonzero",
+    "nonzero",
+    "nonzero_numpy",
+    "masked_select",
+    "equal",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+)
+INDEX_OPS = ("index", "index_put", "index_put_")  # with a boolean index they have to learn how many entries are True
 
-for direction in ("", "_backward"):                       # torch 2.6 counts no attention on a CPU: as much as a GPU's
+for direction in ("", "_backward"):  # torch 2.6 counts no attention on a CPU: as much as a GPU's
     flash = f"_scaled_dot_product_flash_attention{{}}{direction}"
-    flop_registry.setdefault(getattr(torch.ops.aten, flash.format("_for_cpu")), flop_registry[getattr(torch.ops.aten, flash.format(""))])
+    flop_registry.setdefault(
+        getattr(torch.ops.aten, flash.format("_for_cpu")), flop_registry[getattr(torch.ops.aten, flash.format(""))]
+    )
 
 
 class OpCounter(TorchDispatchMode):
@@ -45,7 +57,7 @@ class OpCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001 (torch's signature)
         result = func(*args, **(kwargs or {}))
-        if self.armed and func.namespace == "aten":         # fake tensors are also asked for their device, which is no work
+        if self.armed and func.namespace == "aten":  # fake tensors are also asked for their device, which is no work
             name = func.overloadpacket.__name__
             self.ops += 1
             self.views += func.is_view or name in ("_unsafe_view", "detach")
@@ -117,7 +129,14 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(shape_env=ShapeEnv())
 
 
-def timed(functions: Sequence[Callable[[], object]], repeats: int, device: torch.device, warm_up: int = 1, *, ours: int | None = None) -> list[float]:
+def timed(
+    functions: Sequence[Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    warm_up: int = 1,
+    *,
+    ours: int | None = None,
+) -> list[float]:
     """Median seconds of each function, run in turn so that a slow moment hits all of them alike.
 
     ours: number of the one that runs with freed memory kept, as training and sampling on a CPU do; the others run without. None: as it is.
@@ -145,22 +164,41 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Se
 
 # ------------------------------------------------------------------------------------------------------------- models and flags
 
+
 def build_model(args: argparse.Namespace) -> torch.nn.Module:
     """The model of the flags with random weights, adaLN's too: their zeros would make every block of the head the identity."""
     from models import MODELS
+
     depth = {} if getattr(args, "layers", None) is None else dict(encoder_depth=args.layers, decoder_depth=args.layers)
-    model = MODELS[args.model](img_size=args.img_size, vae_stride=args.vae_stride, vae_embed_dim=args.vae_embed_dim,
-                               buffer_size=args.buffer_size, quant_levels=2**args.quant_bits, **depth)
+    model = MODELS[args.model](
+        img_size=args.img_size,
+        vae_stride=args.vae_stride,
+        vae_embed_dim=args.vae_embed_dim,
+        buffer_size=args.buffer_size,
+        quant_levels=2**args.quant_bits,
+        **depth,
+    )
     for layer in model.modulation_layers:
         torch.nn.init.xavier_uniform_(layer[1].weight)
     return model
 
 
-def add_command(commands: argparse._SubParsersAction, name: str, function: Callable[[argparse.Namespace], None],
-                check: Callable[[argparse.Namespace], None], description: str, repeats: int) -> argparse.ArgumentParser:
+def add_command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    function: Callable[[argparse.Namespace], None],
+    check: Callable[[argparse.Namespace], None],
+    description: str,
+    repeats: int,
+) -> argparse.ArgumentParser:
     """A sub-command with --device and --repeats; `check` refuses bad flags before `function` runs."""
-    sub = commands.add_parser(name, help=description, description=description, allow_abbrev=False,
-                              formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    sub = commands.add_parser(
+        name,
+        help=description,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     sub.add_argument("--device", default="auto", help=dist.DEVICES)
     sub.add_argument("--repeats", type=int, default=repeats, help="timed runs; the median counts")
     sub.set_defaults(function=function, check=check)
@@ -170,17 +208,30 @@ def add_command(commands: argparse._SubParsersAction, name: str, function: Calla
 def add_model_flags(sub: argparse.ArgumentParser) -> None:
     """What `build_model` needs, batch size, precision, --dry."""
     from models import MODELS
+
     sub.add_argument("--model", default="tokenbridge_base", choices=list(MODELS))
     sub.add_argument("--batch_size", type=int, default=1)
-    sub.add_argument("--precision", default=None, choices=dist.PRECISIONS, help="default: bf16 on cuda that has it, else fp16; fp32 on cpu")
+    sub.add_argument(
+        "--precision",
+        default=None,
+        choices=dist.PRECISIONS,
+        help="default: bf16 on cuda that has it, else fp16; fp32 on cpu",
+    )
     sub.add_argument("--dry", "--flops_only", action="store_true", help="count only, compute nothing")
     sub.add_argument("--seed", type=int, default=0)
-    for flag, default in (("img_size", 256), ("vae_stride", 16), ("vae_embed_dim", 16), ("buffer_size", 64), ("quant_bits", 6)):
+    for flag, default in (
+        ("img_size", 256),
+        ("vae_stride", 16),
+        ("vae_embed_dim", 16),
+        ("buffer_size", 64),
+        ("quant_bits", 6),
+    ):
         sub.add_argument(f"--{flag}", type=int, default=default)
 
 
 def check_model_flags(args: argparse.Namespace) -> None:
     """ValueError naming the flag for a size that no model has."""
     from models.quantizer import gaussian_tables
+
     gaussian_tables(args.quant_bits)
     at_least(args, repeats=1, batch_size=1, img_size=1, vae_stride=1, vae_embed_dim=1, buffer_size=1)

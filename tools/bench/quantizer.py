@@ -19,6 +19,7 @@ def quantize_by_distance(x: Tensor, values: Tensor, min_value: float, max_value:
 def bench_quantizer(args: argparse.Namespace) -> None:
     """Both ways on the same latents: time, largest tensor, equal indices."""
     from models.quantizer import GaussianQuantizer, quantize
+
     device = dist.pick_device(args.device)
     tables = GaussianQuantizer(args.bits, -args.range, args.range).to(device)
     values = tables.reconstruction_values
@@ -29,6 +30,7 @@ def bench_quantizer(args: argparse.Namespace) -> None:
 
     def ours() -> Tensor:
         return quantize(x, values, -args.range, args.range)
+
     found, largest = [], []
     for function in (plain, ours):
         with OpCounter() as counter:
@@ -37,15 +39,24 @@ def bench_quantizer(args: argparse.Namespace) -> None:
     seconds = timed([plain, ours], args.repeats, device)
     same = (found[0] == found[1]).double().mean().item()
     shape = "(" + ", ".join(map(str, args.shape)) + ")"
-    print_table(f"Quantizing {shape} float32 latents at {2**args.bits} levels on {device}", ["distances", "bucketize", "ratio"], [
-        ("median time, ms", [f"{1e3 * seconds[0]:.3f}", f"{1e3 * seconds[1]:.3f}", f"{seconds[0] / seconds[1]:.1f}x"]),
-        ("largest tensor made, MiB", [f"{b / 2**20:.2f}" for b in largest] + [f"{largest[0] / largest[1]:.1f}x"]),
-        ("equal indices", ["", f"{same:.4%}", ""])])
+    print_table(
+        f"Quantizing {shape} float32 latents at {2**args.bits} levels on {device}",
+        ["distances", "bucketize", "ratio"],
+        [
+            (
+                "median time, ms",
+                [f"{1e3 * seconds[0]:.3f}", f"{1e3 * seconds[1]:.3f}", f"{seconds[0] / seconds[1]:.1f}x"],
+            ),
+            ("largest tensor made, MiB", [f"{b / 2**20:.2f}" for b in largest] + [f"{largest[0] / largest[1]:.1f}x"]),
+            ("equal indices", ["", f"{same:.4%}", ""]),
+        ],
+    )
 
 
 def check(args: argparse.Namespace) -> None:
     """ValueError naming the flag for what can be refused before any work."""
     from models.quantizer import gaussian_tables
+
     gaussian_tables(args.bits)
     at_least(args, repeats=1, range=1e-6)
     if min(args.shape) < 1:
@@ -58,7 +69,10 @@ def check(args: argparse.Namespace) -> None:
 def register(commands: argparse._SubParsersAction) -> None:
     """Add the sub-command."""
     from models.quantizer import MAX_BITS
-    sub = add_command(commands, "quantizer", bench_quantizer, check, "nearest level: binary search against a distance tensor", 20)
+
+    sub = add_command(
+        commands, "quantizer", bench_quantizer, check, "nearest level: binary search against a distance tensor", 20
+    )
     sub.add_argument("--bits", type=int, default=6, help=f"1 to {MAX_BITS}")
     sub.add_argument("--range", type=float, default=5.0, help="the quantizer covers [-range, range]")
     sub.add_argument("--shape", type=int, nargs="+", default=[64, 16, 16, 16], help="of the latents")
