@@ -21,6 +21,7 @@ from training.sharding import full
 from training.state import TrainState
 from util import dist
 from util.log import JsonlLog
+from util.seeds import mixed_seed
 
 
 @dataclass
@@ -93,11 +94,6 @@ def masked_counts(model: TokenBridge, seed: int, step: int, count: int) -> list[
     """Masked tokens of an image in each of the `count` micro-batches of a global batch, each from (seed, step, its number) alone (SPEC 4.5)."""
     uniforms = (float(np.random.default_rng([seed, step, number]).random()) for number in range(count))
     return [num_masked_tokens(draw_mask_ratio(model.mask_ratio_min, uniform), model.num_tokens) for uniform in uniforms]
-
-
-def mixed_seed(*parts: int) -> int:
-    """One 63-bit seed from several numbers."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1
 
 
 @torch.no_grad()

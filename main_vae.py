@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Subset
 from dataset.images import to_uint8
 from dataset.latent_statistics import frequency_order, latent_scale
 from dataset.loader import BAD_IMAGE_CHOICES, GlobalBatchSampler, ImageFolderDataset, build_loader
-from engine_tokenbridge import mixed_seed, optimizer_step
+from engine_tokenbridge import optimizer_step
 from evaluation.metrics import psnr
 from models.vae import AutoencoderKL, posterior_from_moments
 from training.lr_sched import learning_rate
@@ -38,6 +38,7 @@ from util import checkpoint, dist
 from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
 from util.heap import keep_freed_memory
 from util.log import JsonlLog, get_logger, run_cli
+from util.seeds import mixed_seed
 
 logger = get_logger()
 

@@ -33,7 +33,6 @@ from tqdm import tqdm
 from checkpoints import download
 from dataset.images import PIXELS, save_grid, save_png, to_uint8
 from dataset.loader import BAD_IMAGE_CHOICES, ImageFolderDataset, build_loader
-from engine_tokenbridge import mixed_seed
 from evaluation.metrics import (
     IS_SPLITS,
     SMALLEST_FOR_LPIPS,
@@ -62,6 +61,7 @@ from util import dist
 from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
 from util.files import write_json
 from util.log import get_logger, run_cli
+from util.seeds import mixed_seed
 
 logger = get_logger()
 

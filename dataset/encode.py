@@ -23,12 +23,12 @@ from dataset.images import read_image, to_tensor
 from dataset.latents import CachedLatents
 from dataset.loader import ImageFolderDataset
 from dataset.shards import RecordSpec, Shard, ShardWriter, make_layout, shard_name
-from engine_tokenbridge import mixed_seed
 from models.quantizer import TableQuantizer
 from models.vae import DiagonalGaussian, posterior_from_moments
 from util import dist
 from util.files import replacing
 from util.log import get_logger
+from util.seeds import mixed_seed
 
 logger = get_logger()
 

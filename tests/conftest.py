@@ -1,133 +1,17 @@
-"""What several test files share: the golden arrays, tiny models, real pictures, and a way to start two processes.
+"""Fixtures of all tests; the plain functions are in tests/helpers.py."""
 
-Helpers are plain functions (`from conftest import fill_golden`); what is slow to make is a session fixture, to be read and never changed.
-"""
-
-import contextlib
-import functools
-import json
 import logging
-import os
-import subprocess
-import sys
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.tokenbridge import TokenBridge
-from models.vae import AutoencoderKL
-from tools.bench.counting import no_fake_gpu
-from training.sharding import cannot_shard
+from tests.helpers import write_image_folder
 
-REPO = Path(__file__).resolve().parent.parent
-GOLDEN = Path(__file__).resolve().parent / "golden"
-
-# tiny models gain nothing from more, and lose much where the cores are shared; the same sums on any machine
-torch.set_num_threads(1)
-
-
-# ------------------------------------------------------------------------------------------------------- golden arrays
-
-
-def golden_arrays(name: str) -> dict[str, np.ndarray]:
-    """The arrays of tests/golden/<name>.npz."""
-    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
-        return {key: arrays[key] for key in arrays.files}
-
-
-def golden_json(name: str) -> dict:
-    """tests/golden/<name>.json."""
-    return json.loads((GOLDEN / f"{name}.json").read_text())
-
-
-def golden_weight(key: str, shape: Sequence[int]) -> np.ndarray:
-    """The weight that the golden rule gives a parameter: float64, from its state-dict key and shape alone (tests/golden/README.md)."""
-    shape = tuple(shape)
-    noise = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape)
-    if len(shape) == 1:
-        return 1 + 0.1 * noise if key.endswith(".weight") else 0.05 * noise
-    if ("emb" in key and not key.startswith("decoder_embed.")) or key in ("fake_latent", "mask_token"):
-        return 0.2 * noise
-    return noise / np.sqrt(np.prod(shape[1:]))
-
-
-def fill_golden(module: nn.Module) -> nn.Module:
-    """Set every parameter (no buffer) of the module by the golden rule, in place; returns the module."""
-    with torch.no_grad():
-        for key, parameter in module.named_parameters():
-            parameter.copy_(torch.from_numpy(golden_weight(key, parameter.shape).astype(np.float32)))
-    return module
-
-
-# ------------------------------------------------------------------------------------------------------- small models
-
-
-def tiny_config(**changes: object) -> dict:
-    """Constructor arguments of the golden tiny model: 4x4 tokens of 16 channels, 16 levels, 10 classes, dropout and label drop 0."""
-    return golden_json("train_tiny")["config"] | dict(attn_dropout=0.0, proj_dropout=0.0, label_drop_prob=0.0) | changes
-
-
-def tiny_model(**changes: object) -> TokenBridge:
-    """The golden tiny model in eval mode, filled by the golden rule."""
-    return fill_golden(TokenBridge(**tiny_config(**changes))).eval()
-
-
-def tiny_vae(**changes: object) -> AutoencoderKL:
-    """A VAE whose latents fit the tiny model (64 px <-> 16 channels at 4x4), weights drawn from seed 0, eval mode."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return AutoencoderKL(
-            **(dict(embed_dim=16, ch_mult=(1, 1, 2, 2, 2), ch=8, num_res_blocks=1, norm_groups=4) | changes)
-        ).eval()
-
-
-def tiny_batch(batch: int = 4, channels: int = 16, grid: int = 4, classes: int = 10) -> tuple[Tensor, Tensor]:
-    """Latents (B, C, h, w) ~ N(0, 1) and labels (B,), always the same."""
-    rng = np.random.default_rng(5)
-    return torch.from_numpy(rng.standard_normal((batch, channels, grid, grid)).astype(np.float32)), torch.from_numpy(
-        rng.integers(classes, size=batch)
-    )
-
-
-# ------------------------------------------------------------------------------------------------------- real pictures
-
-
-@functools.cache
-def photographs() -> list[np.ndarray]:
-    """scikit-learn's two photographs (china.jpg, flower.jpg), uint8 (427, 640, 3). Read only: shared by all tests."""
-    from sklearn.datasets import load_sample_images
-
-    return [np.asarray(image, dtype=np.uint8) for image in load_sample_images().images]
-
-
-def write_image_folder(root: Path, per_class: int = 6, size: tuple[int, int] = (96, 80), split: str = "train") -> Path:
-    """root/<split>/{china,flower}/NN.png, crops (width, height) of the photographs; returns root."""
-    width, height = size
-    for name, photo in zip(("china", "flower"), photographs(), strict=True):
-        folder = root / split / name
-        folder.mkdir(parents=True, exist_ok=True)
-        rng = np.random.default_rng(len(name))
-        for i in range(per_class):
-            top, left = rng.integers(photo.shape[0] - height), rng.integers(photo.shape[1] - width)
-            Image.fromarray(photo[top : top + height, left : left + width]).save(folder / f"{i:02d}.png")
-    return root
-
-
-@pytest.fixture(scope="session")
-def image_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with train/{china,flower}/00..05.png, 96x80 crops of photographs. Read only: shared by all tests."""
-    return write_image_folder(tmp_path_factory.mktemp("pictures"))
-
-
-# ------------------------------------------------------------------------------------------------------- log, processes, operations
+torch.set_num_threads(
+    1
+)  # tiny models gain nothing from more, and lose much where the cores are shared; the same sums on any machine
 
 
 class _Messages(logging.Handler):
@@ -137,6 +21,12 @@ class _Messages(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
+
+
+@pytest.fixture(scope="session")
+def image_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train/{china,flower}/00..05.png, 96x80 crops of photographs. Read only: shared by all tests."""
+    return write_image_folder(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture
@@ -149,69 +39,3 @@ def messages() -> Iterator[list[str]]:
     yield handler.lines
     logger.removeHandler(handler)
     logger.setLevel(level)
-
-
-def run_processes(
-    arguments: Sequence[str | Path], nproc: int, timeout: float = 120, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess:
-    """`torchrun --nproc_per_node=nproc ARGUMENTS` on a free port, in the repository, one thread each; output captured as text."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={nproc}",
-        *map(str, arguments),
-    ]
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    }
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""} | (env or {})
-    return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=timeout)
-
-
-@contextlib.contextmanager
-def fake_gpu(allow_non_fake_inputs: bool = False) -> Iterator[None]:
-    """Within the block tensors on "cuda" have shapes and no numbers; skips the test where this torch cannot make them."""
-    if no_fake_gpu():
-        pytest.skip(no_fake_gpu())
-    with FakeTensorMode(allow_non_fake_inputs=allow_non_fake_inputs):
-        yield
-
-
-def skip_unless_shardable() -> None:
-    """Skips the test where this torch cannot shard on a CPU."""
-    if reason := cannot_shard(torch.device("cpu")):
-        pytest.skip(reason)
-
-
-class RecordOps(TorchDispatchMode):
-    """Within the block: `names` of the aten operations in order, and of each tensor they made its `devices` entry and `largest` size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.devices: list[tuple[str, str]] = []  # (operation, device type of a result)
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        self.names.append(name)
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self.devices.append((name, tensor.device.type))
-                self.largest = max(self.largest, tensor.numel())
-        return out
-
-
-class Explosive:
-    """Its pickle runs code: unpickling it makes the file `path`. For tests that loading refuses code."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):  # noqa: ANN204
-        return (Path.touch, (self.path,))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import Explosive, tiny_model
+from tests.helpers import Explosive, tiny_model
 from util import checkpoint
 from util.checkpoint import atomic_save, load_file, load_state, resolve
 

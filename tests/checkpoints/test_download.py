@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import constants, utils
 
 from checkpoints import download
-from tests.conftest import REPO, run_processes
+from tests.helpers import REPO, run_processes
 from tests.hub import Hub
 from util.log import run_cli
 

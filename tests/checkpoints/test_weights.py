@@ -13,7 +13,7 @@ from checkpoints.weights import find_file, generator_state, load_state, one_layo
 from main_tokenbridge import main
 from models.tokenbridge import TokenBridge
 from models.vae import load_vae
-from tests.conftest import Explosive, fill_golden, golden_json, tiny_config, tiny_vae
+from tests.helpers import Explosive, fill_golden, golden_json, tiny_config, tiny_vae
 
 SHAPES = {name: golden_json(f"manifest_tokenbridge_{name}") for name in ("base", "large", "huge")}
 

@@ -13,7 +13,7 @@ from generation.loading import load as load_model
 from main_tokenbridge import main
 from models.quantizer import lloyd_tables, uniform_tables
 from models.vae import AutoencoderKL
-from tests.conftest import tiny_vae
+from tests.helpers import tiny_vae
 
 SIZE = 32  # pixels, with a VAE of stride 8 and 6 channels: 4x4 tokens
 

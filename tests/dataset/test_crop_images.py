@@ -9,7 +9,7 @@ from PIL import Image
 
 from dataset.crop import center_crop_adm
 from dataset.images import atomic_write, read_image, save_grid, save_png, to_tensor, to_uint8
-from tests.conftest import photographs
+from tests.helpers import photographs
 
 
 def photo(width: int, height: int) -> Image.Image:

@@ -11,7 +11,7 @@ from PIL import Image
 from dataset.crop import center_crop_adm
 from dataset.latents import CachedLatents
 from dataset.loader import GlobalBatchSampler, ImageFolderDataset, build_loader, coin
-from tests.conftest import photographs, write_image_folder
+from tests.helpers import photographs, write_image_folder
 
 
 @pytest.fixture

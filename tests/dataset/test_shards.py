@@ -22,9 +22,9 @@ from dataset.loader import GlobalBatchSampler, ImageFolderDataset, build_loader,
 from dataset.shards import RecordSpec, Shard, pack_bits, unpack_bits
 from main_cache import main
 from models.vae import load_vae
-from tests.conftest import run_processes, write_image_folder
 from tests.end_to_end.test_main_cache import SHAPE, SIZE, save_vae
 from tests.end_to_end.test_main_cache import arguments as npz_arguments
+from tests.helpers import run_processes, write_image_folder
 
 SHARDS = ("shard-00000.safetensors", "shard-00001.safetensors")  # 6 + 4 images; in batches of 2
 

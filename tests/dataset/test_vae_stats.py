@@ -23,7 +23,7 @@ from dataset.latent_statistics import (
 )
 from models.quantizer import GaussianQuantizer, build_quantizer, read_quantizer
 from models.vae import load_vae
-from tests.conftest import tiny_vae, write_image_folder
+from tests.helpers import tiny_vae, write_image_folder
 
 
 def wave(frequency: float, n: int = 64, grid: int = 16) -> torch.Tensor:

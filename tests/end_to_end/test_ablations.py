@@ -12,7 +12,7 @@ from demo import ablations, digits
 from demo.ablations import ABLATIONS, VARIANTS, bits_per_dim, frechet, margins, summary, verdict
 from demo.run import Size
 from main_tokenbridge import build_parser
-from tests.conftest import tiny_model, tiny_vae
+from tests.helpers import tiny_model, tiny_vae
 
 
 def test_every_variant_is_named_and_its_flags_exist() -> None:

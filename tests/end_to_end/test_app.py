@@ -16,7 +16,7 @@ from PIL import Image
 from demo import app
 from demo.app import NO_CLASS, Studio, build_page, enlarge, first_of, main, read_drawing, side_by_side
 from generation.library import token_mask
-from tests.conftest import photographs, tiny_model, tiny_vae
+from tests.helpers import photographs, tiny_model, tiny_vae
 
 SETTINGS = (5, 2.0, 0.9, 3)  # seed, guidance, temperature, iterations
 

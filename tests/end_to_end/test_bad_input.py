@@ -11,7 +11,7 @@ import torch
 
 from main_tokenbridge import main
 from models.vae import load_vae
-from tests.conftest import Explosive, tiny_vae, write_image_folder
+from tests.helpers import Explosive, tiny_vae, write_image_folder
 from util.checkpoint import LAST
 
 SIZE = 32  # pixels, with a VAE of stride 16: 2x2 tokens of 16 channels

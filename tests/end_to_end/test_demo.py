@@ -11,7 +11,7 @@ import pytest
 from dataset.images import read_image
 from demo import digits
 from demo.run import Stage, run_stages
-from tests.conftest import REPO
+from tests.helpers import REPO
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPO, run_processes
+from tests.helpers import REPO, run_processes
 from tests.training.test_resume import STEPS, flags, log_of  # noqa: F401 (flags is a fixture)
 from util.checkpoint import load_latest
 

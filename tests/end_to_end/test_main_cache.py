@@ -17,7 +17,7 @@ from dataset.latents import CachedLatents
 from dataset.loader import ImageFolderDataset
 from main_cache import main
 from models.vae import AutoencoderKL, load_vae
-from tests.conftest import run_processes, write_image_folder
+from tests.helpers import run_processes, write_image_folder
 from util.log import run_cli
 
 SIZE, SHAPE = 16, (8, 8, 8)  # 16-pixel images; moments of 4 channels at stride 2

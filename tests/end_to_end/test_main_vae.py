@@ -15,7 +15,7 @@ from dataset.images import read_image, to_uint8
 from dataset.loader import ImageFolderDataset
 from main_vae import Objective, edge_distance, main, measure
 from models.vae import AutoencoderKL, DiagonalGaussian, load_vae
-from tests.conftest import run_processes, write_image_folder
+from tests.helpers import run_processes, write_image_folder
 from util.log import run_cli
 
 SIZE, STEPS = 16, 10  # 16-pixel images; two classes of 8 at batch 4 make epochs of 4 steps

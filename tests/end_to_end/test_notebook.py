@@ -7,7 +7,7 @@ import pytest
 
 from models import MODELS
 from models.vae import AutoencoderKL
-from tests.conftest import REPO
+from tests.helpers import REPO
 from util.checkpoint import atomic_save
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import REPO
+from tests.helpers import REPO
 
 FOLDERS = ("checkpoints", "dataset", "demo", "evaluation", "generation", "models", "tools", "training", "util")
 SOURCES = [*REPO.glob("*.py"), *(path for folder in FOLDERS for path in (REPO / folder).rglob("*.py"))]

@@ -28,9 +28,9 @@ import models
 from checkpoints import build as engine_load
 from checkpoints.download import PUBLISHED
 from models.tokenbridge import TokenBridge
-from tests.conftest import REPO, photographs, tiny_vae, write_image_folder
 from tests.evaluation.test_evaluation import FewColours, reference
 from tests.evaluation.test_fid_stats import Colours
+from tests.helpers import REPO, photographs, tiny_vae, write_image_folder
 
 DOCUMENTS = {path: path.read_text() for path in (REPO / "README.md", *sorted((REPO / "docs").glob("*.md")))}
 README = DOCUMENTS[REPO / "README.md"]

@@ -32,8 +32,8 @@ from reconstruction import (
     posterior_noise,
     spread_evenly,
 )
-from tests.conftest import GOLDEN, photographs, run_processes
 from tests.evaluation.test_metrics import offline, stats_of
+from tests.helpers import GOLDEN, photographs, run_processes
 from tools.bench.evaluation import write_random_inception
 from util.log import run_cli
 

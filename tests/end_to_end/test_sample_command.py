@@ -15,7 +15,7 @@ from generation import pipeline as engine_sample
 from generation.library import encode_init
 from main_tokenbridge import main
 from models import MODELS, load
-from tests.conftest import photographs, tiny_vae
+from tests.helpers import photographs, tiny_vae
 from util.log import run_cli
 
 SIZE = 32  # pixels, with a VAE of stride 8: 4x4 tokens

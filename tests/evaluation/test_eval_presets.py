@@ -22,7 +22,7 @@ from evaluation.presets import (
 from evaluation.scores import plain
 from generation.pipeline import sample_settings
 from main_tokenbridge import build_parser, sweep_values
-from tests.conftest import REPO
+from tests.helpers import REPO
 from util import dist
 from util.cli import parse
 

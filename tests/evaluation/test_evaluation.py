@@ -33,8 +33,8 @@ from evaluation.scores import (
 from evaluation.store import EvalStore, batches_of, image_flaws
 from generation.pipeline import SampleSettings, balanced_labels, generate
 from main_tokenbridge import main
-from tests.conftest import REPO, run_processes, tiny_model, tiny_vae
 from tests.evaluation.test_fid_stats import Colours, adm, crops, write_stats
+from tests.helpers import REPO, run_processes, tiny_model, tiny_vae
 
 CPU = torch.device("cpu")
 SIZE = 64
@@ -263,7 +263,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("evaluate")
     vae = tiny_vae(embed_dim=4, ch_mult=(1, 1, 2, 2))
     torch.save({"model": vae.state_dict(), "config": vae.config}, root / "vae.pth")
-    from tests.conftest import write_image_folder
+    from tests.helpers import write_image_folder
 
     pictures = write_image_folder(root / "pictures", per_class=2, size=(40, 36))
     main(

@@ -19,7 +19,7 @@ from evaluation.reference import (
     make_reference,
     npz_batches,
 )
-from tests.conftest import Explosive, photographs, run_processes
+from tests.helpers import Explosive, photographs, run_processes
 
 SIZE = 24
 

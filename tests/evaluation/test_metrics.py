@@ -34,7 +34,7 @@ from evaluation.metrics import (
     psnr,
     ssim,
 )
-from tests.conftest import Explosive, photographs
+from tests.helpers import Explosive, photographs
 from tools.bench.evaluation import write_random_inception
 from util.dist import float32_precision
 

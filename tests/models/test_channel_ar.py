@@ -14,7 +14,7 @@ from models import channel_ar
 from models.channel_ar import draw_indices
 from models.layers import CausalAttention
 from models.tokenbridge import TokenBridge
-from tests.conftest import tiny_batch, tiny_config, tiny_model
+from tests.helpers import tiny_batch, tiny_config, tiny_model
 
 N = 7  # tokens
 HEADS = 4  # of the tiny model's head

@@ -18,7 +18,7 @@ from models.sampling import loop as sampling
 from models.sampling.loop import SamplerOptions, sample_steps
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
-from tests.conftest import RecordOps, fake_gpu, fill_golden, tiny_batch, tiny_config, tiny_vae
+from tests.helpers import RecordOps, fake_gpu, fill_golden, tiny_batch, tiny_config, tiny_vae
 
 SMALL_VAE = dict(embed_dim=16, ch_mult=(1, 1, 2, 2, 2), ch=8, num_res_blocks=1, norm_groups=4)
 

@@ -21,7 +21,7 @@ from models.quantizer import (
     uniform_tables,
 )
 from models.tokenbridge import TokenBridge
-from tests.conftest import RecordOps, golden_arrays, tiny_model
+from tests.helpers import RecordOps, golden_arrays, tiny_model
 
 GOLDEN = golden_arrays("quantizer")
 CASES = sorted({key.rsplit("_", 1)[0] for key in GOLDEN if key != "x"})

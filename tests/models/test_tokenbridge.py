@@ -19,7 +19,7 @@ from models.tokenbridge import (
     num_masked_tokens,
     random_orders,
 )
-from tests.conftest import fill_golden, golden_arrays, golden_json, golden_weight, tiny_batch, tiny_config, tiny_model
+from tests.helpers import fill_golden, golden_arrays, golden_json, golden_weight, tiny_batch, tiny_config, tiny_model
 
 # million parameters, SPEC 4
 SIZES = {"tokenbridge_base": 218.02, "tokenbridge_large": 486.89, "tokenbridge_huge": 910.04}

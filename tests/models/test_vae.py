@@ -18,7 +18,7 @@ from models.vae import (
     load_weights,
     posterior_from_moments,
 )
-from tests.conftest import Explosive, fill_golden, golden_arrays, golden_json, tiny_vae
+from tests.helpers import Explosive, fill_golden, golden_arrays, golden_json, tiny_vae
 
 BIT_OF_EVERYTHING = dict(embed_dim=4, ch_mult=(1, 2), ch=8, num_res_blocks=1, norm_groups=4)
 

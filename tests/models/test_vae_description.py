@@ -9,7 +9,7 @@ import torch
 
 from models.latent_space import KL16, VaeDescription, description_path, find_description, read_description
 from models.vae import AutoencoderKL, load_vae
-from tests.conftest import tiny_vae
+from tests.helpers import tiny_vae
 
 TINY = dict(embed_dim=4, ch_mult=(1, 2), ch=8, num_res_blocks=1, norm_groups=4)
 

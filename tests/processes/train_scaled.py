@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from dataset.loader import GlobalBatchSampler
 from engine_tokenbridge import train_one_epoch
-from tests.conftest import tiny_model, tiny_vae
+from tests.helpers import tiny_model, tiny_vae
 from tests.processes.train_tiny import IMAGES, Moments, settings
 from training.posthoc_ema import SnapshotWriter, read_snapshot, snapshot_path
 from training.state import TrainState

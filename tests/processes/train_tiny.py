@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dataset.loader import GlobalBatchSampler
 from engine_tokenbridge import TrainSettings, train_one_epoch
-from tests.conftest import tiny_model, tiny_vae
+from tests.helpers import tiny_model, tiny_vae
 from training.state import TrainState
 from util import dist
 from util.log import JsonlLog, run_cli

@@ -7,7 +7,7 @@ import torch
 
 from models.sampling import compiled
 from models.sampling.compiled import CompiledSampler, bucket, launches_per_step
-from tests.conftest import tiny_model
+from tests.helpers import tiny_model
 
 LABELS = torch.tensor([3, 7])
 

@@ -10,7 +10,7 @@ from generation.library import encode_init, picture_tensor, to_bytes, token_mask
 from models import load
 from models.sampling.loop import image_seed
 from models.tokenbridge import TokenBridge
-from tests.conftest import photographs, tiny_model, tiny_vae
+from tests.helpers import photographs, tiny_model, tiny_vae
 
 OPTIONS = dict(num_iter=3, cfg=2.0)
 

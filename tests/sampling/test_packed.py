@@ -9,7 +9,7 @@ from torch import nn
 from models.sampling import packed
 from models.sampling.packed import PackedLinears, can_pack
 from models.tokenbridge import TokenBridge
-from tests.conftest import RecordOps, fake_gpu, tiny_model
+from tests.helpers import RecordOps, fake_gpu, tiny_model
 
 PACKED = "_linear_pointwise"
 needs_packing = pytest.mark.skipif(not can_pack(torch.zeros(2, 2)), reason="torch packs no weights on this CPU")

@@ -10,7 +10,7 @@ from models.layers import take
 from models.sampling.loop import SamplerOptions, feature_source, random_orders, unmasking_plan
 from models.sampling.reuse import ReusedFeatures
 from models.tokenbridge import TokenBridge
-from tests.conftest import tiny_model
+from tests.helpers import tiny_model
 from tools.bench.counting import count
 
 LABELS = torch.tensor([3, 7])

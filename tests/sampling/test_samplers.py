@@ -7,7 +7,7 @@ import pytest
 
 from demo import digits, samplers
 from demo.samplers import EXACT, SETTINGS
-from tests.conftest import tiny_model, tiny_vae
+from tests.helpers import tiny_model, tiny_vae
 
 
 @pytest.mark.parametrize(

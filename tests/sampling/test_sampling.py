@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.tokenbridge import TokenBridge, cosine_keep, guidance_scale, unmasking_plan
-from tests.conftest import RecordOps, golden_arrays, golden_json, tiny_model
+from tests.helpers import RecordOps, golden_arrays, golden_json, tiny_model
 
 HOST_SYNCS = {
     "_local_scalar_dense",

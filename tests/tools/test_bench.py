@@ -11,7 +11,7 @@ from torch import nn
 from models import MODELS
 from models.quantizer import GaussianQuantizer, quantize
 from models.tokenbridge import TokenBridge, draw_mask_ratio, mask_from_orders, random_orders
-from tests.conftest import tiny_batch, tiny_config, tiny_model
+from tests.helpers import tiny_batch, tiny_config, tiny_model
 from tools.bench import evaluation as bench_eval
 from tools.bench.__main__ import build_parser, main
 from tools.bench.counting import OpCounter, count, fake_mode, no_fake_gpu

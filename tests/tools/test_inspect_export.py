@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 import models
 from checkpoints.weights import read_file
-from tests.conftest import tiny_model, tiny_vae
+from tests.helpers import tiny_model, tiny_vae
 from tests.hub import Hub
 from tools import export, inspect
 

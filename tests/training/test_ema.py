@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import tiny_model
+from tests.helpers import tiny_model
 from training.ema import ModelEma, PowerEma, initial_share, power_exponent
 
 

@@ -11,15 +11,16 @@ from scipy.stats import truncnorm
 from torch import Tensor
 
 import engine_tokenbridge
-from engine_tokenbridge import draw_step, masked_counts, mixed_seed, optimizer_step
+from engine_tokenbridge import draw_step, masked_counts, optimizer_step
 from generation.pipeline import SampleSettings, balanced_labels, generate
 from models.tokenbridge import TokenBridge
-from tests.conftest import REPO, run_processes, tiny_model, tiny_vae
+from tests.helpers import REPO, run_processes, tiny_model, tiny_vae
 from tests.processes import train_tiny
 from training.lr_sched import learning_rate
 from training.state import TrainState, weight_decay_groups
 from util import dist
 from util.log import JsonlLog
+from util.seeds import mixed_seed
 
 CPU = torch.device("cpu")
 

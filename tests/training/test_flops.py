@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.tokenbridge import TokenBridge
-from tests.conftest import tiny_batch, tiny_config
+from tests.helpers import tiny_batch, tiny_config
 from tools.bench.counting import fake_mode
 from training.flops import forward_flops, peak_tflops, step_flops
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import main_tokenbridge
 import models
-from tests.conftest import REPO, run_processes, skip_unless_shardable, tiny_vae
+from tests.helpers import REPO, run_processes, skip_unless_shardable, tiny_vae
 from tools import inspect
 from training import run as engine_train
 from training.ema import SIGMA_RELS, PowerEma, power_exponent

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import main_tokenbridge
-from tests.conftest import tiny_model, tiny_vae
+from tests.helpers import tiny_model, tiny_vae
 from training.presets import PRESETS, apply_preset, training_differences
 from util import dist
 from util.cli import parse

@@ -12,7 +12,7 @@ from engine_tokenbridge import TrainSettings, optimizer_step, train_one_epoch
 from main_tokenbridge import build_parser, main
 from models import MODELS
 from models.tokenbridge import TokenBridge
-from tests.conftest import tiny_batch, tiny_model, tiny_vae
+from tests.helpers import tiny_batch, tiny_model, tiny_vae
 from tools import inspect
 from training.recipe import take_optimizer_settings, warn_of_other_recipe
 from training.state import TrainState, saved_hyper_parameters

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import REPO, run_processes, tiny_vae
+from tests.helpers import REPO, run_processes, tiny_vae
 from tests.processes import run_killed
 from util.checkpoint import LAST, load_latest, numbered
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine_tokenbridge import optimizer_step, spoilt_if_not_finite
-from tests.conftest import REPO, fake_gpu, run_processes, skip_unless_shardable, tiny_batch, tiny_model
+from tests.helpers import REPO, fake_gpu, run_processes, skip_unless_shardable, tiny_batch, tiny_model
 from tests.processes import train_scaled
 from tools.bench.counting import OpCounter
 from training.state import TrainState, compile_blocks, weight_decay_groups
@@ -264,7 +264,7 @@ def test_learning_and_stepping_never_wait_for_a_gpu() -> None:
 
 def tiny_model_on_gpu() -> torch.nn.Module:
     from models.tokenbridge import TokenBridge
-    from tests.conftest import tiny_config
+    from tests.helpers import tiny_config
 
     return TokenBridge(**tiny_config()).train()
 

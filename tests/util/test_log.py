@@ -8,7 +8,7 @@ import sys
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import REPO
+from tests.helpers import REPO
 from util.log import JsonlLog, get_logger, run_cli
 
 

@@ -1,0 +1,152 @@
+"""Settings that own their command-line flags.
+
+A dataclass field made by `option` states the default, the help text and the allowed values once. `add_options` makes flags of the fields, and
+`read_options` builds the settings from the parsed flags. `check_options` checks the values wherever the settings are built, so that the library
+and the command line refuse the same ones.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Collection, Iterator, Sequence
+
+
+class ArgumentError(ValueError):
+    """A value that an argument cannot take. `argument` is its name; `flag_names` adds the flag to the message."""
+
+    def __init__(self, argument: str, message: str):
+        super().__init__(message)
+        self.argument = argument
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What `option` keeps in the field's metadata."""
+
+    help: str
+    choices: Sequence[object] | None
+    lowest: float | None
+    highest: float | None
+    above: float | None
+    nargs: int | str | None
+    metavar: str | tuple[str, ...] | None
+    const: object
+    check: bool
+
+
+def option(
+    default: object,
+    help: str = "",
+    *,
+    choices: Collection | None = None,
+    lowest: float | None = None,
+    highest: float | None = None,
+    above: float | None = None,
+    nargs: int | str | None = None,
+    metavar: str | tuple[str, ...] | None = None,
+    const: object = None,
+    check: bool = True,
+) -> typing.Any:
+    """A dataclass field that is a flag too.
+
+    lowest, highest: inclusive bounds of a number (of each, where there are several); above: an exclusive lower one. Numbers must be finite.
+    check=False leaves the bounds to the settings' own checks.
+    """
+    kept = Option(
+        help, None if choices is None else tuple(choices), lowest, highest, above, nargs, metavar, const, check
+    )
+    return dataclasses.field(default=default, metadata={"option": kept})
+
+
+def option_fields(settings: type) -> dict[str, dataclasses.Field]:
+    """The fields that are flags, by name."""
+    return {field.name: field for field in dataclasses.fields(settings) if "option" in field.metadata}
+
+
+def _value_type(annotation: object) -> type:
+    """int for `int`, `int | None` and `tuple[int, ...]`."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
+    if typing.get_origin(annotation) in (tuple, list, Sequence):
+        annotation = typing.get_args(annotation)[0]
+    return typing.get_origin(annotation) or annotation
+
+
+def add_options(
+    parser: argparse.ArgumentParser,
+    settings: type,
+    title: str = "",
+    *,
+    only: Collection[str] | None = None,
+    **defaults: object,
+) -> None:
+    """Add a flag --NAME for each option of `settings`, in a group of its own if there is a title.
+
+    only: the fields to add. defaults: published defaults where they differ from the library's.
+    """
+    group = parser.add_argument_group(title) if title else parser
+    annotations = typing.get_type_hints(settings)
+    for name, field in option_fields(settings).items():
+        if only is not None and name not in only:
+            continue
+        kept: Option = field.metadata["option"]
+        default = defaults.get(name, field.default)
+        kind = _value_type(annotations[name])
+        if kind is bool:
+            group.add_argument(f"--{name}", action="store_true", default=default, help=kept.help)
+            continue
+        default = list(default) if isinstance(default, tuple) else default
+        more = {"nargs": kept.nargs, "const": kept.const, "metavar": kept.metavar, "choices": kept.choices}
+        more = {key: value for key, value in more.items() if value is not None}
+        group.add_argument(f"--{name}", type=kind, default=default, help=kept.help or None, **more)
+
+
+def read_options(settings: type, args: argparse.Namespace, **values: object) -> typing.Any:
+    """`settings` built from the flags of its fields; `values` are the fields that are no flags, or that override one.
+
+    A field whose flag the parser does not have keeps its default. Lists become tuples.
+    """
+    found = {name: getattr(args, name) for name in option_fields(settings) if hasattr(args, name)} | values
+    return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
+
+
+def check_options(settings: object) -> None:
+    """ArgumentError naming the first field whose value is outside its choices or bounds, or not finite; for `__post_init__`."""
+    for name, field in option_fields(type(settings)).items():
+        kept, value = field.metadata["option"], getattr(settings, name)
+        if not kept.check or value is None:
+            continue
+        for part in value if isinstance(value, (tuple, list)) else (value,):
+            _check_value(name, kept, part)
+
+
+def _check_value(name: str, kept: Option, value: object) -> None:
+    if kept.choices is not None and value not in kept.choices:
+        raise ArgumentError(name, f"{name} {value!r} is unknown; choose from {', '.join(map(str, kept.choices))}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    if not math.isfinite(value):
+        raise ArgumentError(name, f"{name} must be finite, got {value}")
+    if kept.above is not None and not value > kept.above:
+        raise ArgumentError(name, f"{name} must be above {kept.above}, got {value}")
+    if kept.lowest is not None and value < kept.lowest:
+        raise ArgumentError(name, f"{name} must be at least {kept.lowest}, got {value}")
+    if kept.highest is not None and value > kept.highest:
+        raise ArgumentError(name, f"{name} must be at most {kept.highest}, got {value}")
+
+
+@contextlib.contextmanager
+def flag_names(parser: argparse.ArgumentParser, **renamed: str) -> Iterator[None]:
+    """Within, an ArgumentError leaves as a ValueError that also names the flag of the argument.
+
+    renamed: argument -> dest of its flag, where the two differ.
+    """
+    try:
+        yield
+    except ArgumentError as error:
+        flags = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
+        flag = flags.get(renamed.get(error.argument, error.argument))
+        raise ValueError(str(error) if flag is None or flag in str(error) else f"{error} ({flag})") from error
