@@ -218,5 +218,5 @@ def test_load_state_leaves_the_module_alone_when_it_refuses() -> None:
 
 
 def test_hub_addresses_are_not_for_load() -> None:
-    with pytest.raises(ValueError, match=r"util\.download\.local_path\('hf://a/b'\) fetches it"):
+    with pytest.raises(ValueError, match=r"checkpoints\.download\.local_path\('hf://a/b'\) fetches it"):
         models.load("hf://a/b")

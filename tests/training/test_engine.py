@@ -249,9 +249,7 @@ def test_accumulated_micro_batches_are_the_big_batch(monkeypatch: pytest.MonkeyP
 def two_processes(tmp_path: Path, *arguments: object) -> tuple[object, Path]:
     out = tmp_path / "two.pth"
     result = run_processes(
-        [REPO / "tests" / "processes" / "train_tiny.py", out, *arguments],
-        nproc=2,
-        env={"PYTHONPATH": f"{REPO}:{REPO / 'tests'}"},
+        [REPO / "tests" / "processes" / "train_tiny.py", out, *arguments], nproc=2, env={"PYTHONPATH": str(REPO)}
     )
     return result, out
 
