@@ -355,7 +355,7 @@ def latents_to_fit(
     except (ValueError, OSError) as error:
         problem = error
     dist.agree(problem)
-    latents = dist.gather_objects(torch.cat(found) if found else None)[0]
+    latents = dist.broadcast_from_main(torch.cat(found) if found else None)
     if latents is None:
         raise ValueError(f"{args.image_dir} (--image_dir): no image to fit --quantizer lloyd to can be read")
     return latents

@@ -6,7 +6,6 @@ sums of several processes merge exactly. Only precision, recall, KID and FID-inf
 Letters: B images of a batch, N of a set, F feature dimensions.
 """
 
-import hashlib
 import os
 import socket
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, k
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from util.dist import agree, all_reduce_sum, float32_precision
+from util.files import file_sha256
 
 CPU = torch.device("cpu")
 FEATURE_DIM = 2048
@@ -166,18 +166,6 @@ class InceptionFeatures:
                 pool, logits = self.network(chunk.to(self.device))
                 parts.append((pool, self._spatial, logits))
         return dict(zip(("2048", "spatial", "logits_unbiased"), map(torch.cat, zip(*parts, strict=True)), strict=True))
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file, as sha256sum prints it; of a folder, over its files' names and contents."""
-    path, digest = Path(path), hashlib.sha256()
-    for one in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        if one != path:
-            digest.update(str(one.relative_to(path)).encode())
-        with one.open("rb") as file:
-            while block := file.read(2**22):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------- running sums

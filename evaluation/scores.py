@@ -417,7 +417,7 @@ class Evaluator:
             "checkpoint": str(source),
             "weights": self.args.weights,
             "vae_config": vae.config,
-            **dist.gather_objects(hashes[0])[0],
+            **dist.broadcast_from_main(hashes[0]),
         }
         records = []
         for cfg, temperature in pairs:

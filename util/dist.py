@@ -150,6 +150,15 @@ def gather_to_main(value: object) -> list | None:
     return gathered
 
 
+def broadcast_from_main(value: object) -> object:
+    """Rank 0's `value` (picklable), on every process; what the others pass is ignored."""
+    if not dist.is_initialized():
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
 def agree(error: Exception | None) -> None:
     """Raise together: if any process brings an error, every process raises one, so that none waits for a dead peer."""
     messages = [m for m in gather_objects(None if error is None else str(error)) if m is not None]

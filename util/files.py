@@ -1,6 +1,7 @@
 """Writing files so that a kill leaves the old content or the new, never half of one."""
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -49,3 +50,15 @@ def write_json(path: str | Path, content: object) -> None:
     """`content` as indented JSON, on the disk before it replaces `path`."""
     with replacing(path, sync=True) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, as sha256sum prints it; of a folder, over its files' names and contents."""
+    path, digest = Path(path), hashlib.sha256()
+    for one in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        if one != path:
+            digest.update(str(one.relative_to(path)).encode())
+        with one.open("rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()

@@ -22,6 +22,7 @@ x = torch.tensor([1.0, 10.0]) * (dist.rank() + 1)
 found["sum"] = dist.all_reduce_sum(x.clone()).tolist()
 found["mean"] = dist.all_reduce_mean(x.clone()).tolist()
 found["gathered"] = dist.gather_objects({"rank": dist.rank(), "text": "x" * dist.rank()})
+found["broadcast"] = dist.broadcast_from_main("of rank 0" if dist.is_main() else None)
 for name, mine in (("both fine", None), ("one fails", ValueError("bad file 7") if dist.rank() == 1 else None)):
     try:
         dist.agree(mine)
@@ -44,6 +45,7 @@ def test_two_processes(tmp_path):
         assert (found["rank"], found["world"], found["main"], found["device"]) == (rank, 2, rank == 0, "cpu")
         assert found["sum"] == [3, 30] and found["mean"] == [1.5, 15]
         assert found["gathered"] == [{"rank": 0, "text": ""}, {"rank": 1, "text": "x"}]
+        assert found["broadcast"] == "of rank 0"
         # together, also where nothing went wrong
         assert found["both fine"] == "no error" and found["one fails"] == "bad file 7"
 
@@ -53,7 +55,7 @@ def test_one_process():
     assert (dist.rank(), dist.world_size(), dist.is_main()) == (0, 1, True)
     x = torch.tensor([1.0, 2.0])
     assert dist.all_reduce_mean(x) is x and dist.all_reduce_sum(x) is x and x.tolist() == [1, 2]
-    assert dist.gather_objects("a") == ["a"]
+    assert dist.gather_objects("a") == ["a"] and dist.broadcast_from_main("a") == "a"
     dist.agree(None)
     with pytest.raises(OSError, match="mine"):
         dist.agree(OSError("mine"))
