@@ -17,7 +17,6 @@ from checkpoints.build import build_model, load_generator_weights, read_checkpoi
 from dataset.latents import read_record
 from dataset.loader import BAD_IMAGE_CHOICES
 from evaluation.metrics import IS_SPLITS
-from evaluation.presets import EVAL_PRESETS, apply_eval_preset
 from evaluation.scores import Evaluator, sweep_values
 from evaluation.store import SAVE_IMAGES
 from generation.pipeline import sample, sampler_options
@@ -27,13 +26,14 @@ from models.quantizer import MAX_BITS, QUANTIZERS, check_range
 from models.sampling.loop import CFG_SCHEDULES, DRAWS, MASK_SCHEDULES, ORDERS, TEMPERATURE_SCHEDULES, SamplerOptions
 from models.vae import load_vae
 from training.lr_sched import LR_SCHEDULES
-from training.presets import PRESETS, apply_preset, training_differences
+from training.published import training_differences
 from training.recipe import take_optimizer_settings
 from training.run import train
 from util import checkpoint, dist
 from util.cli import add_process_flags, at_least, make_parser, parse
 from util.heap import keep_freed_memory
 from util.log import get_logger, log_lines, run_cli
+from util.presets import apply_preset, load_preset, preset_names
 
 logger = get_logger()
 
@@ -49,8 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--preset",
         default=None,
-        choices=[*PRESETS, *EVAL_PRESETS],
-        help="a published recipe, or evaluation with the numbers to expect: sets all its flags, printed; any flag given wins",
+        choices=preset_names(),
+        help="a recipe or evaluation of configs/, with the numbers to expect: sets all its flags, printed; any flag given wins",
     )
     group.add_argument("--classes", default="", help="for --sample: class numbers such as 207,360, or all")
 
@@ -449,10 +449,9 @@ def check_sample_arguments(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, load, then train, evaluate or sample. Raises ValueError or OSError for bad input."""
     args, given = parse(build_parser(), argv)
-    if args.preset in EVAL_PRESETS:
-        apply_eval_preset(args, given)
-    else:
-        apply_preset(args, given, int(os.environ.get("WORLD_SIZE", "1")))
+    preset = load_preset(args.preset) if args.preset else None
+    if preset:
+        apply_preset(args, given, preset, int(os.environ.get("WORLD_SIZE", "1")))
     pairs = sweep_values(args)
     check_arguments(args)
     try:
@@ -479,7 +478,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             sample(args, given, model, vae, source, device)
         else:
             optimizer_settings = take_optimizer_settings(args, given, content, source)
-            differences = training_differences(args, device, read_record(args.cached_path) if args.use_cached else None)
+            cache = read_record(args.cached_path) if args.use_cached else None
+            differences = training_differences(preset, vars(args), device, cache) if preset else []
             log_lines(differences)
             train(
                 args,

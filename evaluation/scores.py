@@ -36,7 +36,7 @@ from evaluation.metrics import (
     precision_recall,
     psnr,
 )
-from evaluation.presets import EXPECTED, comparison
+from evaluation.published import comparison
 from evaluation.reference import Reference, load_reference_stats, load_references
 from evaluation.store import SUSPICIOUS_SHARE, EvalStore, batches_of, image_flaws
 from generation.pipeline import SampleSettings, balanced_labels, generate, sample_settings
@@ -46,6 +46,7 @@ from util import dist
 from util.cli import check_writable
 from util.files import replacing, write_json
 from util.log import get_logger
+from util.presets import load_preset
 
 logger = get_logger()
 FEW_IMAGES = 10_000  # with fewer, FID is visibly too high
@@ -453,8 +454,9 @@ class Evaluator:
             print(sweep_table(records))
             write_sweep(records, self.output)
             logger.info("wrote %s and %s", self.output / "eval_sweep.csv", self.output / "eval_sweep.png")
-        for record in records if self.args.preset in EXPECTED else []:
-            print(comparison(self.args.preset, record))
+        preset = load_preset(self.args.preset) if self.args.preset else None
+        for record in records if preset and preset.evaluates else []:
+            print(comparison(preset, record))
         return records
 
 

@@ -403,7 +403,7 @@ def print_presets() -> None:
     from models import MODELS
     from models.tokenbridge import num_masked_tokens
     from training.flops import peak_tflops, step_flops
-    from training.presets import GLOBAL_BATCH, PRESETS
+    from util.presets import load_preset, preset_names
 
     columns: dict[str, list[str]] = {}
     names = [
@@ -418,10 +418,11 @@ def print_presets() -> None:
         *[f"GPU-hours, {name}" for name in DEVICES],
         f"  days on 32 GPUs, {list(DEVICES)[0]}",
     ]
-    for preset, flags in PRESETS.items():
-        if "epochs" not in flags:  # recipes for evaluation
+    presets = [load_preset(name) for name in preset_names()]
+    for preset in presets:
+        if preset.evaluates or not preset.published:
             continue
-        builder = MODELS[flags["model"]]
+        builder, global_batch = MODELS[preset.flags["model"]], preset.global_batch
         with fake_mode():
             model = builder()
         masked = num_masked_tokens(mean_mask_ratio(model.mask_ratio_min), model.num_tokens)
@@ -435,9 +436,9 @@ def print_presets() -> None:
         )
         kept = [64 * activation_bytes(builder, masked, checkpointing) / 2**30 for checkpointing in (False, True)]
         per_image = step_flops(model.config, masked)
-        total = per_image * (IMAGENET // GLOBAL_BATCH * GLOBAL_BATCH) * flags["epochs"]
+        total = per_image * (IMAGENET // global_batch * global_batch) * preset.flags["epochs"]
         hours = [total / (peak_tflops(name, "bf16") * 1e12 * ASSUMED_MFU) / 3600 for name in DEVICES.values()]
-        columns[preset] = [
+        columns[preset.name] = [
             f"{numbers / 1e6:.2f}",
             f"{state:.2f}",
             f"{state / 8 + largest:.2f}",
@@ -449,7 +450,7 @@ def print_presets() -> None:
             *[f"{h:,.0f}" for h in hours],
             f"{hours[0] / 32 / 24:.1f}",
         ]
-    print(f"\nPresets, computed: ImageNet, global batch {GLOBAL_BATCH}, bf16, {ASSUMED_MFU:.0%} of the peak assumed")
+    print(f"\nPresets, computed: ImageNet, global batch {global_batch}, bf16, {ASSUMED_MFU:.0%} of the peak assumed")
     print(" " * 52 + "".join(f"{c:>12}" for c in columns))
     for i, name in enumerate(names):
         print(f"{name:<52}" + "".join(f"{column[i]:>12}" for column in columns.values()))
