@@ -14,8 +14,8 @@ from functools import partial
 
 from checkpoints import download
 from checkpoints.build import build_model, load_generator_weights, read_checkpoint
-from dataset.latents import read_record
-from dataset.loader import BAD_IMAGE_CHOICES
+from dataset.record import read_record
+from dataset.training_set import DataOptions
 from evaluation.metrics import IS_SPLITS
 from evaluation.scores import Evaluator, sweep_values
 from evaluation.store import SAVE_IMAGES
@@ -33,6 +33,7 @@ from util import checkpoint, dist
 from util.cli import add_process_flags, at_least, make_parser, parse
 from util.heap import keep_freed_memory
 from util.log import get_logger, log_lines, run_cli
+from util.options import add_options
 from util.presets import apply_preset, load_preset, preset_names
 
 logger = get_logger()
@@ -170,14 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="epochs between grids of samples (EMA weights, same seeds); 0 for none",
     )
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--data_path", default="./data/imagenet", help="folder with train/<class>/<image>")
-    group.add_argument(
-        "--use_cached", action="store_true", help="train from --cached_path (see main_cache.py) instead of images"
-    )
-    group.add_argument("--cached_path", default="")
-    group.add_argument("--no_flip", action="store_true", help="never mirror images (for digits, text)")
-    group.add_argument("--on_bad_image", default="error", choices=BAD_IMAGE_CHOICES)
+    add_options(parser, DataOptions, "data")
 
     group = parser.add_argument_group("checkpoints")
     group.add_argument("--output_dir", default="./output_dir")

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
+from dataset.folders import BAD_IMAGE_CHOICES, ImageFolderDataset
 from dataset.images import to_uint8
 from dataset.latent_statistics import frequency_order, latent_scale
-from dataset.loader import BAD_IMAGE_CHOICES, GlobalBatchSampler, ImageFolderDataset, build_loader
+from dataset.loader import GlobalBatchSampler, build_loader
 from engine_tokenbridge import optimizer_step
 from evaluation.metrics import psnr
 from models.vae import AutoencoderKL, posterior_from_moments

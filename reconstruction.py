@@ -31,8 +31,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from checkpoints import download
+from dataset.folders import BAD_IMAGE_CHOICES, ImageFolderDataset
 from dataset.images import PIXELS, save_grid, save_png, to_uint8
-from dataset.loader import BAD_IMAGE_CHOICES, ImageFolderDataset, build_loader
+from dataset.loader import build_loader
 from evaluation.metrics import (
     IS_SPLITS,
     SMALLEST_FOR_LPIPS,

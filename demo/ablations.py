@@ -24,8 +24,8 @@ from PIL import Image
 from sklearn.svm import SVC
 
 import main_tokenbridge
+from dataset.folders import ImageFolderDataset
 from dataset.images import atomic_write
-from dataset.loader import ImageFolderDataset
 from demo import digits
 from demo.run import Size, build_stages, run_stages
 from evaluation.metrics import FeatureStatistics, fid

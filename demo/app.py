@@ -20,7 +20,7 @@ from PIL import Image
 
 from checkpoints import download
 from checkpoints.weights import CHOICES, find_file, read_file
-from dataset.crop import center_crop_adm
+from dataset.images import center_crop_adm
 from generation.library import GenerationStep, decode
 from models import load
 from models.sampling.loop import ORDERS

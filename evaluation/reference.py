@@ -21,10 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dataset.crop import center_crop_adm
-from dataset.images import read_image
+from dataset.folders import list_images
+from dataset.images import center_crop_adm, read_image
 from dataset.loader import build_loader
 from evaluation.metrics import FEATURE_DIM, SPATIAL_DIM, FeatureStatistics, InceptionFeatures, file_sha256
 from util import dist
@@ -86,16 +85,6 @@ class UintImages(Dataset):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def image_files(folder: Path, flag: str) -> list[Path]:
-    """All images below the folder, sorted by path. FileNotFoundError if there are none."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
-    if not files:
-        raise FileNotFoundError(
-            f"{folder} ({flag}) holds no images ({', '.join(e.lstrip('.') for e in IMG_EXTENSIONS)})"
-        )
-    return files
-
-
 def npz_shape(path: Path, flag: str) -> tuple[int, ...]:
     """Shape of arr_0. ValueError unless it is uint8 (N, S, S, 3) with N > 0."""
     try:
@@ -148,7 +137,7 @@ def make_reference(
     """
     source = Path(source)
     if source.is_dir():
-        files = image_files(source, flag)[:num_images]
+        files = list_images(source, flag)[:num_images]
         data = UintImages(files, img_size, crop)
         total, size = len(files), data.img_size
         data[0]  # a wrong size is told before the loader starts

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.crop import center_crop_adm
-from dataset.images import read_image, save_frames, save_grid, save_png, to_tensor, to_uint8
+from dataset.images import center_crop_adm, read_image, save_frames, save_grid, save_png, to_tensor, to_uint8
 from generation.library import decode, encode_init, preview, token_mask
 from models.sampling.loop import OPTION_NAMES, SamplerOptions, SamplerState, image_seed
 from models.tokenbridge import TokenBridge

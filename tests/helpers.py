@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +119,38 @@ def write_image_folder(root: Path, per_class: int = 6, size: tuple[int, int] = (
     return root
 
 
+# ------------------------------------------------------------------------------------------------------- command lines, caches
+
+
+Argv = Callable[..., list[str]]  # (folder, flag=value, ...) -> a command line
+
+
+def argv_of(**flags: object) -> list[str]:
+    """--name value for each flag; True stands for a bare --name, None leaves the flag out, a list has several values."""
+    argv = []
+    for name, value in flags.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        argv += [] if value is None else [f"--{name}", *(() if value is True else map(str, values))]
+    return argv
+
+
+CACHE_SIZE, CACHE_SHAPE = 16, (8, 8, 8)  # pixels; moments of 4 channels at stride 2
+
+
+def save_cache_vae(path: Path, seed: int = 0, with_config: bool = True) -> Path:
+    """A tiny VAE file (32 wide, stride 2, 4 channels) with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(embed_dim=4, ch_mult=(1, 1), ch=32, num_res_blocks=1, attention=False, scale_factor=1.5)
+    torch.save({"model": vae.state_dict()} | ({"config": vae.config} if with_config else {}), path)
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by its path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 # ------------------------------------------------------------------------------------------------------- log, processes, operations
 
 
@@ -167,7 +199,7 @@ class RecordOps(TorchDispatchMode):
         self.devices: list[tuple[str, str]] = []  # (operation, device type of a result)
         self.largest = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         self.names.append(name)
@@ -184,5 +216,5 @@ class Explosive:
     def __init__(self, path: Path):
         self.path = path
 
-    def __reduce__(self):  # noqa: ANN204
+    def __reduce__(self):
         return (Path.touch, (self.path,))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dataset.images import read_image, save_grid, to_tensor
 from dataset.loader import GlobalBatchSampler, build_loader
-from dataset.training_set import build_dataset
+from dataset.training_set import DataOptions, build_dataset
 from engine_tokenbridge import TrainSettings, train_one_epoch
 from generation.pipeline import SampleSettings, generate, sample_settings
 from models.tokenbridge import TokenBridge
@@ -25,6 +25,7 @@ from training.state import TrainState
 from util import checkpoint, dist
 from util.cli import check_writable
 from util.log import JsonlLog, get_logger
+from util.options import read_options
 
 logger = get_logger()
 
@@ -118,7 +119,8 @@ def train(
     be good; what it returns is called with (model, vae, step) where --eval_freq says so, and at the end (--online_eval).
     SIGTERM and SIGUSR1 end the run after a step, with a checkpoint.
     """
-    dataset = build_dataset(args, model, vae, ((content or {}).get("config") or {}).get("classes"))
+    classes = ((content or {}).get("config") or {}).get("classes")
+    dataset = build_dataset(read_options(DataOptions, args), model, vae, args.img_size, classes)
     sampler = GlobalBatchSampler(len(dataset), args.batch_size, dist.rank(), dist.world_size(), args.seed)
     steps_per_epoch = len(sampler) // args.accum_iter
     if steps_per_epoch == 0:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import main_vae
+from dataset.folders import ImageFolderDataset
 from dataset.images import read_image, to_uint8
-from dataset.loader import ImageFolderDataset
 from main_vae import Objective, edge_distance, main, measure
 from models.vae import AutoencoderKL, DiagonalGaussian, load_vae
 from tests.helpers import run_processes, write_image_folder

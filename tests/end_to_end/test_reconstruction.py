@@ -15,8 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 import reconstruction
-from dataset.crop import center_crop_adm
-from dataset.images import read_image, to_tensor, to_uint8
+from dataset.images import center_crop_adm, read_image, to_tensor, to_uint8
 from dataset.latent_statistics import latent_scale
 from evaluation.metrics import FeatureStatistics, Lpips, fid, psnr, ssim
 from evaluation.reference import Reference

@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.crop import center_crop_adm
-from dataset.images import read_image
+from dataset.images import center_crop_adm, read_image
 from generation import pipeline as engine_sample
 from generation.library import encode_init
 from main_tokenbridge import main

@@ -5,6 +5,7 @@ files are dropped from the system's cache first (posix_fadvise), as far as the s
 """
 
 import argparse
+import functools
 import os
 import shutil
 import statistics
@@ -18,11 +19,27 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataset.latents import RECORD, open_cache, read_record
+from dataset.encode import (
+    NpzFiles,
+    RecordMaker,
+    ShardFiles,
+    Source,
+    convert_moments,
+    encode_all,
+    encode_images,
+    load_crops,
+)
+from dataset.folders import list_folder
+from dataset.latents import open_cache
 from dataset.loader import GlobalBatchSampler, build_loader
-from dataset.shards import Shard
+from dataset.record import RECORD, CacheOptions, describe, read_record
+from dataset.shards import RecordSpec, Shard
+from models.quantizer import GaussianQuantizer
+from models.vae import AutoencoderKL
 from tools.bench.counting import print_table
 from util.cli import at_least, check_writable
+from util.files import write_json
+from util.seeds import coin
 
 CLASSES = 10
 BATCH = 500  # records made and written together
@@ -54,40 +71,21 @@ class NoiseSource(Dataset):
 
 def write_cache(folder: Path, source: NoiseSource, kind: str) -> None:
     """One cache of the bench: kind is npz, or mode-dtype of shards such as moments-float16, or indices."""
-    from dataset.encode import Counts, Encoder, NpzFiles, ShardFiles, encode_all
-    from dataset.shards import RecordSpec
-    from main_cache import describe
-    from models.quantizer import GaussianQuantizer
-    from util.files import write_json
-
     folder.mkdir(parents=True, exist_ok=True)
-    mode, dtype = ("moments", "float32") if kind == "npz" else (*kind.split("-"), "uint8")[:2]
     c, h, w = source.shape
-    spec = RecordSpec(mode, dtype, (c if mode == "moments" else c // 2, h, w), 2, 6 if mode == "indices" else 0)
-    quantizer = GaussianQuantizer()
-    encoder = Encoder(None, spec, True, torch.device("cpu"), quantizer=quantizer, scale=lambda z: z)
-    files = (
-        NpzFiles(folder, source, spec, BATCH) if kind == "npz" else ShardFiles(folder, source, spec, BATCH, 1000, kind)
-    )
-    for name in source.classes if kind == "npz" else ():
+    mode, dtype = ("moments", "float32") if kind == "npz" else (*kind.split("-"), None)[:2]
+    form = "npz" if kind == "npz" else "shards"
+    options = CacheOptions(format=form, img_size=16 * w, mode=mode, dtype=dtype, batch_size=BATCH, shard_size=1000)
+    spec, quantizer = options.spec(c // 2, h), GaussianQuantizer()
+    make = RecordMaker(spec, quantizer, lambda z: z)
+    files = NpzFiles(folder, source, spec, BATCH) if form == "npz" else ShardFiles(folder, source, spec, BATCH, 1000)
+    for name in source.classes if form == "npz" else ():
         (folder / name).mkdir(exist_ok=True)
-    args = argparse.Namespace(
-        format="npz" if kind == "npz" else "shards",
-        img_size=16 * w,
-        crops=1,
-        no_flip=False,
-        mode=mode,
-        dtype=dtype,
-        precision="fp32",
-        batch_size=BATCH,
-        seed=0,
-        shard_size=1000,
-    )
-    record = describe(args, spec, source, quantizer if mode == "indices" else None) | {"latent_fingerprint": None}
-    counts = Counts()
-    encode_all(files, source, encoder, files.plan(counts), counts, num_workers=0, pin_memory=False)
+    record = describe(options, spec, source.classes, source.paths, quantizer if mode == "indices" else None)
+    encode_all(files, functools.partial(convert_moments, make=make, device=torch.device("cpu")))
     files.close()
-    write_json(folder / RECORD, record | {"complete": True} | ({} if kind == "npz" else {"shards": files.listing()}))
+    shards = {} if form == "npz" else {"shards": files.listing()}
+    write_json(folder / RECORD, record | {"latent_fingerprint": None, "complete": True} | shards)
 
 
 def size_of(folder: Path) -> int:
@@ -117,8 +115,6 @@ class LibrarySlices(Dataset):
 
     def __getitem__(self, index: tuple[int, int]) -> tuple[Tensor, int]:
         from safetensors import safe_open
-
-        from dataset.loader import coin
 
         part, slot = divmod(index[0], self.parts[0][1])
         if part not in self.open:
@@ -198,11 +194,6 @@ def bench_encoding(args: argparse.Namespace) -> None:
     """The encode loop on JPEG files with a small random VAE: images/s, and the share of the time in which the VAE waits for files."""
     from PIL import Image
 
-    from dataset.encode import Counts, Encoder, ImageSource, ShardFiles, encode_all
-    from dataset.loader import ImageFolderDataset
-    from dataset.shards import RecordSpec
-    from models.vae import AutoencoderKL
-
     with tempfile.TemporaryDirectory(prefix="encode_bench_") as folder:
         rng, root = np.random.default_rng(0), Path(folder)
         (root / "data" / "class").mkdir(parents=True)
@@ -215,21 +206,12 @@ def bench_encoding(args: argparse.Namespace) -> None:
         vae = AutoencoderKL(
             embed_dim=16, ch_mult=(1, 1, 2, 2, 4), ch=args.width, norm_groups=8, channel_order=list(range(16))
         ).eval()
-        source, spec = (
-            ImageSource(ImageFolderDataset(root / "data", 256), 1, 0),
-            RecordSpec("moments", "float16", (32, 16, 16), 2),
-        )
-        files, counts = ShardFiles(root, source, spec, 8, 1024, "bench"), Counts()
+        source = Source(list_folder(root / "data"), functools.partial(load_crops, size=256, crops=1, seed=0))
+        spec = RecordSpec("moments", "float16", (32, 16, 16), 2)
+        files, device = ShardFiles(root, source, spec, 8, 1024), torch.device("cpu")
+        encode = functools.partial(encode_images, vae=vae, make=RecordMaker(spec), flips=True, device=device)
         started = time.perf_counter()
-        encode_all(
-            files,
-            source,
-            Encoder(vae, spec, True, torch.device("cpu"), scale=vae.scale),
-            files.plan(counts),
-            counts,
-            num_workers=args.num_workers,
-            pin_memory=False,
-        )
+        counts = encode_all(files, encode, num_workers=args.num_workers)
         seconds = time.perf_counter() - started
         files.close()
     print_table(

@@ -1,4 +1,4 @@
-"""dataset/crop.py, dataset/images.py (SPEC 1, 6): the ADM crop against a rewrite on arrays, uint8 rounding, PNG files, broken pictures."""
+"""dataset/images.py: the ADM crop against a rewrite on arrays, uint8 rounding, PNG files, broken pictures."""
 
 import math
 
@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.crop import center_crop_adm
-from dataset.images import atomic_write, read_image, save_grid, save_png, to_tensor, to_uint8
+from dataset.images import atomic_write, center_crop_adm, read_image, save_grid, save_png, to_tensor, to_uint8
 from tests.helpers import photographs
 
 
@@ -157,7 +156,7 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path):
     before = path.read_bytes()
 
     class Broken:
-        def save(self, target, format: str) -> None:  # noqa: ANN001, A002
+        def save(self, target, format: str) -> None:
             target.write(b"half")
             raise OSError("disk full")
 

@@ -1,0 +1,287 @@
+"""cache.json: the settings and the VAE that a cache was made with, and what they must agree with."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dataset.folders import BAD_IMAGE_CHOICES
+from dataset.shards import DTYPES, MODES, NAME, RecordSpec
+from models.quantizer import MAX_BITS, QUANTIZERS, TableQuantizer, build_quantizer, check_range
+from models.vae import AutoencoderKL
+from util import dist
+from util.files import file_sha256
+from util.log import get_logger
+from util.options import ArgumentError, check_options, option
+
+logger = get_logger()
+
+RECORD = "cache.json"
+NOT_FINISHED = "is not finished: run main_cache.py again with the command that began it, it encodes what is missing"
+# What two runs into one cache must agree on: the key in cache.json, and its name in messages.
+AGREE = {key: key for key in ("format", "img_size", "precision", "mode", "dtype", "crops", "seed", "shard_size")} | {
+    "latent_fingerprint": "vae_path (encoder weights)",
+    "flips": "no_flip",
+    "scale_factor": "scale factor of vae_path",
+    "shift": "shift of vae_path",
+    "quantizer": "quantizer, quant_bits, quant_min, quant_max",
+    "class_list": "class folders of data_path",
+    "image_list": "images of data_path",
+}
+VAE_KEYS = ("vae", "scale_factor", "shift", "latent_fingerprint", "vae_file", "vae_sha256")
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What is cached and how. ArgumentError for values that do not fit together."""
+
+    vae_path: str = option("pretrained_models/vae/kl16.ckpt", "VAE checkpoint, or a folder of diffusers")
+    vae_embed_dim: int = option(16, "latent channels; taken from the VAE's file if it says so")
+    batch_size: int = option(128, "images per process encoded together", lowest=1)
+    img_size: int | None = option(256, "side of the images, pixels; a multiple of the VAE's stride", lowest=1)
+    data_path: str = option("./data/imagenet", "folder with train/<class>/<image>")
+    on_bad_image: str = option(
+        "error",
+        "corrupt images are left out and listed in bad_images.txt; error: and the cache does not count as complete",
+        choices=BAD_IMAGE_CHOICES,
+    )
+    precision: str = option("fp32", "of the encoder's arithmetic", choices=dist.PRECISIONS)
+    cached_path: str = option("", "folder of the cache; needed")
+    format: str = option("shards", "npz: the published layout, float32 with both flips", choices=("shards", "npz"))
+    mode: str = option(
+        "moments", "moments of the posterior; only its mean; indices of one quantized posterior sample", choices=MODES
+    )
+    dtype: str | None = option(None, "of moments and mean; default: float16, npz float32", choices=tuple(DTYPES))
+    no_flip: bool = option(False, "no mirrored images (for digits, text): half the size; training needs --no_flip too")
+    crops: int = option(1, "of each image: the centre, then random ones of 0.8 to 1 times the short side", lowest=1)
+    shard_size: int = option(1024, "images per shard; it is kept in memory until it is complete", lowest=1)
+    quantizer: str = option("gaussian", "--mode indices: where the levels come from", choices=QUANTIZERS)
+    quantizer_tables: str = option("", "--quantizer lloyd: file with its levels, from python -m tools.vae_stats")
+    quant_bits: int = option(6, "--mode indices: bits per latent dimension", lowest=1, highest=MAX_BITS)
+    quant_min: float = option(-5.0, "--mode indices: lowest latent value of the quantizer")
+    quant_max: float = option(5.0, "--mode indices: highest latent value of the quantizer")
+    overwrite: bool = option(False, "delete what is cached of these images first, whatever VAE made it")
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        changed = {"mode": self.mode != "moments", "dtype": self.dtype not in (None, "float32")}
+        changed |= {"crops": self.crops != 1, "no_flip": self.no_flip}
+        for name in (name for name, refused in changed.items() if refused and self.format == "npz"):
+            layout = "the published layout: float32 moments of the centre crop and its mirror image"
+            raise ArgumentError(name, f"{name} does not go with format npz, {layout}")
+        if self.mode == "indices" and self.dtype is not None:
+            raise ArgumentError("dtype", "dtype does not go with mode indices, which stores bits")
+        check_range(self.quant_min, self.quant_max)
+
+    @property
+    def cache(self) -> Path:
+        """The folder of the cache."""
+        return Path(self.cached_path)
+
+    def spec(self, channels: int, side: int) -> RecordSpec:
+        """The record of latents with C channels on a side x side grid."""
+        shape, views = (channels * (2 if self.mode == "moments" else 1), side, side), self.crops * (2 - self.no_flip)
+        if self.mode == "indices":
+            return RecordSpec(self.mode, "uint8", shape, views, self.quant_bits)
+        return RecordSpec(self.mode, self.dtype or ("float32" if self.format == "npz" else "float16"), shape, views)
+
+    def build_quantizer(self) -> TableQuantizer | None:
+        """The quantizer of mode indices."""
+        if self.mode != "indices":
+            return None
+        limits = self.quant_min, self.quant_max
+        return build_quantizer(self.quantizer, self.quant_bits, *limits, self.quantizer_tables)
+
+
+def read_record(cache: str | Path, flag: str = "--cached_path") -> dict | None:
+    """cache.json as a dict, None if there is none. ValueError naming the file if it is no record of main_cache.py."""
+    if not str(cache):
+        raise ValueError(f"the folder of the cache is needed: give {flag}")
+    path = Path(cache) / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        names = [entry["name"] for entry in record.get("shards", [])]
+        hashes = [entry["sha256"] for entry in record.get("shards", [])]
+        sound = isinstance(record["complete"], bool) and isinstance(record["img_size"], (int, type(None)))
+        if not sound or not all(isinstance(text, str) for text in names + hashes):
+            raise ValueError("complete, img_size or shards are not as expected")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        advice = "choose another folder, or encode the images again with --overwrite"
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} ({flag}) is not a record of main_cache.py ({why}); {advice}") from error
+    foreign = [name for name in names if not NAME.fullmatch(name)]
+    if foreign:
+        refused = "which is no file of this folder; it was tampered with, and is refused"
+        raise ValueError(f"{path} ({flag}) names a shard {foreign[0]!r}, {refused}")
+    return record
+
+
+def check_record(
+    cache: str | Path, record: dict | None, *, fingerprint: str, img_size: int, classes: Sequence[str] | None = None
+) -> None:
+    """ValueError naming both sides if a cache is of another VAE, image size or class list than the run.
+
+    A cache without a record (published scripts) is used as it is. classes: those of the checkpoint that is continued.
+    """
+    if record is None:
+        logger.info("%s has no %s: its latents are assumed to be of this VAE", cache, RECORD)
+        return
+    made_with = record.get("latent_fingerprint")
+    if made_with is None:
+        logger.info("%s does not say which VAE made it: it is assumed to be this one", cache)
+    elif made_with != fingerprint:
+        both = f"fingerprints {made_with[:12]} and {fingerprint[:12]}"
+        another = f"was made with another VAE ({record.get('vae_file')}) than --vae_path ({both})"
+        raise ValueError(f"{cache} (--cached_path) {another}; encode the images again, or name that VAE")
+    if record["img_size"] not in (None, img_size):
+        sizes = f"was made with --img_size {record['img_size']}, this run has --img_size {img_size}"
+        raise ValueError(f"{cache} (--cached_path) {sizes}; encode the images again")
+    check_classes(cache, record.get("classes"), classes)
+
+
+def check_classes(
+    folder: str | Path, found: object, trained: Sequence[str] | None, flag: str = "--cached_path"
+) -> None:
+    """ValueError naming the first difference between a data set's classes and the checkpoint's (None: none)."""
+    if trained is None or not isinstance(found, list) or list(trained) == found:
+        return
+    pairs = enumerate(zip([*found, "none"], [*trained, "none"], strict=False))
+    first, (here, there) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+    counts = f"has {len(found)} classes, the checkpoint was trained with {len(trained)}"
+    raise ValueError(
+        f"{folder} ({flag}) {counts}; first difference: class {first} is {here!r} here and {there!r} there"
+    )
+
+
+def check_quantizer(
+    cache: str | Path, record: dict | None, levels: Sequence[float], min_value: float, max_value: float
+) -> None:
+    """ValueError if cached indices are of another quantizer than the model's: levels on [-3, 3], and mapped range."""
+    made = (record or {}).get("quantizer") or {}
+    cached, limits = made.get("reconstruction_values", []), [made.get("min"), made.get("max")]
+    same_levels = len(cached) == len(levels) and np.allclose(cached, levels, rtol=0, atol=1e-5)
+    if not same_levels or limits != [min_value, max_value]:
+        raise ValueError(
+            f"{cache} (--cached_path) holds indices of a {made.get('kind')} quantizer with {len(cached)} levels on "
+            f"{limits}; the model has {len(levels)} on {[min_value, max_value]}. Give the --quant_bits, --quant_min, "
+            "--quant_max and --quantizer that main_cache.py had, or encode the images again"
+        )
+
+
+def digest_of(lines: Sequence[str]) -> str:
+    """SHA-256 of a list of names."""
+    return hashlib.sha256("\0".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def describe(
+    options: CacheOptions, spec: RecordSpec, classes: list[str], paths: list[str], quantizer: TableQuantizer | None
+) -> dict:
+    """The content of cache.json before anything is encoded, without what `describe_vae` adds."""
+    record = {
+        "format": options.format,
+        "complete": False,
+        "img_size": options.img_size,
+        "crop": "ADM centre crop",
+        "crops": options.crops,
+        "flips": not options.no_flip,
+        "mode": spec.mode,
+        "dtype": spec.dtype,
+        "record_shape": list(spec.shape),
+        "views": spec.views,
+        "precision": options.precision,
+        "batch_size": options.batch_size,
+        "classes": classes,
+        "class_list": digest_of(classes),
+        "images": len(paths),
+        "corrupt": 0,
+    }
+    if options.crops > 1 or spec.mode == "indices":
+        record["seed"] = options.seed
+    if quantizer is not None:
+        record["quantizer"] = quantizer.description()
+    if options.format == "shards":
+        record |= {"shard_size": options.shard_size, "image_list": digest_of(paths), "shards": []}
+    return record
+
+
+def describe_vae(vae: AutoencoderKL, path: str) -> dict:
+    """The part of cache.json that says which VAE made the latents (VAE_KEYS)."""
+    scaling = vae.config["scale_factor"], vae.config["shift"]
+    values = vae.config, *scaling, vae.latent_fingerprint(), Path(path).name, file_sha256(path)
+    return dict(zip(VAE_KEYS, values, strict=True))
+
+
+def check_agreement(options: CacheOptions, record: dict) -> None:
+    """ValueError naming the setting if the cache was begun with another one, or holds files without a record."""
+    cache, found = options.cache, read_record(options.cached_path)
+    if found is None:
+        if options.format == "shards":
+            check_no_record(cache)
+        return
+    published = dict(format="npz", mode="moments", dtype="float32", flips=True, crops=1, shift=record.get("shift"))
+    found = published | found
+    keys = [key for key in AGREE if key in record and (key in found or key not in ("class_list", "scale_factor"))]
+    if options.mode != "indices":
+        keys = [key for key in keys if key not in ("scale_factor", "shift")]  # moments are kept unscaled
+    differing = [key for key in keys if found.get(key) != record[key]]
+    if "class_list" in differing:
+        differing = [key for key in differing if key != "image_list"]
+    if differing:
+        what = [f"{AGREE[key]} was {str(found.get(key))[:16]}, now {str(record[key])[:16]}" for key in differing]
+        raise ValueError(
+            f"{cache / RECORD} (--cached_path) says that its latents were made with other settings: {'; '.join(what)}. "
+            "Choose another folder, or --overwrite to replace them"
+        )
+    if options.format == "shards" and found.get("batch_size") != options.batch_size:
+        message = "batch_size was %s, is %s: new latents may differ from those of one run in the last bits"
+        logger.warning(message, found.get("batch_size"), options.batch_size)
+
+
+def check_no_record(cache: Path) -> None:
+    """ValueError if a folder without cache.json holds files that shards would be mixed with."""
+    if any(cache.glob("*/*.npz")):
+        raise ValueError(
+            f"{cache} (--cached_path) holds .npz latents without a {RECORD}, as the published scripts write them. "
+            f"Train from it as it is, continue it with --format npz, or turn it into shards with --convert {cache} NEW"
+        )
+    if any(NAME.fullmatch(path.name) for path in cache.glob("shard-*")):
+        unknown = f"holds shards but no {RECORD}, which says what made them"
+        raise ValueError(f"{cache} (--cached_path) {unknown}; choose another folder, or --overwrite")
+
+
+def check_folders(cache: Path, classes: Sequence[str]) -> None:
+    """ValueError if the cache has folders that are no class of the data, which training would count as classes."""
+    folders = cache.iterdir() if cache.is_dir() else ()
+    foreign = sorted(entry.name for entry in folders if entry.is_dir() and entry.name not in classes)
+    if foreign:
+        what = f"holds {len(foreign)} folders that are no class of --data_path, first: {foreign[0]}"
+        advice = "training would count them as classes. Choose another folder, or remove them"
+        raise ValueError(f"{cache} (--cached_path) {what}; {advice}")
+
+
+def describe_tree(
+    old: Path, shape: tuple[int, ...], before: dict | None, vae: AutoencoderKL | None, vae_path: str, named: int | None
+) -> dict:
+    """For --convert: image size, precision and VAE of a tree with moments of `shape`, as far as they are known.
+
+    ValueError if its record `before`, the VAE that the user names and the size that he names contradict each other.
+    """
+    if vae is not None and (2 * vae.embed_dim != shape[0] or named not in (None, shape[-1] * vae.stride)):
+        raise ValueError(f"{old} (--convert) holds moments of {shape}, not those of --vae_path and --img_size")
+    named_vae = describe_vae(vae, vae_path) if vae is not None else {}
+    found = {"img_size": named if vae is None else shape[-1] * vae.stride, "precision": "fp32"} | named_vae
+    if before is None:
+        return found
+    recorded = {key: before[key] for key in ("img_size", "precision", *VAE_KEYS) if key in before}
+    if named not in (None, before["img_size"]):
+        raise ValueError(f"--img_size {named} contradicts {old / RECORD}, which says {before['img_size']}")
+    fingerprint, other = recorded.get("latent_fingerprint"), recorded.get("vae_file")
+    if vae is not None and recorded.keys() & set(VAE_KEYS) and fingerprint != named_vae["latent_fingerprint"]:
+        raise ValueError(f"{old} (--convert) was made with another VAE ({other}) than {vae_path} (--vae_path)")
+    return found | recorded | named_vae
