@@ -83,7 +83,7 @@ def write_cache(folder: Path, source: NoiseSource, kind: str) -> None:
         (folder / name).mkdir(exist_ok=True)
     record = describe(options, spec, source.classes, source.paths, quantizer if mode == "indices" else None)
     encode_all(files, functools.partial(convert_moments, make=make, device=torch.device("cpu")))
-    files.close()
+    files.pool.shutdown()
     shards = {} if form == "npz" else {"shards": files.listing()}
     write_json(folder / RECORD, record | {"latent_fingerprint": None, "complete": True} | shards)
 
@@ -213,7 +213,7 @@ def bench_encoding(args: argparse.Namespace) -> None:
         started = time.perf_counter()
         counts = encode_all(files, encode, num_workers=args.num_workers)
         seconds = time.perf_counter() - started
-        files.close()
+        files.pool.shutdown()
     print_table(
         f"Encoding {args.images} JPEG files of 500 x 400 at 256 px, a random VAE of KL-16's shape, {args.width} wide, on the CPU; "
         f"{args.num_workers} workers",
