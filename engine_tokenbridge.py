@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.tokenbridge import TokenBridge, draw_mask_ratio, mask_from_orders, num_masked_tokens, random_orders
-from models.vae import AutoencoderKL, posterior_from_moments
+from models.latent_space import DiagonalGaussian
+from models.sampling.orders import random_orders
+from models.tokenbridge import TokenBridge, draw_mask_ratio, mask_from_orders, num_masked_tokens
+from models.vae import AutoencoderKL
 from training.flops import step_flops
 from training.lr_sched import learning_rate
 from training.progress import Progress
@@ -109,7 +111,7 @@ def batch_latents(batch: Tensor, vae: AutoencoderKL, noise: Tensor, model: Token
     if batch.shape[2:] != grid:
         posterior = vae.encode(batch.contiguous(memory_format=torch.channels_last))
     elif batch.shape[1] == 2 * channels:
-        posterior = posterior_from_moments(batch.float())
+        posterior = DiagonalGaussian(batch.float())
     else:
         return vae.scale(batch.float())
     return vae.scale(posterior.sample(noise=noise))

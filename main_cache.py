@@ -29,7 +29,8 @@ from dataset.encode import RecordMaker, Source, convert_moments, encode_images, 
 from dataset.folders import list_folder
 from dataset.latents import CachedLatents
 from dataset.record import CacheOptions, describe, describe_tree, describe_vae, read_record
-from models.vae import AutoencoderKL, load_vae
+from models.vae import AutoencoderKL
+from models.vae_loading import load_vae
 from util import dist
 from util.cli import add_process_flags, at_least, make_parser, parse
 from util.log import get_logger, run_cli
@@ -90,7 +91,7 @@ def read_vae(args: argparse.Namespace, given: set[str]) -> tuple[AutoencoderKL, 
     """The VAE, and the options with the quantizer's range and bits of the VAE where the flags leave them open."""
     args.vae_path = download.local_path(args.vae_path, "--vae_path")
     vae = load_vae(args.vae_path, args.vae_embed_dim if "vae_embed_dim" in given else None)
-    vae.fill_in_range(args, given)
+    vars(args).update({k: v for k, v in vae.quantizer_settings().items() if k not in given})
     return vae, read_options(CacheOptions, args, seed=args.seed)
 
 
@@ -154,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, then encode, convert, verify or print. Raises ValueError or OSError for bad input."""
     parser = build_parser()
     args, given = parse(parser, argv)
-    with flag_names(parser):
+    with flag_names(parser, bits="quant_bits"):
         options = check_arguments(args, given)
         if args.info or args.verify:
             print((info if args.info else verify)(options.cache))

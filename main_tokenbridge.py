@@ -21,10 +21,13 @@ from evaluation.scores import Evaluator, sweep_values
 from evaluation.store import SAVE_IMAGES
 from generation.pipeline import sample, sampler_options
 from models import MODELS
-from models.channel_ar import HEADS
-from models.quantizer import MAX_BITS, QUANTIZERS, check_range
-from models.sampling.loop import CFG_SCHEDULES, DRAWS, MASK_SCHEDULES, ORDERS, TEMPERATURE_SCHEDULES, SamplerOptions
-from models.vae import load_vae
+from models.config import HEADS
+from models.quantizer import MAX_BITS, check_range
+from models.quantizer_tables import QUANTIZERS
+from models.sampling.options import SamplerOptions
+from models.sampling.orders import ORDERS
+from models.sampling.schedules import CFG_SCHEDULES, MASK_SCHEDULES, TEMPERATURE_SCHEDULES
+from models.vae_loading import load_vae
 from training.lr_sched import LR_SCHEDULES
 from training.published import training_differences
 from training.recipe import take_optimizer_settings
@@ -33,7 +36,7 @@ from util import checkpoint, dist
 from util.cli import add_process_flags, at_least, make_parser, parse
 from util.heap import keep_freed_memory
 from util.log import get_logger, log_lines, run_cli
-from util.options import add_options
+from util.options import add_options, flag_names
 from util.presets import apply_preset, load_preset, preset_names
 
 logger = get_logger()
@@ -302,19 +305,10 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
         "--top_p", type=float, default=o.top_p, help="draw from the most likely levels that make up this probability"
     )
     group.add_argument(
-        "--draw", default=o.draw, choices=DRAWS, help="one uniform number per draw, or one Gumbel number per level"
-    )
-    group.add_argument(
         "--confidence_temperature",
         type=float,
         default=o.confidence_temperature,
         help="--order confidence: weight of its noise",
-    )
-    group.add_argument(
-        "--confidence_candidates",
-        type=float,
-        default=o.confidence_candidates,
-        help="--order confidence: score only so many times the tokens that are wanted (approximate); 0 for all",
     )
     group.add_argument(
         "--reuse_features",
@@ -440,6 +434,7 @@ def check_sample_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--cfg_scale must be finite, got {scale}")
 
 
+@flag_names(build_parser(), bits="quant_bits", quant_levels="quant_bits")
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, load, then train, evaluate or sample. Raises ValueError or OSError for bad input."""
     args, given = parse(build_parser(), argv)

@@ -33,7 +33,8 @@ from dataset.latent_statistics import frequency_order, latent_scale
 from dataset.loader import GlobalBatchSampler, build_loader
 from engine_tokenbridge import optimizer_step
 from evaluation.metrics import psnr
-from models.vae import AutoencoderKL, posterior_from_moments
+from models.latent_space import DiagonalGaussian
+from models.vae import AutoencoderKL
 from training.lr_sched import learning_rate
 from util import checkpoint, dist
 from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
@@ -220,7 +221,7 @@ class Objective(nn.Module):
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] and standard normal noise (B, C, h, w) -> (4,): loss, L1, KL, edges (see the file's head)."""
         # float32: exp(logvar) can overflow in half precision
-        posterior = posterior_from_moments(self.vae.encode(images).parameters.float())
+        posterior = DiagonalGaussian(self.vae.encode(images).parameters.float())
         decoded = self.vae.decode(posterior.sample(noise=noise)).float()  # (B, 3, H, W)
         l1, kl = (images - decoded).abs().mean(), posterior.kl().mean()
         edges = edge_distance(images, decoded) if self.perceptual_weight else torch.zeros_like(l1)

@@ -56,12 +56,15 @@ from evaluation.report import (
     worst_and_median,
     write_csv,
 )
-from models.quantizer import MAX_BITS, QUANTIZERS, TableQuantizer, build_quantizer
-from models.vae import AutoencoderKL, load_vae
+from models.quantizer import MAX_BITS, TableQuantizer
+from models.quantizer_tables import QUANTIZERS, build_quantizer
+from models.vae import AutoencoderKL
+from models.vae_loading import load_vae
 from util import dist
 from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
 from util.files import write_json
 from util.log import get_logger, run_cli
+from util.options import flag_names
 from util.seeds import mixed_seed
 
 logger = get_logger()
@@ -737,6 +740,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     )
 
 
+@flag_names(build_parser(), quant_min="range")
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, run. Raises ValueError or OSError for bad input."""
     args, _ = parse(build_parser(), argv)

@@ -7,7 +7,7 @@ from pathlib import Path
 from checkpoints import download
 from checkpoints.weights import generator_state, one_layout, structure_from_shapes
 from models import MODELS
-from models.quantizer import build_quantizer
+from models.quantizer_tables import build_quantizer
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from training.ema import initial_share
@@ -136,7 +136,7 @@ def build_model(
         if content is not None:
             take_structure_from_shapes(args, given, content, source)
         else:
-            vae.fill_in_range(args, given)
+            vars(args).update({k: v for k, v in vae.quantizer_settings().items() if k not in given})
         model = MODELS[args.model](
             **flag_values(args, STRUCTURE_FLAGS + BEHAVIOUR_FLAGS),
             channel_order=vae.channel_order,
@@ -183,17 +183,16 @@ def build_model(
 
 def record_model_flags(args: argparse.Namespace, model: TokenBridge) -> None:
     """Set the flags of structure and behaviour to what the model was built with, so that the recorded config holds the values used."""
+    c = model.config
     for name in STRUCTURE_FLAGS + BEHAVIOUR_FLAGS:
-        setattr(
-            args, name, model.config["quant_levels"].bit_length() - 1 if name == "quant_bits" else model.config[name]
-        )
+        setattr(args, name, c.quant_levels.bit_length() - 1 if name == "quant_bits" else getattr(c, name))
 
 
 def set_quantizer(model: TokenBridge, args: argparse.Namespace) -> None:
     """Give a fresh model the tables of --quantizer, in the buffers that every checkpoint carries; gaussian tables it has already."""
     if args.quantizer == "gaussian" and not args.quantizer_tables:
         return
-    bits = model.config["quant_levels"].bit_length() - 1
+    bits = model.config.quant_levels.bit_length() - 1
     tables = build_quantizer(args.quantizer, bits, model.quant_min, model.quant_max, args.quantizer_tables)
     model.boundaries.copy_(tables.boundaries)
     model.reconstruction_values.copy_(tables.reconstruction_values)

@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from dataset.folders import ClassFolders
 from dataset.images import center_crop_adm, random_crop, read_image, to_tensor
 from dataset.shards import RecordSpec, Shard, shard_name, write_shard
+from models.latent_space import DiagonalGaussian
 from models.quantizer import TableQuantizer
-from models.vae import AutoencoderKL, DiagonalGaussian, posterior_from_moments
+from models.vae import AutoencoderKL
 from util import dist
 from util.files import replacing
 from util.log import get_logger
@@ -138,14 +139,14 @@ def encode_images(
             if not torch.isfinite(moments).all():
                 what = f"the VAE's latents of an image are NaN or infinite under --precision {precision}"
                 raise ValueError(f"{what}; use fp32 or bf16 or check --vae_path")
-            views.append(posterior_from_moments(moments.float()))
+            views.append(DiagonalGaussian(moments.float()))
     return make(views, numbers)
 
 
 @torch.no_grad()
 def convert_moments(moments: Tensor, numbers: Sequence[int], *, make: RecordMaker, device: torch.device) -> Tensor:
     """Moments (b, V, 2C, h, w) of the images `numbers` -> records (b, V, *shape)."""
-    return make([posterior_from_moments(view) for view in moments.to(device, non_blocking=True).unbind(1)], numbers)
+    return make([DiagonalGaussian(view) for view in moments.to(device, non_blocking=True).unbind(1)], numbers)
 
 
 @dataclass

@@ -10,7 +10,8 @@ import numpy as np
 
 from dataset.folders import BAD_IMAGE_CHOICES
 from dataset.shards import DTYPES, MODES, NAME, RecordSpec
-from models.quantizer import MAX_BITS, QUANTIZERS, TableQuantizer, build_quantizer, check_range
+from models.quantizer import MAX_BITS, TableQuantizer, check_range
+from models.quantizer_tables import QUANTIZERS, build_quantizer
 from models.vae import AutoencoderKL
 from util import dist
 from util.files import file_sha256

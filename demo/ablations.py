@@ -29,8 +29,10 @@ from dataset.images import atomic_write
 from demo import digits
 from demo.run import Size, build_stages, run_stages
 from evaluation.metrics import FeatureStatistics, fid
-from models import load
-from models.tokenbridge import TokenBridge, draw_mask_ratio, mask_from_orders, num_masked_tokens, random_orders
+from generation.library import generate
+from generation.loading import load
+from models.sampling.orders import random_orders
+from models.tokenbridge import TokenBridge, draw_mask_ratio, mask_from_orders, num_masked_tokens
 from models.vae import AutoencoderKL
 from util.cli import at_least, check_writable, make_parser
 from util.files import write_json
@@ -177,7 +179,7 @@ def judged(
 ) -> tuple[float, float]:
     """(accuracy, Fréchet distance) of num_images samples, as many of each class."""
     labels = [i * 10 // num_images for i in range(num_images)]
-    return judge_images(model.generate(vae, labels, seed=seed, batch_size=50, **SAMPLING), labels, train_root, folder)
+    return judge_images(generate(model, vae, labels, seed=seed, batch_size=50, **SAMPLING), labels, train_root, folder)
 
 
 def judge_images(

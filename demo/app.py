@@ -21,9 +21,9 @@ from PIL import Image
 from checkpoints import download
 from checkpoints.weights import CHOICES, find_file, read_file
 from dataset.images import center_crop_adm
-from generation.library import GenerationStep, decode
-from models import load
-from models.sampling.loop import ORDERS
+from generation.library import GenerationStep, decode, generate_steps
+from generation.loading import load
+from models.sampling.orders import ORDERS
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util import dist
@@ -98,7 +98,7 @@ class Studio:
     """A model, its VAE and the names of its classes; the functions that the page's buttons call."""
 
     def __init__(self, model: TokenBridge, vae: AutoencoderKL, names: Sequence[str] | None = None):
-        self.model, self.vae, self.size = model, vae, model.config["img_size"]
+        self.model, self.vae, self.size = model, vae, model.config.img_size
         names = list(names or [])[: model.class_num]
         self.names = names + [str(i) for i in range(len(names), model.class_num)]
 
@@ -130,7 +130,8 @@ class Studio:
             raise ValueError(f"1 to {MOST} pictures at a time, not {count}")
         edit = {} if drawing is None else dict(zip(("init", "mask"), read_drawing(drawing, self.size), strict=True))
         started, spent = time.perf_counter(), 0.0
-        steps = self.model.generate_steps(
+        steps = generate_steps(
+            self.model,
             self.vae,
             [self.class_number(name)] * int(count),
             seed=int(seed),

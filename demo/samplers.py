@@ -16,7 +16,8 @@ from pathlib import Path
 from PIL import Image
 
 from demo.ablations import SAMPLING, judge_images
-from models import load
+from generation.library import generate
+from generation.loading import load
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util.cli import at_least, check_writable, make_parser
@@ -26,7 +27,7 @@ from util.log import get_logger, run_cli
 logger = get_logger()
 
 EXACT = "random order, nothing reused"
-# Name -> options of models.sampling.loop.SamplerOptions beside the demo's.
+# Name -> options of models.sampling.options.SamplerOptions beside the demo's.
 SETTINGS: dict[str, dict] = {
     EXACT: {},
     "reuse_features 2": dict(reuse_features=2),
@@ -35,11 +36,9 @@ SETTINGS: dict[str, dict] = {
     "reuse_guidance 4": dict(reuse_guidance=4),
     "reuse_features 2, reuse_guidance 2": dict(reuse_features=2, reuse_guidance=2),
     "order confidence": dict(order="confidence"),
-    "order confidence, candidates 2": dict(order="confidence", confidence_candidates=2.0),
     "order halton": dict(order="halton"),
     "order subsample": dict(order="subsample"),
     "order raster": dict(order="raster"),
-    "draw gumbel": dict(draw="gumbel"),
 }
 
 
@@ -48,7 +47,7 @@ def draw(
 ) -> tuple[list[Image.Image], float]:
     """The images and the seconds that they took."""
     started = time.perf_counter()
-    images = model.generate(vae, list(labels), seed=seed, batch_size=50, **SAMPLING | options)
+    images = generate(model, vae, list(labels), seed=seed, batch_size=50, **SAMPLING | options)
     return images, time.perf_counter() - started
 
 
@@ -60,7 +59,7 @@ def study(
     found: dict[str, dict[str, list[float]]] = {
         name: {"seconds": [], "accuracy": [], "frechet": [], "equal": []} for name in SETTINGS
     }
-    model.generate(vae, labels[:50], batch_size=50, **SAMPLING)  # warm up
+    generate(model, vae, labels[:50], batch_size=50, **SAMPLING)  # warm up
     for seed in seeds:
         exact: list[Image.Image] = []
         for name, options in SETTINGS.items():

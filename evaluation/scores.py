@@ -372,11 +372,11 @@ class Evaluator:
             | about
             | {
                 "model": self.args.model,
-                "img_size": model.config["img_size"],
+                "img_size": model.config.img_size,
                 "vae_path": str(self.args.vae_path),
                 "head_start": model.head_start,
                 "class_num": model.class_num,
-                "quant_bits": model.config["quant_levels"].bit_length() - 1,
+                "quant_bits": model.config.quant_levels.bit_length() - 1,
                 "quant_min": model.quant_min,
                 "quant_max": model.quant_max,
                 "world_size": dist.world_size(),

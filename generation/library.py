@@ -1,4 +1,4 @@
-"""From class numbers to pictures, in one call: `images = model.generate(vae, [207, 360], cfg=3.0, seed=0)`; editing of given pictures.
+"""From class numbers to pictures, in one call: `images = generate(model, vae, [207, 360], cfg=3.0, seed=0)`; editing of given pictures.
 
 Letters: B images, S their side in pixels, L tokens, C latent channels, H and W latent grid.
 """
@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models.sampling.loop import SamplerState, image_seed
+from models.sampling.loop import SamplerState
 from models.vae import AutoencoderKL
+from util.seeds import mixed_seed
 
 if TYPE_CHECKING:
     from models.tokenbridge import TokenBridge
@@ -153,13 +154,13 @@ def generate_steps(
 
     Arguments as for `generate`. Everything is checked at the call, before the first step.
     """
-    size, device = model.config["img_size"], model.mask_token.device
+    size, device = model.config.img_size, model.mask_token.device
     embedding = model.class_embeddings(classes)
     if (init is None) != (mask is None):
         raise ValueError("editing needs both an image and a mask of what to regenerate (init, mask)")
     if init is not None:
         options |= dict(init=encode_init(vae, [init], size, device), regenerate=token_mask(mask, size, model.grid_size))
-    seeds = [image_seed(seed, first_index + i) for i in range(len(classes))]
+    seeds = [mixed_seed(seed, first_index + i) for i in range(len(classes))]
     states = model.sample_steps(len(classes), class_embedding=embedding, seeds=seeds, **options)
     context = autocast(device, precision)
     return _wrapped(states, vae, context)

@@ -14,7 +14,8 @@ from checkpoints.weights import (
     structure_from_shapes,
 )
 from models.tokenbridge import TokenBridge
-from models.vae import AutoencoderKL, load_vae
+from models.vae import AutoencoderKL
+from models.vae_loading import load_vae
 
 VAE_SAFE = "vae.safetensors"
 
@@ -43,10 +44,10 @@ def load(
     vae = None if config else find_vae(path, config, vae_path)  # a config is looked at first: the file may be a VAE's
     model = build(content, config, vae, str(path))
     vae = vae or find_vae(path, config, vae_path)
-    if vae.embed_dim != model.token_dim or vae.stride != model.config["vae_stride"]:
+    if vae.embed_dim != model.token_dim or vae.stride != model.config.vae_stride:
         raise ValueError(
             f"the VAE has {vae.embed_dim} channels at stride {vae.stride}, the model of {path} needs {model.token_dim} at "
-            f"{model.config['vae_stride']}; give vae_path"
+            f"{model.config.vae_stride}; give vae_path"
         )
     load_state(model, generator_state(content, model, weights, str(path)), f"{path} ({weights} weights)")
     return model.eval().requires_grad_(False).to(device), vae.to(device)

@@ -15,13 +15,15 @@ from tqdm import tqdm
 
 from dataset.images import center_crop_adm, read_image, save_frames, save_grid, save_png, to_tensor, to_uint8
 from generation.library import decode, encode_init, preview, token_mask
-from models.sampling.loop import OPTION_NAMES, SamplerOptions, SamplerState, image_seed
+from models.sampling.loop import SamplerState
+from models.sampling.options import OPTION_NAMES, SamplerOptions
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util import dist
 from util.cli import check_writable
 from util.files import write_json
 from util.log import get_logger
+from util.seeds import mixed_seed
 
 logger = get_logger()
 
@@ -87,7 +89,7 @@ def generate(
     s = settings
     for first in range(0, len(indices), s.batch_size):
         numbers = list(indices[first : first + s.batch_size])
-        batch_seeds = [image_seed(s.seed, i) if seeds is None else seeds[i] for i in numbers]
+        batch_seeds = [mixed_seed(s.seed, i) if seeds is None else seeds[i] for i in numbers]
         editing = {} if edit is None else dict(init=edit.latents, regenerate=edit.chosen)
         with dist.autocast(device, s.precision):
             for state in model.sample_steps(
@@ -186,7 +188,7 @@ def read_edit(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, 
     """--init and --mask, cropped alike to the model's size; ValueError if the mask is of another size or chooses nothing."""
     if not args.init:
         return None
-    image, mask, size = read_image(args.init), read_image(args.mask), model.config["img_size"]
+    image, mask, size = read_image(args.init), read_image(args.mask), model.config.img_size
     if image.size != mask.size:
         raise ValueError(
             f"{args.mask} (--mask) is {mask.width} x {mask.height} pixels, {args.init} (--init) {image.width} x {image.height}; "
@@ -219,7 +221,7 @@ def sample(
         if len(ends) != 2:
             raise ValueError(f"--interpolate takes two classes, got {args.interpolate!r}")
         labels = mixtures(*ends, count or 8)
-        seeds = [image_seed(args.seed, 0)] * len(labels)  # one seed: only the class changes
+        seeds = [mixed_seed(args.seed, 0)] * len(labels)  # one seed: only the class changes
         each = len(labels)
     else:
         classes = parse_classes(args.classes, model.class_num)

@@ -1,4 +1,4 @@
-"""The architecture of a TokenBridge model as data: what its constructor needs, checked, and what checkpoints keep under config["model"]."""
+"""The architecture of a TokenBridge model as data: what its constructor needs, checked, and what checkpoints keep."""
 
 import logging
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 
 from models import quantizer
 from models.latent_space import KL16
-from util.options import ArgumentError
+from util.options import ArgumentError, check_options, option
 
 logger = logging.getLogger("tokenbridge")
 
@@ -16,105 +16,86 @@ HEAD_STARTS = ("official", "trained")
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBridgeConfig:
-    """Sizes default to large. Raises ArgumentError, which names the argument, for values that do not fit together.
+    """Sizes default to large. ArgumentError, which names the argument, for values that do not fit together.
 
-    quant_levels: K, a power of two from 2 to 4096. channel_order: latent dimensions in the head's order; KL-16's for 16 channels, otherwise
-    the identity unless given. head_start: what the *sampler* feeds the head first (docs/spec.md 5). head: "parallel" for the ablation that
-    predicts the dimensions of a token at once.
+    quant_levels: K, a power of two from 2 to 4096. channel_order: latent dimensions in the head's order; by default
+    KL-16's for 16 channels, otherwise the identity. head_start: what the *sampler* feeds the head first (SPEC 5).
+    head: "parallel" for the ablation that predicts the dimensions of a token at once.
     """
 
-    img_size: int = 256
-    vae_stride: int = 16
-    patch_size: int = 1
+    img_size: int = option(256, "side of the images, pixels", lowest=1)
+    vae_stride: int = option(16, "pixels per latent position; taken from the VAE's file if it says so", lowest=1)
+    patch_size: int = option(1, "latent positions per token side; the head is defined for 1 only")
     encoder_embed_dim: int = 1024
-    encoder_depth: int = 16
+    encoder_depth: int = option(16, lowest=1)
     encoder_num_heads: int = 16
     decoder_embed_dim: int = 1024
-    decoder_depth: int = 16
+    decoder_depth: int = option(16, lowest=1)
     decoder_num_heads: int = 16
     channel_embed_dim: int = 1024
     channel_depth: int = 4
     channel_heads: int = 8
     mlp_ratio: float = 4.0
     quant_levels: int = 64
-    vae_embed_dim: int = 16
-    mask_ratio_min: float = 0.7
-    label_drop_prob: float = 0.1
-    class_num: int = 1000
-    attn_dropout: float = 0.1
-    proj_dropout: float = 0.1
-    buffer_size: int = 64
-    grad_checkpointing: bool = False
-    quant_min: float = -5.0
-    quant_max: float = 5.0
+    vae_embed_dim: int = option(16, "latent channels; taken from the VAE's file if it says so", lowest=1)
+    mask_ratio_min: float = option(0.7, "smallest share of masked tokens in training", above=0, highest=1)
+    label_drop_prob: float = option(0.1, "share of images trained without their class", lowest=0, highest=1)
+    class_num: int = option(1000, "number of classes", lowest=1)
+    attn_dropout: float = option(0.1, "on attention weights, in training", lowest=0, highest=1)
+    proj_dropout: float = option(0.1, "after projections and in the MLPs, in training", lowest=0, highest=1)
+    buffer_size: int = option(64, "class-token slots before the image tokens", lowest=1)
+    grad_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    quant_min: float = option(-5.0, "lowest latent value of the quantizer", check=False)
+    quant_max: float = option(5.0, "highest latent value of the quantizer", check=False)
     channel_order: Sequence[int] | None = None
-    head_start: str = "trained"
-    head: str = "autoregressive"
+    head_start: str = option("trained", choices=HEAD_STARTS)
+    head: str = option(
+        "autoregressive",
+        "how a token's dimensions are predicted: one after another, or (ablation) all at once",
+        choices=HEADS,
+    )
 
     def __post_init__(self) -> None:
+        check_options(self)
         self._check_sizes()
-        self._check_training()
-        self._check_head()
+        quantizer.check_range(self.quant_min, self.quant_max)
+        if self.head == "parallel" and self.head_start != "trained":
+            message = (
+                f"head_start {self.head_start!r} belongs to the published autoregressive head, not to the parallel one"
+            )
+            raise ArgumentError("head_start", message)
+        object.__setattr__(self, "channel_order", self._checked_order())
 
     def _check_sizes(self) -> None:
         if self.patch_size != 1:
-            raise ArgumentError(
-                "patch_size",
-                f"patch_size {self.patch_size}: the per-dimension head is defined for one latent position per token, so only 1 is possible",
-            )
-        if self.img_size < 1 or self.img_size % self.vae_stride:
-            raise ArgumentError(
-                "img_size", f"img_size {self.img_size} is not a multiple of the VAE's stride {self.vae_stride}"
-            )
-        for name in ("class_num", "buffer_size", "encoder_depth", "decoder_depth"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(name, f"{name} must be at least 1, got {getattr(self, name)}")
+            message = f"patch_size {self.patch_size}: the head is defined for one latent position per token, only 1 is possible"
+            raise ArgumentError("patch_size", message)
+        if self.img_size % self.vae_stride:
+            message = f"img_size {self.img_size} is not a multiple of the VAE's stride {self.vae_stride}"
+            raise ArgumentError("img_size", message)
         for part in ("encoder", "decoder"):
             width, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_num_heads")
             if width % heads:
-                raise ArgumentError(
-                    f"{part}_embed_dim", f"{part}_embed_dim {width} is not a multiple of {part}_num_heads {heads}"
-                )
+                message = f"{part}_embed_dim {width} is not a multiple of {part}_num_heads {heads}"
+                raise ArgumentError(f"{part}_embed_dim", message)
         if not 2 <= self.quant_levels <= 4096 or self.quant_levels & (self.quant_levels - 1):
-            raise ArgumentError(
-                "quant_levels", f"quant_levels must be a power of two from 2 to 4096, got {self.quant_levels}"
-            )
-        quantizer.check_range(self.quant_min, self.quant_max)
+            message = f"quant_levels must be a power of two from 2 to 4096, got {self.quant_levels}"
+            raise ArgumentError("quant_levels", message)
 
-    def _check_training(self) -> None:
-        if not 0 < self.mask_ratio_min <= 1:
-            raise ArgumentError("mask_ratio_min", f"mask_ratio_min must be in (0, 1], got {self.mask_ratio_min}")
-        for name in ("label_drop_prob", "attn_dropout", "proj_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ArgumentError(name, f"{name} must be a probability, got {getattr(self, name)}")
-
-    def _check_head(self) -> None:
-        if self.head_start not in HEAD_STARTS:
-            raise ArgumentError(
-                "head_start", f"head_start must be one of {', '.join(HEAD_STARTS)}, got {self.head_start!r}"
-            )
-        if self.head not in HEADS:
-            raise ArgumentError("head", f"head must be one of {', '.join(HEADS)}, got {self.head!r}")
-        if self.head == "parallel" and self.head_start != "trained":
-            raise ArgumentError(
-                "head_start",
-                f'head_start {self.head_start!r} belongs to the published autoregressive head; the parallel one has "trained" only',
-            )
+    def _checked_order(self) -> tuple[int, ...]:
         order = self.channel_order
-        if order is None:
-            order = KL16.channel_order if self.vae_embed_dim == 16 else range(self.vae_embed_dim)
-            if self.vae_embed_dim != 16:
-                logger.info(
-                    "no channel_order given for %d latent channels: dimensions are predicted in their natural order",
-                    self.vae_embed_dim,
-                )
+        if order is None and self.vae_embed_dim == 16:
+            order = KL16.channel_order
+        elif order is None:
+            order = range(self.vae_embed_dim)
+            logger.info(
+                "no channel_order given for %d latent channels: they are predicted in natural order", len(order)
+            )
         order = tuple(int(c) for c in order)
         if sorted(order) != list(range(self.vae_embed_dim)):
-            raise ArgumentError(
-                "channel_order",
-                f"channel_order must be a permutation of 0..{self.vae_embed_dim - 1}, got {list(order)}",
-            )
-        object.__setattr__(self, "channel_order", order)
+            message = f"channel_order must be a permutation of 0..{self.vae_embed_dim - 1}, got {list(order)}"
+            raise ArgumentError("channel_order", message)
+        return order
 
     @property
     def grid_size(self) -> int:

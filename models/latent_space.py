@@ -1,8 +1,8 @@
-"""What of TokenBridge depends on the VAE: channels, stride, scale, shift, channel order, quantizer range. KL-16's is built in.
+"""The posterior of a VAE, and what of TokenBridge depends on the VAE: channels, stride, scale, shift, channel order, range.
 
-It stands in a VAE checkpoint ("config", and "description" if it has one) or, for any VAE, in a small JSON file beside its weights, which
-takes precedence: kl16.ckpt -> kl16.latents.json, a folder DIR -> DIR/tokenbridge.json. Keys are the fields of VaeDescription;
-`python -m tools.vae_stats` writes it.
+KL-16's description is built in. Others stand in a VAE checkpoint ("config", and "description" if it has one) or, for
+any VAE, in a small JSON file beside its weights, which takes precedence: kl16.ckpt -> kl16.latents.json, a folder DIR
+-> DIR/tokenbridge.json. Keys are the fields of VaeDescription; `python -m tools.vae_stats` writes it.
 
 Letters: B batch, C latent channels, h and w latent grid.
 """
@@ -17,15 +17,47 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from util.options import ArgumentError
+
 Number = float | Sequence[float]
+DECODER_KEYS = ("decoder.", "post_quant_conv.")
+
+
+class DiagonalGaussian:
+    """Posterior N(mean, std^2) from moments (B, 2C, h, w): mean and unclamped log-variance stacked along the channels."""
+
+    def __init__(self, parameters: Tensor):
+        self.parameters = parameters
+        self.mean, logvar = parameters.chunk(2, dim=1)  # (B, C, h, w) each
+        self.logvar = logvar.clamp(-30.0, 20.0)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation (B, C, h, w)."""
+        return torch.exp(0.5 * self.logvar)
+
+    def sample(self, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+        """mean + std * noise (B, C, h, w); `noise` is drawn from `generator` when it is not given."""
+        if noise is None:
+            noise = torch.empty_like(self.mean).normal_(generator=generator)
+        return self.mean + self.std * noise
+
+    def mode(self) -> Tensor:
+        """The mean (B, C, h, w)."""
+        return self.mean
+
+    def kl(self) -> Tensor:
+        """KL divergence from N(0, 1) in nats, summed over each sample: (B,)."""
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)
 
 
 @dataclass
 class VaeDescription:
-    """channels C and stride (pixels per latent position). scale_factor, shift: a number, or one per channel, see `LatentSpace.scale`.
+    """channels C and stride (pixels per latent position). scale_factor, shift: one number, or one per channel.
 
-    channel_order: latent dimensions from low to high frequency (SPEC 6), None where unknown. quant_bits, quant_min, quant_max: the quantizer that
-    suits the scaled latents, None where unknown. Raises ValueError for values that do not fit together.
+    channel_order: latent dimensions from low to high frequency (SPEC 6), None where unknown. quant_bits, quant_min,
+    quant_max: the quantizer that suits the scaled latents, None where unknown. Raises ValueError for values that do not
+    fit together.
     """
 
     channels: int
@@ -38,49 +70,45 @@ class VaeDescription:
     quant_max: float | None = None
 
     def __post_init__(self) -> None:
-        if not (
-            isinstance(self.channels, int) and isinstance(self.stride, int) and self.channels >= 1 and self.stride >= 1
-        ):
-            raise ValueError(
-                f"channels and stride must be whole numbers of at least 1, got {self.channels!r} and {self.stride!r}"
-            )
-        for name in ("scale_factor", "shift"):
-            value = getattr(self, name)
-            values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-            if len(values) not in ((self.channels,) if isinstance(value, Sequence) else (1,)):
-                raise ValueError(f"{name} has {len(values)} values but the VAE has {self.channels} latent channels")
-            if not all(isinstance(v, (int, float)) and math.isfinite(v) and (v or name == "shift") for v in values):
-                raise ValueError(
-                    f"{name} must be finite numbers{', none of them 0' if name == 'scale_factor' else ''}, got {value!r}"
-                )
-            setattr(self, name, [float(v) for v in values] if isinstance(value, Sequence) else float(value))
-        if self.channel_order is not None:
-            if not isinstance(self.channel_order, Sequence) or sorted(self.channel_order) != list(range(self.channels)):
-                raise ValueError(
-                    f"channel_order must be a permutation of 0..{self.channels - 1}, got {self.channel_order!r}"
-                )
-            self.channel_order = [int(c) for c in self.channel_order]
+        for size in (self.channels, self.stride):
+            if not isinstance(size, int) or size < 1:
+                got = f"{self.channels!r} and {self.stride!r}"
+                raise ValueError(f"channels and stride must be whole numbers of at least 1, got {got}")
+        self.scale_factor = self._numbers("scale_factor", "finite numbers, none of them 0")
+        self.shift = self._numbers("shift", "finite numbers")
+        order, last = self.channel_order, self.channels - 1
+        if order is not None:
+            if not isinstance(order, Sequence) or sorted(order) != list(range(self.channels)):
+                raise ValueError(f"channel_order must be a permutation of 0..{last}, got {order!r}")
+            self.channel_order = [int(c) for c in order]
         if self.quant_bits is not None and not (isinstance(self.quant_bits, int) and 1 <= self.quant_bits <= 12):
             raise ValueError(f"quant_bits must be a whole number from 1 to 12, got {self.quant_bits!r}")
         low, high = self.quant_min, self.quant_max
-        if (
-            (low is None) != (high is None)
-            or low is not None
-            and not (math.isfinite(low) and math.isfinite(high) and low < high)
-        ):
+        one_missing = (low is None) != (high is None)
+        if one_missing or (low is not None and not -math.inf < low < high < math.inf):
             raise ValueError(f"quant_min must be less than quant_max, both finite; got {low!r} and {high!r}")
 
+    def _numbers(self, name: str, kind: str) -> Number:
+        """scale_factor or shift as floats; ValueError for another count or other numbers than `kind`."""
+        value = getattr(self, name)
+        several = isinstance(value, Sequence) and not isinstance(value, str)
+        values = list(value) if several else [value]
+        if several and len(values) != self.channels:
+            raise ValueError(f"{name} has {len(values)} values but the VAE has {self.channels} latent channels")
+        if not all(isinstance(v, (int, float)) and math.isfinite(v) and (v or name == "shift") for v in values):
+            raise ValueError(f"{name} must be {kind}, got {value!r}")
+        return [float(v) for v in values] if several else float(value)
 
-# 1/std of KL-16 latents on ImageNet (SPEC 2); belongs to those weights
+
 KL16 = VaeDescription(
     16,
     16,
-    scale_factor=0.2325,
+    scale_factor=0.2325,  # 1/std of its latents on ImageNet (SPEC 2)
     channel_order=[8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5],  # by frequency (SPEC 5)
     quant_bits=6,
     quant_min=-5.0,
     quant_max=5.0,
-)  # SPEC 3
+)
 
 
 def description_path(vae_path: str | Path) -> Path:
@@ -93,26 +121,31 @@ def read_description(path: str | Path) -> VaeDescription:
     """ValueError naming the file if it is no description."""
     try:
         content = json.loads(Path(path).read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
         known = {field.name for field in fields(VaeDescription)}
-        if not isinstance(content, dict) or set(content) - known:
-            raise ValueError(
-                f"unknown keys {sorted(set(content) - known)}; known are {', '.join(sorted(known))}"
-                if isinstance(content, dict)
-                else "it is no JSON object"
-            )
+        if set(content) - known:
+            raise ValueError(f"unknown keys {sorted(set(content) - known)}; known are {', '.join(sorted(known))}")
         return VaeDescription(**content)
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} does not describe a VAE (beside --vae_path): {error}") from error
+        raise ValueError(f"{path} does not describe a VAE: {error}") from error
 
 
 def find_description(vae_path: str | Path) -> VaeDescription | None:
-    """The description beside a VAE's weights, None if there is none. ValueError naming the file if it cannot be used."""
+    """The description beside a VAE's weights, None if there is none.
+
+    ValueError naming the file if it cannot be used.
+    """
     path = description_path(vae_path)
     return read_description(path) if path.is_file() else None
 
 
 class LatentSpace:
-    """What every VAE class here shares: the description's values as attributes, scaling, the fingerprint of the encoder."""
+    """What every VAE class here shares: the description's values as attributes, scaling, the fingerprint.
+
+    A VAE class adds `encode(images) -> DiagonalGaussian`, `decode(latents) -> images`, `config` (JSON-able, what builds
+    it again) and calls `set_description` in its constructor.
+    """
 
     embed_dim: int
     stride: int
@@ -123,49 +156,52 @@ class LatentSpace:
     quant_bits: int | None = None
     deterministic = False  # True: no posterior, the encoder gives one latent
 
-    def set_description(self, found: VaeDescription) -> None:
+    def set_description(self, description: VaeDescription) -> None:
         """Take over a description's values. ValueError if it is of another VAE: other channels or stride."""
-        actual = (getattr(self, "embed_dim", found.channels), getattr(self, "stride", found.stride))
-        if (found.channels, found.stride) != actual:
-            raise ValueError(
-                f"the description (the JSON file beside --vae_path) says {found.channels} channels at stride {found.stride}, the VAE has "
-                f"{actual[0]} at {actual[1]}"
-            )
-        self.embed_dim, self.stride = found.channels, found.stride
-        self.scale_factor, self.shift = found.scale_factor, found.shift
-        if found.channel_order is not None or not hasattr(self, "channel_order"):
-            self.channel_order = found.channel_order
-        if found.quant_min is not None:
-            self.quant_range = (float(found.quant_min), float(found.quant_max))
-        self.quant_bits = self.quant_bits if found.quant_bits is None else found.quant_bits
+        d = description
+        channels, stride = getattr(self, "embed_dim", d.channels), getattr(self, "stride", d.stride)
+        if (d.channels, d.stride) != (channels, stride):
+            said = f"the description beside the VAE's weights says {d.channels} channels at stride {d.stride}"
+            raise ValueError(f"{said}, the VAE has {channels} at {stride}")
+        self.embed_dim, self.stride, self.scale_factor, self.shift = d.channels, d.stride, d.scale_factor, d.shift
+        if d.channel_order is not None or not hasattr(self, "channel_order"):
+            self.channel_order = d.channel_order
+        if d.quant_min is not None:
+            self.quant_range = (float(d.quant_min), float(d.quant_max))
+        self.quant_bits = self.quant_bits if d.quant_bits is None else d.quant_bits
 
     @property
     def description(self) -> VaeDescription:
-        low, high = self.quant_range or (None, None)
-        return VaeDescription(
-            self.embed_dim, self.stride, self.scale_factor, self.shift, self.channel_order, self.quant_bits, low, high
-        )
+        """These values as a description."""
+        values = (self.embed_dim, self.stride, self.scale_factor, self.shift, self.channel_order, self.quant_bits)
+        return VaeDescription(*values, *(self.quant_range or (None, None)))
 
     @property
     def latent_config(self) -> dict:
         """The part of `config` that says how latents reach the transformer; JSON-able."""
-        about = asdict(self.description)
-        return {key: about[key] for key in ("scale_factor", "shift", "channel_order")}
+        values = asdict(self.description)
+        return {key: values[key] for key in ("scale_factor", "shift", "channel_order")}
 
-    def fill_in_range(self, args: object, given: set[str]) -> None:
-        """Set args.quant_bits, .quant_min and .quant_max to what suits this VAE, where it is known, but for those given on the command line."""
-        known = {"quant_bits": self.quant_bits} if self.quant_bits is not None else {}
-        if self.quant_range is not None:
-            known |= dict(zip(("quant_min", "quant_max"), self.quant_range, strict=True))
-        for name in known.keys() - given:
-            setattr(args, name, known[name])
+    def quantizer_settings(self) -> dict[str, float]:
+        """Those of quant_bits, quant_min and quant_max that are known to suit this VAE."""
+        values = asdict(self.description)
+        names = ("quant_bits", "quant_min", "quant_max")
+        return {name: values[name] for name in names if values[name] is not None}
+
+    def check_images(self, images: Tensor) -> None:
+        """ValueError unless the stride divides height and width."""
+        if images.shape[-1] % self.stride or images.shape[-2] % self.stride:
+            size = tuple(images.shape[-2:])
+            raise ArgumentError("img_size", f"image size {size} is not a multiple of the VAE's stride {self.stride}")
 
     def latent_fingerprint(self) -> str:
-        """SHA-256 of the weights that define the latent space (encoder and quant_conv), to tell one VAE from another."""
+        """SHA-256 of the weights that define the latent space, all but the decoder's, to tell one VAE from another."""
+        weights = {k: v for k, v in sorted(self.state_dict().items()) if not k.startswith(DECODER_KEYS)}
+        if not weights:
+            raise ValueError("this VAE has no weights outside its decoder, so nothing identifies its latent space")
         digest = hashlib.sha256()
-        for name, value in sorted(self.state_dict().items()):
-            if name.startswith(("encoder.", "quant_conv.")):
-                digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+        for name, value in weights.items():
+            digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def scale(self, z: Tensor) -> Tensor:
@@ -178,7 +214,7 @@ class LatentSpace:
 
 
 def per_channel(value: Number, like: Tensor) -> float | Tensor:
-    """A number as it is, or one per channel as (C, 1, 1) beside `like`."""
+    """A number as it is, or one per channel as (C, 1, 1) on the device of `like`."""
     if isinstance(value, Sequence):
         return torch.tensor(list(value), device=like.device, dtype=like.dtype).view(-1, 1, 1)  # (C, 1, 1)
     return value

@@ -1,9 +1,10 @@
-"""The pieces of the per-dimension head: causal attention with an optional key-value cache, adaLN blocks, the final modulation.
+"""The layers of the per-dimension head: causal attention with an optional key-value cache, adaLN blocks.
 
-(The backbone's blocks are timm's; `block_queries` and `block_rest` are such a block without its attention, for callers that bring their own
-keys and values.) Letters: B images, L tokens of each, M of them, N tokens of all, P positions handled now (1 while decoding, C while training),
-C latent dimensions, H head width.
+Letters: B images, L tokens of each, M of them, N tokens of all, P positions handled now (1 while decoding, C while
+training), C latent dimensions, H head width.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -12,7 +13,12 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from util.options import ArgumentError
+
 LAYER_NORM_EPS = 1e-6
+
+Modulation = tuple[Tensor, ...]
+"""Shifts, scales and gates, each (N, P, H); a scale has its 1 added already, so that decoding adds it once for all positions."""
 
 
 def take(x: Tensor, positions: Tensor) -> Tensor:
@@ -22,7 +28,7 @@ def take(x: Tensor, positions: Tensor) -> Tensor:
 
 @dataclass
 class LayerCache:
-    """Keys and values of one attention layer for all C positions, allocated once: (N, heads, C, head_dim) each."""
+    """Keys and values of one attention layer for all positions, allocated once: (N, heads, P, head_dim) each."""
 
     keys: Tensor
     values: Tensor
@@ -30,8 +36,8 @@ class LayerCache:
     @classmethod
     def allocate(
         cls, num_layers: int, shape: tuple[int, int, int, int], like: Tensor, dtype: torch.dtype
-    ) -> list["LayerCache"]:
-        """One for each layer, of shape (N, heads, C, head_dim), cut from a single uninitialised tensor on the device of `like`."""
+    ) -> list[LayerCache]:
+        """One per layer, of shape (N, heads, P, head_dim), in one uninitialised tensor on the device of `like`."""
         return [cls(*layer.unbind()) for layer in like.new_empty((num_layers, 2, *shape), dtype=dtype).unbind()]
 
 
@@ -44,9 +50,8 @@ class CausalAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, attn_dropout: float = 0.0, proj_dropout: float = 0.0):
         super().__init__()
         if dim % num_heads:
-            raise ValueError(
-                f"head width {dim} is not a multiple of its {num_heads} heads (channel_embed_dim, channel_heads)"
-            )
+            message = f"channel_embed_dim {dim} is not a multiple of channel_heads {num_heads}"
+            raise ArgumentError("channel_embed_dim", message)
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.q_norm = nn.LayerNorm(self.head_dim, eps=LAYER_NORM_EPS)
@@ -57,12 +62,13 @@ class CausalAttention(nn.Module):
     def forward(self, x: Tensor, cache: LayerCache | None = None, start: int | Tensor = 0) -> Tensor:
         """x (N, P, H) at positions start .. start+P-1; earlier positions come from `cache`, which is filled in place.
 
-        Either P positions from 0 on, or one position at a time with a cache. With `start` a tensor (1,) the shapes are the same for every
-        position: all of the cache is attended to, later positions behind a mask (so it must hold numbers).
+        Either P positions from 0 on, or one position at a time with a cache. With `start` a tensor (1,) the shapes are
+        the same for every position: all of the cache is attended to, with later positions masked (so it must hold
+        finite numbers).
         """
         num_tokens, positions, dim = x.shape
-        # (N, heads, P, hd)
-        q, k, v = self.qkv(x).view(num_tokens, positions, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).view(num_tokens, positions, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, P, hd)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast runs the norms in float32
         mask = None
         if isinstance(start, Tensor):
@@ -71,56 +77,20 @@ class CausalAttention(nn.Module):
             k, v = cache.keys, cache.values
             mask = (torch.arange(k.shape[2], device=k.device) <= start).unsqueeze(0)  # (1, C)
         elif cache is not None:
-            cache.keys[:, :, start : start + positions] = k
-            cache.values[:, :, start : start + positions] = v
-            k, v = cache.keys[:, :, : start + positions], cache.values[:, :, : start + positions]
+            end = start + positions
+            cache.keys[:, :, start:end] = k
+            cache.values[:, :, start:end] = v
+            k, v = cache.keys[:, :, :end], cache.values[:, :, :end]
         dropout = self.attn_dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=positions > 1)  # (N, heads, P, hd)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(num_tokens, positions, dim)))
 
 
-def block_queries(block: nn.Module, x: Tensor, asking: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (N, heads, P, head_dim) of a timm block from its input x (N, P, D); the queries of `asking` (N, M, D) if given."""
-    attn, dim = block.attn, x.shape[-1]
-    heads = (attn.num_heads, attn.head_dim)
-    if asking is None:
-        return attn.qkv(block.norm1(x)).unflatten(-1, (3, *heads)).permute(2, 0, 3, 1, 4).unbind()
-    (query, key_value), (query_bias, key_value_bias) = (
-        whole.split([dim, 2 * dim]) for whole in (attn.qkv.weight, attn.qkv.bias)
-    )
-    q = F.linear(block.norm1(asking), query, query_bias).unflatten(-1, heads).transpose(1, 2)  # (N, heads, M, hd)
-    k, v = (
-        F.linear(block.norm1(x), key_value, key_value_bias).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4).unbind()
-    )
-    return q, k, v
-
-
-def block_rest(block: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
-    """What follows the attention of a timm block: x (N, P, D), attended (N, heads, P, head_dim) -> (N, P, D). No dropout."""
-    x = x + block.attn.proj(attended.transpose(1, 2).flatten(2))
-    return x + block.mlp(block.norm2(x))
-
-
-def masked_block(block: nn.Module, x: Tensor, seen: Tensor) -> Tensor:
-    """A timm block in which only the positions `seen` (P,) bool are attended to: x (N, P, D) -> (N, P, D). No dropout."""
-    q, k, v = block_queries(block, x)
-    return block_rest(block, x, F.scaled_dot_product_attention(q, k, v, attn_mask=seen.unsqueeze(0)))
-
-
-def wanted_block(block: nn.Module, x: Tensor, wanted: Tensor) -> Tensor:
-    """A timm block whose output is needed at the positions wanted (N, M) only, all being attended to: x (N, P, D) -> (N, M, D). No dropout."""
-    asking = take(x, wanted)
-    return block_rest(block, asking, F.scaled_dot_product_attention(*block_queries(block, x, asking)))
-
-
-Modulation = tuple[Tensor, ...]
-"""Shifts, scales and gates, each (N, P, H); a scale has its 1 added already, so that decoding adds it once for all positions."""
-
-
 class AdaLNBlock(nn.Module):
-    """Pre-norm transformer block, modulated by a conditioning vector: x += gate * f(LN(x) * (1 + scale) + shift), twice (SPEC 5).
+    """Pre-norm transformer block, modulated by a conditioning vector (SPEC 5).
 
-    attn_dropout: rate on the attention weights; proj_dropout: after the attention's projection, the MLP's activation and its second Linear.
+    x += gate * f(LN(x) * (1 + scale) + shift), for f the attention and then the MLP. attn_dropout: rate on the attention
+    weights; proj_dropout: after the attention's projection, the MLP's activation and its second Linear.
     """
 
     def __init__(
@@ -134,7 +104,7 @@ class AdaLNBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def modulation(self, activated: Tensor) -> Modulation:
-        """The six terms, (N, P, H) each, from SiLU(conditioning) (N, P, H): the SiLU is the same for all blocks, so it is taken once."""
+        """The six terms, (N, P, H) each, from SiLU(conditioning) (N, P, H), which is the same for all blocks."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation[1](activated).chunk(6, dim=-1)
         return shift_a, 1 + scale_a, gate_a, shift_m, 1 + scale_m, gate_m
 

@@ -1,4 +1,4 @@
-"""KL autoencoder (SPEC 2). With its defaults it is KL-16: 256x256 images <-> 16 channels at stride 16; smaller ones are the same class.
+"""KL autoencoder (SPEC 2). With its defaults it is KL-16: 256x256 images <-> 16 channels at stride 16.
 
 Letters: B batch, C latent channels, H and W image height and width, h = H/stride, w = W/stride.
 """
@@ -6,54 +6,16 @@ Letters: B batch, C latent channels, H and W image height and width, h = H/strid
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoints.weights import read_file
-from models.latent_space import KL16, LatentSpace, VaeDescription, find_description
-
-if TYPE_CHECKING:
-    from models.vae_diffusers import DiffusersVAE
-
-KL16_SCALE, KL16_CHANNEL_ORDER = KL16.scale_factor, tuple(KL16.channel_order)
+from models.latent_space import KL16, DiagonalGaussian, LatentSpace, VaeDescription
+from util.options import ArgumentError
 
 logger = logging.getLogger("tokenbridge")
-
-
-class DiagonalGaussian:
-    """Posterior N(mean, std^2) from moments (B, 2C, h, w): mean and unclamped log-variance stacked along the channels."""
-
-    def __init__(self, parameters: Tensor):
-        self.parameters = parameters
-        self.mean, logvar = parameters.chunk(2, dim=1)  # (B, C, h, w) each
-        self.logvar = logvar.clamp(-30.0, 20.0)
-
-    @property
-    def std(self) -> Tensor:
-        """Standard deviation (B, C, h, w)."""
-        return torch.exp(0.5 * self.logvar)
-
-    def sample(self, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
-        """mean + std * noise (B, C, h, w); `noise` is drawn from `generator` when it is not given."""
-        if noise is None:
-            noise = torch.empty_like(self.mean).normal_(generator=generator)
-        return self.mean + self.std * noise
-
-    def mode(self) -> Tensor:
-        """The mean (B, C, h, w)."""
-        return self.mean
-
-    def kl(self) -> Tensor:
-        """KL divergence from N(0, 1) in nats, summed over each sample: (B,)."""
-        return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)
-
-
-def posterior_from_moments(moments: Tensor) -> DiagonalGaussian:
-    """The posterior that `encode` would have returned, from cached moments (B, 2C, h, w)."""
-    return DiagonalGaussian(moments)
 
 
 class ResidualBlock(nn.Module):
@@ -87,14 +49,13 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        # (B, 1, HW, ch)
         q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, HW, ch)
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, HW, ch), one head
         return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
 
 
 class Downsample(nn.Module):
-    """Stride-2 3x3 convolution after one zero pixel on the right and bottom only: (B, ch, H, W) -> (B, ch, H/2, W/2)."""
+    """Stride-2 3x3 convolution, padded on the right and bottom only: (B, ch, H, W) -> (B, ch, H/2, W/2)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -133,32 +94,28 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks (`block`), attention after each (`attn`, may be empty), then a change of resolution or none."""
+    """One resolution: residual blocks, attention after each (may be empty), then a change of resolution or none."""
 
-    def __init__(
-        self,
-        blocks: list[nn.Module],
-        attention: list[nn.Module],
-        resample_name: str = "",
-        resample: nn.Module | None = None,
-    ):
+    def __init__(self, blocks: list[nn.Module], attention: list[nn.Module], **resample: nn.Module):
         super().__init__()
         self.block = nn.ModuleList(blocks)
         self.attn = nn.ModuleList(attention)
-        self.resample_name = resample_name
-        if resample is not None:
-            self.add_module(resample_name, resample)  # the checkpoints call it `downsample` or `upsample`
+        self.resample = list(resample)  # its name in checkpoints, `downsample` or `upsample`
+        for name, module in resample.items():
+            self.add_module(name, module)
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
             x = block(x)
             if len(self.attn):
                 x = self.attn[i](x)
-        return getattr(self, self.resample_name)(x) if self.resample_name else x
+        for name in self.resample:
+            x = getattr(self, name)(x)
+        return x
 
 
 class Encoder(nn.Module):
-    """Image (B, 3, H, W) -> (B, 2C, h, w), before quant_conv. `num_res_blocks` blocks at each level, attention at the last."""
+    """Image (B, 3, H, W) -> (B, 2C, h, w), before quant_conv. Attention at the last level."""
 
     def __init__(
         self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, attention: bool, groups: int, out_channels: int
@@ -175,7 +132,7 @@ class Encoder(nn.Module):
                 width = ch * multiplier
                 if last and attention:
                     attn.append(SpatialAttention(width, groups))
-            self.down.append(Level(blocks, attn) if last else Level(blocks, attn, "downsample", Downsample(width)))
+            self.down.append(Level(blocks, attn) if last else Level(blocks, attn, downsample=Downsample(width)))
         self.mid = Middle(width, groups, attention)
         self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
@@ -188,7 +145,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, C, h, w), after post_quant_conv -> image (B, 3, H, W). `up[0]` is full resolution; no attention in the levels."""
+    """Latents (B, C, h, w), after post_quant_conv -> image (B, 3, H, W).
+
+    `up[0]` is full resolution, without attention.
+    """
 
     def __init__(
         self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, attention: bool, groups: int, in_channels: int
@@ -203,7 +163,7 @@ class Decoder(nn.Module):
             for _ in range(num_res_blocks + 1):
                 blocks.append(ResidualBlock(width, ch * multiplier, groups))
                 width = ch * multiplier
-            levels.append(Level(blocks, []) if i == 0 else Level(blocks, [], "upsample", Upsample(width)))
+            levels.append(Level(blocks, []) if i == 0 else Level(blocks, [], upsample=Upsample(width)))
         self.up = nn.ModuleList(reversed(levels))
         self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
@@ -218,12 +178,12 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module, LatentSpace):
     """KL-regularised autoencoder; the defaults give KL-16 (66.456 M parameters, keys as published).
 
-    embed_dim: latent channels C. ch, ch_mult: base width and its multiplier per level (stride = 2^(levels - 1)). num_res_blocks:
-    blocks per encoder level, one more in the decoder. attention: spatial attention at the coarsest level. scale_factor, shift: a
-    number, or one per channel, taking raw latents to those of the transformer, see `scale`; the default belongs to KL-16.
-    channel_order: its latent dimensions from low to high frequency, None where unknown. ckpt_path: weights, loaded strictly.
+    embed_dim: latent channels C. ch, ch_mult: base width and its multiplier per level (stride = 2^(levels - 1)).
+    num_res_blocks: blocks per encoder level, one more in the decoder. attention: spatial attention at the coarsest
+    level. scale_factor, shift: one number, or one per channel, see `scale`; the default is KL-16's. channel_order:
+    latent dimensions from low to high frequency, None where unknown. ckpt_path: weights, loaded strictly.
 
-    Raises ValueError on sizes that do not fit, and what `load_weights` raises.
+    Raises ValueError for sizes that do not fit, and what `load_weights` raises.
     """
 
     def __init__(
@@ -236,31 +196,23 @@ class AutoencoderKL(nn.Module, LatentSpace):
         num_res_blocks: int = 2,
         attention: bool = True,
         norm_groups: int = 32,
-        scale_factor: float | Sequence[float] = KL16_SCALE,
+        scale_factor: float | Sequence[float] = KL16.scale_factor,
         shift: float | Sequence[float] = 0.0,
         channel_order: Sequence[int] | None = None,
     ):
         super().__init__()
         ch_mult = tuple(int(m) for m in ch_mult)
         if embed_dim < 1 or ch < 1 or num_res_blocks < 1 or not ch_mult or min(ch_mult) < 1:
-            raise ValueError(
-                f"VAE sizes must be positive: embed_dim {embed_dim}, ch {ch}, ch_mult {ch_mult}, num_res_blocks {num_res_blocks}"
-            )
+            sizes = f"embed_dim {embed_dim}, ch {ch}, ch_mult {ch_mult}, num_res_blocks {num_res_blocks}"
+            raise ValueError(f"VAE sizes must be positive: {sizes}")
         if any(ch * m % norm_groups for m in (1, *ch_mult)):
-            raise ValueError(
-                f"every VAE width (ch {ch} times ch_mult {ch_mult}) must be a multiple of norm_groups {norm_groups}"
-            )
+            widths = f"ch {ch} times ch_mult {ch_mult}"
+            raise ValueError(f"every VAE width ({widths}) must be a multiple of norm_groups {norm_groups}")
         if channel_order is None and embed_dim == 16 and ch_mult == (1, 1, 2, 2, 4) and ch == 128:
-            channel_order = KL16_CHANNEL_ORDER
+            channel_order = KL16.channel_order
         self.set_description(VaeDescription(embed_dim, 2 ** (len(ch_mult) - 1), scale_factor, shift, channel_order))
-        self._architecture = dict(
-            embed_dim=embed_dim,
-            ch_mult=list(ch_mult),
-            ch=ch,
-            num_res_blocks=num_res_blocks,
-            attention=attention,
-            norm_groups=norm_groups,
-        )
+        self._architecture = dict(embed_dim=embed_dim, ch_mult=list(ch_mult), ch=ch, num_res_blocks=num_res_blocks)
+        self._architecture |= dict(attention=attention, norm_groups=norm_groups)
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, attention, norm_groups, 2 * embed_dim)
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, attention, norm_groups, embed_dim)
         self.quant_conv = nn.Conv2d(2 * embed_dim, 2 * embed_dim, 1)
@@ -274,11 +226,8 @@ class AutoencoderKL(nn.Module, LatentSpace):
         return self._architecture | self.latent_config
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
-        """Image (B, 3, H, W) in [-1, 1] -> posterior over raw latents (B, C, h, w). ValueError unless stride divides H and W."""
-        if x.shape[-1] % self.stride or x.shape[-2] % self.stride:
-            raise ValueError(
-                f"image size {tuple(x.shape[-2:])} is not a multiple of the VAE's stride {self.stride} (--img_size)"
-            )
+        """Image (B, 3, H, W) in [-1, 1] -> posterior over raw latents (B, C, h, w)."""
+        self.check_images(x)
         return DiagonalGaussian(self.quant_conv(self.encoder(x)))  # moments (B, 2C, h, w)
 
     def decode(self, z: Tensor) -> Tensor:
@@ -287,18 +236,23 @@ class AutoencoderKL(nn.Module, LatentSpace):
 
 
 def read_vae_file(path: str | Path) -> dict:
-    """The dict in a VAE checkpoint; weights under "model". Clear FileNotFoundError or ValueError naming the file otherwise."""
+    """The dict in a VAE checkpoint; weights under "model".
+
+    FileNotFoundError or ArgumentError naming the file otherwise.
+    """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no VAE weights at {path} (--vae_path): give the path of a checkpoint such as pretrained_models/vae/kl16.ckpt, "
-            "which `python -m tools.download vae` fetches"
+        advice = (
+            "give a checkpoint such as pretrained_models/vae/kl16.ckpt, which `python -m tools.download vae` fetches"
         )
-    content = read_file(path, "--vae_path")
+        raise FileNotFoundError(f"no VAE weights at {path}: {advice}")
+    try:
+        content = read_file(path)
+    except ValueError as error:
+        raise ArgumentError("vae_path", str(error)) from error
     if not isinstance(content.get("model"), dict):
-        raise ValueError(
-            f'{path} (--vae_path) has no weights under the key "model"; found {sorted(map(str, content))[:8]}'
-        )
+        found = sorted(map(str, content))[:8]
+        raise ArgumentError("vae_path", f'{path} has no weights under the key "model"; found {found}')
     return content
 
 
@@ -306,73 +260,26 @@ def _shape(value: object) -> tuple[int, ...] | str:
     return tuple(value.shape) if isinstance(value, Tensor) else f"no tensor but {type(value).__name__}"
 
 
-def load_weights(vae: AutoencoderKL, path: str | Path, content: dict | None = None) -> None:
-    """Fill `vae` from a checkpoint file. Keys that are not the VAE's are logged; a missing key, wrong shape or NaN is a ValueError."""
+def load_weights(vae: nn.Module, path: str | Path, content: dict | None = None) -> None:
+    """Fill `vae` from a checkpoint file; ArgumentError for a missing key, a wrong shape or NaN.
+
+    Other keys are logged.
+    """
     content = read_vae_file(path) if content is None else content
     weights, own = content["model"], vae.state_dict()
-    missing = [key for key in own if key not in weights]
+    problem, missing = "", [key for key in own if key not in weights]
     if missing:
-        raise ValueError(
-            f"{path} (--vae_path) lacks {len(missing)} of the VAE's {len(own)} keys, first: {', '.join(missing[:4])}"
-        )
-    wrong = [
-        f"{key}: file {_shape(weights[key])}, VAE {_shape(own[key])}"
-        for key in own
-        if _shape(weights[key]) != _shape(own[key])
-    ]
-    if wrong:
-        raise ValueError(
-            f"{path} (--vae_path) has {len(wrong)} weights of another shape: {'; '.join(wrong[:4])} (see --vae_embed_dim)"
-        )
-    not_finite = [key for key in own if not torch.isfinite(weights[key]).all()]
-    if not_finite:
-        raise ValueError(f"{path} (--vae_path) holds NaN or infinite weights, first: {', '.join(not_finite[:4])}")
-    extra = [key for key in content if key not in ("model", "config", "description")] + [
-        key for key in weights if key not in own
-    ]
+        problem = f"lacks {len(missing)} of the VAE's {len(own)} keys, first: {', '.join(missing[:4])}"
+    elif wrong := [key for key in own if _shape(weights[key]) != _shape(own[key])]:
+        shapes = "; ".join(f"{key}: file {_shape(weights[key])}, VAE {_shape(own[key])}" for key in wrong[:4])
+        problem = f"has {len(wrong)} weights of another shape: {shapes} (see vae_embed_dim)"
+    elif bad := [key for key in own if not torch.isfinite(weights[key]).all()]:
+        problem = f"holds NaN or infinite weights, first: {', '.join(bad[:4])}"
+    if problem:
+        raise ArgumentError("vae_path", f"{path} {problem}")
+    extra = [key for key in content if key not in ("model", "config", "description")]
+    extra += [key for key in weights if key not in own]
     if extra:
-        logger.info(
-            "%s: ignoring %d keys that are not the VAE's weights: %s", path, len(extra), ", ".join(map(str, extra[:8]))
-        )
+        names = ", ".join(map(str, extra[:8]))
+        logger.info("%s: ignoring %d keys that are not the VAE's weights: %s", path, len(extra), names)
     vae.load_state_dict({key: weights[key] for key in own}, strict=True)
-
-
-def load_vae(
-    path: str | Path, embed_dim: int | None = None, stride: int | None = None
-) -> "AutoencoderKL | DiffusersVAE":
-    """A frozen VAE in eval mode from a checkpoint, or from a folder that diffusers wrote (models/vae_diffusers.py).
-
-    Its shape comes from the file's "config", KL-16 where there is none; what its latents are like (scale, shift, order, range) from the JSON file
-    beside it if there is one, see `models/latent_space.py`. embed_dim, stride: what the command line says; a contradiction is a ValueError
-    that names both.
-    """
-    if Path(path).is_dir():
-        from models.vae_diffusers import load_diffusers_vae
-
-        vae = load_diffusers_vae(path)
-    else:
-        vae = load_checkpoint_vae(path, embed_dim)
-    for flag, given, actual in (("--vae_embed_dim", embed_dim, vae.embed_dim), ("--vae_stride", stride, vae.stride)):
-        if given is not None and given != actual:
-            raise ValueError(f"{flag} {given} contradicts {path}, whose VAE has {actual}")
-    found = find_description(path)
-    if found is not None:
-        vae.set_description(found)
-    return vae.eval().requires_grad_(False)
-
-
-def load_checkpoint_vae(path: str | Path, embed_dim: int | None = None) -> AutoencoderKL:
-    """The VAE of a checkpoint file with its weights; see `load_vae`."""
-    content = read_vae_file(path)
-    config = content.get("config")
-    if config is None:
-        config = {} if embed_dim is None else {"embed_dim": embed_dim}
-    try:
-        vae = AutoencoderKL(**config)
-        if "description" in content:
-            vae.set_description(VaeDescription(**content["description"]))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} (--vae_path): its config does not describe a VAE of this code: {error}") from error
-    if embed_dim in (None, vae.embed_dim):  # else load_vae refuses in its own words
-        load_weights(vae, path, content)
-    return vae

@@ -1,7 +1,8 @@
 """VAEs that diffusers wrote (AutoencoderKL: SD-VAE and its kin; AutoencoderDC: DC-AE) behind the interface of models/vae.py.
 
-Needs the package `diffusers` (requirements-extra.txt); imported only here. The network is diffusers' own class with its own weights; this file
-translates names. Letters: B batch, C latent channels, H and W image size, h = H/stride, w = W/stride.
+Needs the package `diffusers` (requirements-extra.txt); imported only here. The network is diffusers' own class with its
+own weights; this file translates names. Letters: B batch, C latent channels, H and W image size, h = H/stride, w =
+W/stride.
 """
 
 import json
@@ -10,8 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.latent_space import LatentSpace, VaeDescription
-from models.vae import DiagonalGaussian
+from models.latent_space import DiagonalGaussian, LatentSpace, VaeDescription
 
 CLASSES = ("AutoencoderKL", "AutoencoderDC")
 
@@ -20,52 +20,51 @@ class PointPosterior(DiagonalGaussian):
     """The posterior of an encoder that gives one latent (B, C, h, w): no spread, every sample is that latent."""
 
     def __init__(self, latent: Tensor):
-        # the smallest log-variance that is not clamped
-        super().__init__(torch.cat([latent, torch.full_like(latent, -30.0)], 1))
+        super().__init__(torch.cat([latent, torch.full_like(latent, -30.0)], 1))  # the smallest unclamped log-variance
 
     @property
     def std(self) -> Tensor:
+        """0 (B, C, h, w)."""
         return torch.zeros_like(self.mean)
 
     def kl(self) -> Tensor:
+        """ValueError."""
         raise ValueError("this VAE has no posterior, so no KL divergence")
 
 
 class DiffusersVAE(nn.Module, LatentSpace):
     """A diffusers autoencoder as the rest of the code sees a VAE: encode -> posterior over raw latents, decode, scale, unscale, config.
 
-    scale_factor and shift come from its config (scaling_factor, shift_factor, or latents_mean and latents_std per channel).
+    scale_factor and shift come from its config (scaling_factor, shift_factor, or latents_mean and latents_std per
+    channel).
     """
 
     def __init__(self, net: nn.Module):
         super().__init__()
-        self.net, about = net, net.config
+        self.net, settings = net, net.config
         self.kind = type(net).__name__
         self.deterministic = self.kind == "AutoencoderDC"
-        stride = net.spatial_compression_ratio if self.deterministic else 2 ** (len(about["block_out_channels"]) - 1)
-        scale, shift = about.get("scaling_factor") or 1.0, about.get("shift_factor") or 0.0
-        if about.get("latents_mean") is not None and about.get("latents_std") is not None:
-            shift, scale = list(about["latents_mean"]), [scale / std for std in about["latents_std"]]
-        self.set_description(VaeDescription(int(about["latent_channels"]), int(stride), scale, shift))
+        stride = net.spatial_compression_ratio if self.deterministic else 2 ** (len(settings["block_out_channels"]) - 1)
+        scale, shift = settings.get("scaling_factor") or 1.0, settings.get("shift_factor") or 0.0
+        if settings.get("latents_mean") is not None and settings.get("latents_std") is not None:
+            shift, scale = list(settings["latents_mean"]), [scale / std for std in settings["latents_std"]]
+        self.set_description(VaeDescription(int(settings["latent_channels"]), int(stride), scale, shift))
 
     @property
     def config(self) -> dict:
         """What identifies the VAE's structure and scaling; JSON-able."""
-        about = {key: value for key, value in self.net.config.items() if not key.startswith("_")}
-        return {"diffusers": self.kind, "diffusers_config": json.loads(json.dumps(about))} | self.latent_config
+        settings = {key: value for key, value in self.net.config.items() if not key.startswith("_")}
+        return {"diffusers": self.kind, "diffusers_config": json.loads(json.dumps(settings))} | self.latent_config
 
     def state_dict(self, *args: object, **kwargs: object) -> dict:
         """The network's own, with its own keys."""
         return self.net.state_dict(*args, **kwargs)
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
-        """Image (B, 3, H, W) in [-1, 1] -> posterior over raw latents (B, C, h, w). ValueError unless stride divides H and W."""
-        if x.shape[-1] % self.stride or x.shape[-2] % self.stride:
-            raise ValueError(
-                f"image size {tuple(x.shape[-2:])} is not a multiple of the VAE's stride {self.stride} (--img_size)"
-            )
-        found = self.net.encode(x)
-        return PointPosterior(found.latent) if self.deterministic else DiagonalGaussian(found.latent_dist.parameters)
+        """Image (B, 3, H, W) in [-1, 1] -> posterior over raw latents (B, C, h, w)."""
+        self.check_images(x)
+        output = self.net.encode(x)
+        return PointPosterior(output.latent) if self.deterministic else DiagonalGaussian(output.latent_dist.parameters)
 
     def decode(self, z: Tensor) -> Tensor:
         """Raw (unscaled) latents (B, C, h, w) -> image (B, 3, H, W), about [-1, 1], not clipped."""
@@ -75,52 +74,44 @@ class DiffusersVAE(nn.Module, LatentSpace):
 def load_diffusers_vae(folder: str | Path) -> DiffusersVAE:
     """The VAE of a folder with diffusers' config.json and weights, or with such a folder `vae`.
 
-    FileNotFoundError or ValueError naming the folder if it holds none, weights are absent or do not fit, or diffusers is not installed.
+    FileNotFoundError or ValueError naming the folder if it holds none, weights are absent or do not fit, or diffusers
+    is not installed.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
         folder = folder / "vae"
-    try:
-        kind = json.loads((folder / "config.json").read_text())["_class_name"]
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{folder} (--vae_path) is a folder without config.json: give a checkpoint file, or a VAE folder of diffusers"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder / 'config.json'} (--vae_path) is no config of diffusers: {type(error).__name__} {error}"
-        ) from error
-    if kind not in CLASSES:
-        raise ValueError(
-            f"{folder} (--vae_path) holds a {kind}; of diffusers' classes {' and '.join(CLASSES)} can be used"
-        )
+    kind = read_kind(folder)
     if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(f"{folder} (--vae_path) has no .safetensors weights; save it anew with save_pretrained")
+        raise FileNotFoundError(f"{folder} has no .safetensors weights; save it again with save_pretrained")
     try:
         import diffusers
     except ImportError as error:
-        raise ValueError(
-            f"{folder} (--vae_path) is a VAE of diffusers, which is not installed: pip install -r requirements-extra.txt"
-        ) from error
+        advice = "pip install -r requirements-extra.txt"
+        raise ValueError(f"{folder} is a VAE of diffusers, which is not installed: {advice}") from error
+    options = dict(use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False)
     try:
-        net, about = getattr(diffusers, kind).from_pretrained(
-            folder,
-            use_safetensors=True,
-            local_files_only=True,
-            torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
+        net, report = getattr(diffusers, kind).from_pretrained(folder, output_loading_info=True, **options)
     except Exception as error:  # safetensors, torch, accelerate and diffusers each have their own
-        raise ValueError(
-            f"{folder} (--vae_path) cannot be loaded by diffusers: {str(error).splitlines()[0]}"
-        ) from error
-    lacking = about.get("missing_keys") or []
-    if lacking:
-        raise ValueError(
-            f"{folder} (--vae_path) lacks {len(lacking)} of the VAE's weights, first: {sorted(lacking)[0]}"
-        )
+        raise ValueError(f"{folder} cannot be loaded by diffusers: {str(error).splitlines()[0]}") from error
+    missing = sorted(report.get("missing_keys") or [])
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} of the VAE's weights, first: {missing[0]}")
     bad = [name for name, value in net.state_dict().items() if not torch.isfinite(value).all()]
     if bad:
-        raise ValueError(f"{folder} (--vae_path) holds NaN or infinite weights, first: {bad[0]}")
+        raise ValueError(f"{folder} holds NaN or infinite weights, first: {bad[0]}")
     return DiffusersVAE(net)
+
+
+def read_kind(folder: Path) -> str:
+    """The diffusers class that the folder's config.json names; FileNotFoundError or ValueError if it is none of CLASSES."""
+    path = folder / "config.json"
+    try:
+        kind = json.loads(path.read_text())["_class_name"]
+    except FileNotFoundError:
+        advice = "give a checkpoint file, or a VAE folder of diffusers"
+        raise FileNotFoundError(f"{folder} is a folder without config.json: {advice}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no config of diffusers: {type(error).__name__} {error}") from error
+    if kind not in CLASSES:
+        raise ValueError(f"{folder} holds a {kind}; of diffusers' classes {' and '.join(CLASSES)} can be used")
+    return kind

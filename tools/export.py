@@ -4,7 +4,7 @@
   python -m tools.export EXPORT --output_dir OUT/again            # a folder of safetensors becomes a checkpoint
 
 The folder holds model.safetensors (one set of weights, the EMA unless --weights says otherwise, with the quantizer's tables), config.json,
-vae.safetensors, vae.json and a model card, README.md. Every command takes it: --resume EXPORT, models.load("EXPORT"), --resume hf://....
+vae.safetensors, vae.json and a model card, README.md. Every command takes it: --resume EXPORT, generation.loading.load("EXPORT"), --resume hf://....
 """
 
 import argparse
@@ -75,16 +75,17 @@ Class-conditional image generation with TokenBridge ([arXiv 2503.16430](https://
 | | |
 |---|---|
 | model | {name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {which} weights in {dtype}{step} |
-| images | {c["img_size"]} x {c["img_size"]} pixels, {model.class_num} classes |
-| tokens | {model.num_tokens} of {model.token_dim} dimensions, {c["quant_levels"].bit_length() - 1} bits each, {c["quant_min"]:g} to {c["quant_max"]:g} |
+| images | {c.img_size} x {c.img_size} pixels, {model.class_num} classes |
+| tokens | {model.num_tokens} of {model.token_dim} dimensions, {c.quant_levels.bit_length() - 1} bits each, {c.quant_min:g} to {c.quant_max:g} |
 | VAE | {vae.embed_dim} channels at stride {vae.stride}, in vae.safetensors |
 | head start | {model.head_start} |
 | quality | not measured: run `main_tokenbridge.py --evaluate --resume THIS_FOLDER` and write the figures here |
 
 ```python
-import models
-model, vae = models.load("THIS_FOLDER")
-images = model.generate(vae, [0, 1], cfg=3.0, num_iter=64, seed=0)      # PIL images
+from generation.library import generate
+from generation.loading import load
+model, vae = load("THIS_FOLDER")
+images = generate(model, vae, [0, 1], cfg=3.0, num_iter=64, seed=0)      # PIL images
 ```
 
 What it was trained on, who may use it and what it must not be used for is for its author to say here.
@@ -103,7 +104,7 @@ def to_folder(source: Path, output: Path, vae_path: str | None, weights: str, dt
     step = {"step": content["step"]} if isinstance(content.get("step"), int) else {}
     described = (config or {}) | {
         "model_name": name,
-        "model": model.config,
+        "model": model.config.to_dict(),
         "vae": vae.config,
         "vae_fingerprint": vae.latent_fingerprint(),
     }

@@ -83,7 +83,7 @@ def describe(path: Path) -> dict:
 
 
 def describe_vae(path: Path) -> dict:
-    from models.vae import load_vae
+    from models.vae_loading import load_vae
 
     vae = load_vae(path)
     return {
@@ -122,11 +122,11 @@ def describe_model(path: Path, content: dict, config: dict) -> dict:
         "model": name,
         "described by": "its config" if config else "its shapes (no config: a published file?)",
         "parameters": sum(p.numel() for p in model.parameters()),
-        "image": f"{c['img_size']} px, {model.num_tokens} tokens x {model.token_dim}",
+        "image": f"{c.img_size} px, {model.num_tokens} tokens x {model.token_dim}",
         "classes": model.class_num,
         "head start": model.head_start,
         "EMA": ema,
-        "quantizer": f"{int(math.log2(c['quant_levels']))} bits, {c['quant_min']:g} to {c['quant_max']:g}"
+        "quantizer": f"{int(math.log2(c.quant_levels))} bits, {c.quant_min:g} to {c.quant_max:g}"
         + ("" if config else " (the range is the default: a file without config does not say it)"),
         "quantizer tables off by": off,
     }

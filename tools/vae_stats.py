@@ -28,8 +28,10 @@ from dataset.folders import BAD_IMAGE_CHOICES, ImageFolderDataset
 from dataset.images import to_uint8
 from evaluation.metrics import psnr
 from models.latent_space import VaeDescription, description_path
-from models.quantizer import MAX_BITS, QUANTIZERS, TableQuantizer, build_quantizer
-from models.vae import AutoencoderKL, load_vae
+from models.quantizer import MAX_BITS, TableQuantizer
+from models.quantizer_tables import QUANTIZERS, build_quantizer
+from models.vae import AutoencoderKL
+from models.vae_loading import load_vae
 from util import dist
 from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
 from util.files import replacing, write_json
@@ -230,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args, _ = parse(parser, argv)
     at_least(args, seed=0)
-    with flag_names(parser):
+    with flag_names(parser, quant_min="range"):
         args.bits, args.range = sorted(set(args.bits)), sorted(set(args.range))
         options = read_options(StatsOptions, args, seed=args.seed)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

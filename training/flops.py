@@ -4,7 +4,7 @@ Closed formulas of SPEC 4 and 5, a multiply-add being two FLOPs; tests compare t
 everything else that is no matrix product are left out, as is usual for MFU; so is what checkpointing computes a second time.
 """
 
-from collections.abc import Mapping
+from models.config import TokenBridgeConfig
 
 # Dense peak, TFLOP/s, from the makers' data sheets: (half precision with float32 sums, float32 as TF32 where the device has it).
 # The first name that is part of the device's own name counts, so the special ones come first.
@@ -46,24 +46,22 @@ def block_flops(tokens: int, width: int, mlp_ratio: float) -> float:
     return 2 * tokens * width**2 * (4 + 2 * mlp_ratio) + 4 * tokens**2 * width
 
 
-def forward_flops(config: Mapping, num_masked: int) -> float:
-    """FLOPs of one image's forward pass with `num_masked` of its tokens hidden; config: TokenBridge's constructor arguments."""
+def forward_flops(config: TokenBridgeConfig, num_masked: int) -> float:
+    """FLOPs of one image's forward pass with `num_masked` of its tokens hidden."""
     c = config
-    tokens = (c["img_size"] // (c["vae_stride"] * c["patch_size"])) ** 2
-    visible, slots, dims, ratio = tokens - num_masked, c["buffer_size"], c["vae_embed_dim"], c["mlp_ratio"]
-    wide, deep = c["encoder_embed_dim"], c["decoder_embed_dim"]
+    tokens = c.num_tokens
+    visible, slots, dims, ratio = tokens - num_masked, c.buffer_size, c.vae_embed_dim, c.mlp_ratio
+    wide, deep = c.encoder_embed_dim, c.decoder_embed_dim
     seen = slots + visible
-    encoder = 2 * visible * dims * wide + c["encoder_depth"] * block_flops(seen, wide, ratio)
-    decoder = 2 * seen * wide * deep + c["decoder_depth"] * block_flops(slots + tokens, deep, ratio)
-    head = c["channel_embed_dim"]
+    encoder = 2 * visible * dims * wide + c.encoder_depth * block_flops(seen, wide, ratio)
+    decoder = 2 * seen * wide * deep + c.decoder_depth * block_flops(slots + tokens, deep, ratio)
+    head = c.channel_embed_dim
     # adaLN, then attention over the dimensions, and MLP
     layer = 2 * dims * 6 * head**2 + block_flops(dims, head, ratio)
-    per_token = (
-        2 * deep * head + c["channel_depth"] * layer + 2 * dims * 2 * head**2 + 2 * dims * head * c["quant_levels"]
-    )
+    per_token = 2 * deep * head + c.channel_depth * layer + 2 * dims * 2 * head**2 + 2 * dims * head * c.quant_levels
     return encoder + decoder + num_masked * per_token
 
 
-def step_flops(config: Mapping, num_masked: int) -> float:
+def step_flops(config: TokenBridgeConfig, num_masked: int) -> float:
     """FLOPs of one image's training step: forward, and twice that backward."""
     return 3 * forward_flops(config, num_masked)

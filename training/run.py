@@ -58,7 +58,7 @@ def announce(
     args: argparse.Namespace, model: TokenBridge, settings: TrainSettings, images: int, device: torch.device
 ) -> None:
     """What is trained, and where its loss should start."""
-    levels, width = model.config["quant_levels"], model.config["channel_embed_dim"]
+    levels, width = model.config.quant_levels, model.config.channel_embed_dim
     # xavier-uniform logits of a normalised feature have twice that variance
     start = math.log(levels) + width / (width + levels)
     logger.info(
@@ -174,7 +174,7 @@ def train(
     config = {
         "recipe": RECIPE,
         "model_name": args.model,
-        "model": model.config,
+        "model": model.config.to_dict(),
         "vae": vae.config,
         "vae_fingerprint": vae.latent_fingerprint(),
         "classes": dataset.classes,

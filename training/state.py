@@ -307,7 +307,7 @@ class TrainState:
         A copy: compiled, wrapped and sharded modules stay with training.
         """
         with torch.device("meta"):
-            copy = TokenBridge(**self.model.config)
+            copy = TokenBridge(self.model.config)
         copy.to_empty(device=self.device)
         for name, parameter in copy.named_parameters():
             parameter.copy_(full(self.ema.shadow[name]))

@@ -1,36 +1,38 @@
-"""The sampler through torch.compile (`--compile`): few graphs with static shapes instead of hundreds of thousands of small operations.
+"""The sampler through torch.compile (`--compile`): few graphs with static shapes instead of hundreds of thousands of ops.
 
 Shapes that change over the steps are rounded up to buckets, so that a handful of graphs serves all steps:
-  backbone   the visible tokens: padded with copies of one of them, which no query attends to. A copy has its original's features, so that
-             putting it back into the grid changes nothing.
-  head       the tokens decoded together; and *one* graph is called for each of the C dimensions, the position being a tensor.
-On a GPU, torch.compile's "reduce-overhead" mode replays each graph as one launch (CUDA graphs): C + 2 launches per step, whatever the depth.
+  backbone   the visible tokens: padded with copies of one of them, which no query attends to. A copy has its original's
+             features, so that putting it back into the grid changes nothing.
+  head       the tokens decoded together; and *one* graph is called for each of the C dimensions, the position being a
+             tensor.
+On a GPU, torch.compile's "reduce-overhead" mode replays each graph as one launch (CUDA graphs): C + 2 launches per
+step, whatever the depth.
 
-Exact up to the rounding of fused operations. Letters: R rows (B images, 2B with guidance), L tokens, V visible, N tokens decoded, D and H widths.
+Exact up to the rounding of fused ops. Letters: R rows (B images, 2B with guidance), L tokens, C dimensions, K levels,
+V visible, N tokens decoded, D and H widths of backbone and head.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.channel_ar import draw_indices, spread_temperatures
+from models.channel_ar import sample_levels, spread_temperatures
 from models.layers import LayerCache, Modulation, take
-
-if TYPE_CHECKING:
-    from models.tokenbridge import TokenBridge
+from models.sampling.options import FeatureSource, TransformerModel
+from util.options import ArgumentError
 
 MOST_GRAPHS = 64  # of one function: torch would fall back to eager, silently, after its default of 8
-VISIBLE_BUCKETS = 4  # lengths of the encoder's sequence that are compiled, beside that with nothing visible
+VISIBLE_BUCKETS = 4  # lengths of the encoder's sequence that are compiled, besides that with nothing visible
 
 
 def launches_per_step(num_channels: int) -> int:
-    """Graphs called at a sampling step, whatever the depth: the backbone, the head's beginning, one for each dimension."""
+    """Graphs called at a sampling step, whatever the depth: backbone, start of the head, one for each dimension."""
     return 2 + num_channels
 
 
@@ -42,82 +44,81 @@ def bucket(count: int) -> int:
 
 def graph(function: Callable, device: torch.device) -> Callable:
     """`function` compiled for static shapes, without breaks; on a GPU as a CUDA graph."""
-    return torch.compile(
-        function, dynamic=False, fullgraph=True, mode=None if device.type == "cpu" else "reduce-overhead"
-    )
+    mode = None if device.type == "cpu" else "reduce-overhead"
+    return torch.compile(function, dynamic=False, fullgraph=True, mode=mode)
+
+
+class HeadWeights(NamedTuple):
+    """Parameters of the C positions, stacked so that a position tensor can select from them."""
+
+    tables: Tensor  # (C, K, H) input of the next position for each level; the last is never used
+    weight: Tensor  # (C, K, H) of channel_heads
+    bias: Tensor  # (C, K)
 
 
 class CompiledSampler:
-    """The two costly parts of a sampling step, compiled; made once per model (`of`), so that later batches find the graphs ready.
+    """The two costly parts of a sampling step, compiled; one per model (`of`), so that later batches reuse the graphs.
 
-    launches: how often a graph was called so far; a GPU replays each call as one launch.
+    launches: number of graph calls so far; a GPU replays each call as one launch. graph: for tests, what to compile
+    with.
     """
 
-    def __init__(self, model: TokenBridge):
+    def __init__(self, model: TransformerModel, graph: Callable = graph):
         if model.head != "autoregressive":
-            raise ValueError(
-                f"--compile samples with the autoregressive head only, the model's is {model.head}; leave --compile out"
-            )
+            raise ArgumentError("compile", f"compile needs the autoregressive head, the model's is {model.head}")
         self.model, self.launches = model, 0
         config = torch._dynamo.config
         limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name in torch 2.6
         setattr(config, limit, max(getattr(config, limit), MOST_GRAPHS))
-        device = model.mask_token.device
-        self._backbone, self._begin, self._position = (
-            graph(f, device) for f in (self.backbone, self.begin, self.position)
-        )
+        parts = (self.backbone, self.begin, self.position)
+        self._backbone, self._begin, self._position = (graph(part, model.mask_token.device) for part in parts)
 
     @classmethod
-    def of(cls, model: TokenBridge) -> CompiledSampler:
-        """The model's own; kept in its __dict__, out of reach of state_dict() and modules()."""
-        key = "_compiled_sampler"
-        if key not in model.__dict__:
-            model.__dict__[key] = cls(model)
-        return model.__dict__[key]
+    def of(cls, model: TransformerModel, graph: Callable = graph) -> CompiledSampler:
+        """The model's own; kept in its __dict__, where state_dict() and modules() do not see it."""
+        if "_compiled_sampler" not in model.__dict__:
+            model.__dict__["_compiled_sampler"] = cls(model, graph)
+        return model.__dict__["_compiled_sampler"]
 
     def _launch(self, compiled: Callable, *arguments: object) -> object:
         self.launches += 1
         return compiled(*arguments)
 
-    # ------------------------------------------------------------------------------------------------------- backbone
-
     def backbone(
-        self, values: Tensor, visible: Tensor, seen: Tensor, class_embedding: Tensor, scale: Tensor | None
+        self, values: Tensor, visible: Tensor, attended: Tensor, class_embedding: Tensor, scale: Tensor | None
     ) -> Tensor:
-        """z (B, L, D) of all tokens. values (R, V, C), visible (R, V), seen (S+V,) False for padding, class_embedding (R, D); scale 0-dim or None."""
-        z = self.model.decode(self.model.encode(values, visible, class_embedding, seen), visible)  # (R, L, D)
+        """z (B, L, D) of all tokens; `scale` 0-dim, None without guidance.
+
+        values (R, V, C), visible (R, V), attended (S+V,) False for padding, class_embedding (R, D).
+        """
+        encoded = self.model.run_encoder(values, visible, class_embedding, attended)  # (R, S+V, D)
+        z = self.model.run_decoder(encoded, visible)  # (R, L, D)
         if scale is None:
             return z
         conditional, unconditional = z.chunk(2)
         return unconditional + scale * (conditional - unconditional)
 
-    def features(self, class_embedding: Tensor) -> Callable[[Tensor, Tensor, int, Tensor, float], Tensor]:
-        """A feature source for images with class_embedding (B, D), see models.sampling.loop.feature_source."""
+    def features(self, class_embedding: Tensor) -> FeatureSource:
+        """A feature source for images with class_embedding (B, D)."""
         m = self.model
         both = torch.cat([class_embedding, m.fake_latent.detach().expand_as(class_embedding)])  # (2B, D)
         step = math.ceil(m.num_tokens / VISIBLE_BUCKETS)
 
-        def features(values: Tensor, orders: Tensor, num_masked: int, wanted: Tensor, scale: float) -> Tensor:
+        def features(values: Tensor, orders: Tensor, num_masked: int, targets: Tensor, scale: float) -> Tensor:
             torch.compiler.cudagraph_mark_step_begin()
             known = m.num_tokens - num_masked
             length = min(math.ceil(known / step) * step, m.num_tokens)
             visible = orders[:, num_masked:]  # (B, known)
             if length > known:
                 visible = torch.cat([visible, visible[:, :1].expand(-1, length - known)], dim=1)  # (B, V)
-            seen = torch.arange(m.buffer_size + length, device=values.device) < m.buffer_size + known  # (S+V,)
-            shown = take(values, visible)  # (B, V, C)
-            if scale == 1:
-                z = self._launch(self._backbone, shown, visible, seen, class_embedding, None)
-            else:
+            attended = torch.arange(m.buffer_size + length, device=values.device) < m.buffer_size + known  # (S+V,)
+            inputs, rows, strength = (take(values, visible), visible), class_embedding, None  # (B, V, C), (B, V)
+            if scale != 1:
+                inputs, rows = tuple(torch.cat([x, x]) for x in inputs), both
                 strength = torch.full((), scale, device=values.device)
-                z = self._launch(
-                    self._backbone, torch.cat([shown, shown]), torch.cat([visible, visible]), seen, both, strength
-                )
-            return take(z, wanted)  # (B, M, D)
+            return take(self._launch(self._backbone, *inputs, attended, rows, strength), targets)  # (B, M, D)
 
         return features
-
-    # ------------------------------------------------------------------------------------------------------- head
 
     def begin(self, z: Tensor) -> tuple[Tensor, list[Modulation]]:
         """First input (N, H) and the modulations of all positions, from z (N, D)."""
@@ -129,63 +130,49 @@ class CompiledSampler:
         modulations: Sequence[Modulation],
         keys_values: Tensor,
         position: Tensor,
-        noise: Tensor,
+        uniforms: Tensor,
         temperatures: Tensor | None,
-        tables: Tensor,
-        weight: Tensor,
-        bias: Tensor,
+        weights: HeadWeights,
         top_k: int,
         top_p: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One dimension: x (N, H) at `position` (1,) -> its indices and witnesses (N,), the next x. temperatures (C,); None: argmax.
+        """One dimension: x (N, H) at `position` (1,) -> its indices, whether they are valid (N,), the next x.
 
-        keys_values (layers, 2, N, heads, C, head_dim) is filled in place. tables (C, K, H): what the next position gets; weight (C, K, H) and
-        bias (C, K) of the heads.
+        keys_values (layers, 2, N, heads, C, head_dim) is filled in place; uniforms (N, C); temperatures (C,), None for
+        argmax.
         """
         caches = [LayerCache(*layer.unbind()) for layer in keys_values.unbind()]
-        # (N, 1, H) each
-        now = [tuple(term.index_select(1, position) for term in modulation) for modulation in modulations]
+        now = [tuple(term.index_select(1, position) for term in modulation) for modulation in modulations]  # (N, 1, H)
         features = self.model.head_forward(x.unsqueeze(1), now, caches, position)[:, 0]  # (N, H)
-        logits = F.linear(features, weight.index_select(0, position)[0], bias.index_select(0, position)[0])  # (N, K)
+        tables, weight, bias = (part.index_select(0, position)[0] for part in weights)
         temperature = 0.0 if temperatures is None else temperatures.index_select(0, position)
-        drawn, witness = draw_indices(logits, noise.index_select(1, position)[:, 0], temperature, top_k, top_p)
-        return drawn, witness, F.embedding(drawn, tables.index_select(0, position)[0])
+        uniform = uniforms.index_select(1, position)[:, 0]
+        indices, valid = sample_levels(F.linear(features, weight, bias), uniform, temperature, top_k, top_p)
+        return indices, valid, F.embedding(indices, tables)
 
     def channel_sample(
-        self, z: Tensor, noise: Tensor, temperature: float | Sequence[float], top_k: int = 0, top_p: float = 1.0
+        self, z: Tensor, uniforms: Tensor, temperature: float | Sequence[float], top_k: int = 0, top_p: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """As TokenBridge.channel_sample; tokens beyond N that fill the bucket are decoded and thrown away."""
-        m = self.model
-        count, length = len(z), bucket(len(z))
-        z, noise = (F.pad(x, (0, 0) * (x.ndim - 1) + (0, length - count)) for x in (z, noise))  # (N, D), (N, C[, K])
+        """As TokenBridge.channel_sample; the tokens that fill the bucket are decoded and discarded."""
+        m, count = self.model, len(z)
+        z, uniforms = (F.pad(x, (0, 0, 0, bucket(count) - count)) for x in (z, uniforms))  # (N, D), (N, C)
         temperatures = spread_temperatures(temperature, m.num_channels)
-        # (C,), no copy from the host
-        warm = torch.stack([torch.full((), t or 1.0, device=z.device) for t in temperatures])
+        warm = torch.stack([torch.full((), t or 1.0, device=z.device) for t in temperatures])  # (C,) no copy from host
         x, modulations = self._launch(self._begin, z)
-        attention, weights = m.channel_blocks[0].attn, m.channel_heads
-        keys_values = x.new_zeros(
-            len(m.channel_blocks), 2, length, attention.num_heads, m.num_channels, attention.head_dim
+        attention = m.channel_blocks[0].attn
+        shape = (len(m.channel_blocks), 2, len(z), attention.num_heads, m.num_channels, attention.head_dim)
+        keys_values = x.new_zeros(shape)
+        weights = HeadWeights(
+            F.pad(m.next_inputs(), (0, 0, 0, 0, 0, 1)),
+            torch.stack([head.weight for head in m.channel_heads]),
+            torch.stack([head.bias for head in m.channel_heads]),
         )
-        tables = F.pad(m.next_inputs(), (0, 0, 0, 0, 0, 1))  # (C, K, H), the last never used
-        weight, bias = torch.stack([w.weight for w in weights]), torch.stack([w.bias for w in weights])
-        indices, witnesses = [], []
+        results = []
         for c in range(m.num_channels):
             position = torch.full((1,), c, device=z.device)
-            drawn, witness, x = self._launch(
-                self._position,
-                x,
-                modulations,
-                keys_values,
-                position,
-                noise,
-                warm if temperatures[c] else None,
-                tables,
-                weight,
-                bias,
-                top_k,
-                top_p,
-            )
-            indices.append(drawn.clone())  # a CUDA graph reuses its output
-            witnesses.append(witness.clone())
-            x = x.clone()
-        return torch.stack(indices, dim=1)[:count], torch.stack(witnesses, dim=1).sum(1)[:count]
+            now = warm if temperatures[c] else None
+            arguments = (x, modulations, keys_values, position, uniforms, now, weights, top_k, top_p)
+            *result, x = (part.clone() for part in self._launch(self._position, *arguments))  # graphs reuse outputs
+            results.append(result)
+        indices, valid = (torch.stack(part, dim=1)[:count] for part in zip(*results, strict=True))  # (N, C)
+        return indices, valid.all(1)

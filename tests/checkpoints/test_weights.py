@@ -10,9 +10,11 @@ from torch import Tensor
 
 import models
 from checkpoints.weights import find_file, generator_state, load_state, one_layout, read_file, structure_from_shapes
+from generation.library import generate
+from generation.loading import load
 from main_tokenbridge import main
 from models.tokenbridge import TokenBridge
-from models.vae import load_vae
+from models.vae_loading import load_vae
 from tests.helpers import Explosive, fill_golden, golden_json, tiny_config, tiny_vae
 
 SHAPES = {name: golden_json(f"manifest_tokenbridge_{name}") for name in ("base", "large", "huge")}
@@ -39,12 +41,7 @@ def test_published_sizes_are_known_by_their_shapes(name: str) -> None:
         model = TokenBridge(**arguments)
     assert found == f"tokenbridge_{name}" and model.head_start == "official"
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == SHAPES[name]
-    assert (model.class_num, model.buffer_size, model.config["img_size"], model.config["quant_levels"]) == (
-        1000,
-        64,
-        256,
-        64,
-    )
+    assert (model.class_num, model.buffer_size, model.config.img_size, model.config.quant_levels) == (1000, 64, 256, 64)
 
 
 def test_sizes_that_no_model_has(tmp_path: Path) -> None:
@@ -97,7 +94,7 @@ def test_every_layout_gives_the_ema(tmp_path: Path, known_size: TokenBridge, lay
     saved(tmp_path / "checkpoint-last.pth", make(known_size))
     vae = tiny_vae()
     saved(tmp_path / "vae.pth", {"model": vae.state_dict(), "config": vae.config})
-    model, _ = models.load(tmp_path)
+    model, _ = load(tmp_path)
     assert model.head_start == "official" and not model.training
     for name, value in model.named_parameters():
         assert value.dtype == torch.float32
@@ -106,7 +103,7 @@ def test_every_layout_gives_the_ema(tmp_path: Path, known_size: TokenBridge, lay
         assert torch.equal(getattr(model, table), getattr(known_size, table)), (
             "tables must stay float32 whatever the file's precision"
         )
-    assert len(model.generate(load_vae(tmp_path / "vae.pth"), [1], num_iter=2)) == 1
+    assert len(generate(model, load_vae(tmp_path / "vae.pth"), [1], num_iter=2)) == 1
 
 
 def test_one_set_of_weights_is_not_taken_for_the_other(known_size: TokenBridge) -> None:
@@ -219,4 +216,4 @@ def test_load_state_leaves_the_module_alone_when_it_refuses() -> None:
 
 def test_hub_addresses_are_not_for_load() -> None:
     with pytest.raises(ValueError, match=r"checkpoints\.download\.local_path\('hf://a/b'\) fetches it"):
-        models.load("hf://a/b")
+        load("hf://a/b")

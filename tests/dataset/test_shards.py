@@ -18,7 +18,7 @@ from dataset.latents import CachedLatents, ShardedLatents, open_cache
 from dataset.loader import GlobalBatchSampler, build_loader
 from dataset.record import check_record, read_record
 from dataset.shards import RecordSpec, Shard, pack_bits, unpack_bits, write_shard
-from models.vae import load_vae
+from models.vae_loading import load_vae
 from tests.helpers import CACHE_SHAPE, CACHE_SIZE, GOLDEN, Argv, contents, save_cache_vae
 
 SHARDS = ("shard-00000.safetensors", "shard-00001.safetensors")  # 6 + 4 images

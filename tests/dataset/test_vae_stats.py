@@ -21,8 +21,9 @@ from dataset.latent_statistics import (
     suggest_point,
     suggest_scale,
 )
-from models.quantizer import GaussianQuantizer, build_quantizer, read_quantizer
-from models.vae import load_vae
+from models.quantizer import GaussianQuantizer
+from models.quantizer_tables import build_quantizer, read_quantizer
+from models.vae_loading import load_vae
 from tests.helpers import argv_of, tiny_vae, write_image_folder
 from tools.vae_stats import main
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from demo import app
 from demo.app import NO_CLASS, Studio, build_page, enlarge, first_of, main, read_drawing, side_by_side
-from generation.library import token_mask
+from generation.library import generate, token_mask
 from tests.helpers import photographs, tiny_model, tiny_vae
 
 SETTINGS = (5, 2.0, 0.9, 3)  # seed, guidance, temperature, iterations
@@ -43,7 +43,7 @@ def drawing(size: int = 128, painted: slice = slice(0, 64)) -> dict:
 
 def test_the_last_picture_is_what_generate_returns(studio: Studio) -> None:
     *before, (sheet, line) = studio.generate("one", *SETTINGS, count=3)
-    expected = studio.model.generate(studio.vae, [1, 1, 1], seed=5, cfg=2.0, temperature=0.9, num_iter=3)
+    expected = generate(studio.model, studio.vae, [1, 1, 1], seed=5, cfg=2.0, temperature=0.9, num_iter=3)
     assert np.array_equal(np.asarray(sheet), np.asarray(side_by_side(expected))) and line.startswith(
         "done: class one, seed 5"
     )
@@ -53,7 +53,9 @@ def test_the_last_picture_is_what_generate_returns(studio: Studio) -> None:
     no_class = list(studio.generate(NO_CLASS, *SETTINGS))[-1][0]
     assert np.array_equal(
         np.asarray(no_class),
-        np.asarray(enlarge(studio.model.generate(studio.vae, [None], seed=5, cfg=2.0, temperature=0.9, num_iter=3)[0])),
+        np.asarray(
+            enlarge(generate(studio.model, studio.vae, [None], seed=5, cfg=2.0, temperature=0.9, num_iter=3)[0])
+        ),
     )
 
 
@@ -65,8 +67,8 @@ def test_only_the_painted_part_is_drawn_anew(studio: Studio) -> None:
         and (np.asarray(mask)[34:, 34:] == 0).all()
     )
     *_, (sheet, _) = studio.generate("one", *SETTINGS, drawing=drawing())
-    expected = studio.model.generate(
-        studio.vae, [1], seed=5, cfg=2.0, temperature=0.9, num_iter=3, init=image, mask=mask
+    expected = generate(
+        studio.model, studio.vae, [1], seed=5, cfg=2.0, temperature=0.9, num_iter=3, init=image, mask=mask
     )
     assert np.array_equal(np.asarray(sheet), np.asarray(enlarge(expected[0])))
 
@@ -237,7 +239,7 @@ def test_the_page_in_a_browser(
             or any(line.startswith("done: class one, seed 5") for line in seen)
         )
     )
-    expected = side_by_side(studio.model.generate(studio.vae, [1] * 4, seed=5, cfg=2.0, temperature=0.9, num_iter=3))
+    expected = side_by_side(generate(studio.model, studio.vae, [1] * 4, seed=5, cfg=2.0, temperature=0.9, num_iter=3))
     wait_for(lambda: np.array_equal(picture("#result img"), np.asarray(expected)))
     browser.save_screenshot(str(tmp_path / "generate.png"))
 
@@ -255,8 +257,8 @@ def test_the_page_in_a_browser(
     ).move_by_offset(0, 30).release().perform()
     time.sleep(1)
     browser.save_screenshot(str(tmp_path / "painted.png"))
-    drawings, generate = [], studio.generate
-    monkeypatch.setattr(studio, "generate", lambda *values: drawings.append(values[-1]) or generate(*values))
+    drawings, own_generate = [], studio.generate
+    monkeypatch.setattr(studio, "generate", lambda *values: drawings.append(values[-1]) or own_generate(*values))
     find("#draw").click()
     wait_for(lambda: value_of("#edit-line textarea, #edit-line input").startswith("done: class one"))
     wait_for(lambda: find("#edited img").get_attribute("src"))
@@ -265,11 +267,11 @@ def test_the_page_in_a_browser(
     image, mask = read_drawing(drawings[0], 64)
     chosen = token_mask(mask, 64, 4).view(4, 4)
     assert chosen[1, 1] and not chosen[0].any() and not chosen[:, 3].any(), "the stroke went through the middle"
-    first = studio.model.generate(studio.vae, [1], seed=5, cfg=2.0, temperature=0.9, num_iter=3)[0]
+    first = generate(studio.model, studio.vae, [1], seed=5, cfg=2.0, temperature=0.9, num_iter=3)[0]
     assert np.array_equal(np.asarray(image), np.asarray(first)), (
         "what was taken is the first picture, unharmed by its way through the page"
     )
-    anew = studio.model.generate(studio.vae, [1], seed=5, cfg=2.0, temperature=0.9, num_iter=3, init=image, mask=mask)[
+    anew = generate(studio.model, studio.vae, [1], seed=5, cfg=2.0, temperature=0.9, num_iter=3, init=image, mask=mask)[
         0
     ]
     assert np.array_equal(picture("#edited img"), np.asarray(enlarge(anew)))

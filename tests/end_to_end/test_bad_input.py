@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from main_tokenbridge import main
-from models.vae import load_vae
+from models.vae_loading import load_vae
 from tests.helpers import Explosive, tiny_vae, write_image_folder
 from util.checkpoint import LAST
 
@@ -121,17 +121,17 @@ def test_the_flags_that_are_changed_below_are_good(trained: Path, vae_file: Path
     [
         (dict(quant_bits=0), "--quant_bits must be from 1 to 12, got 0"),
         (dict(quant_bits=13), "--quant_bits must be from 1 to 12, got 13"),
-        (dict(quant_min=2, quant_max=2), r"quant_min < quant_max, got \[2\.0, 2\.0\] \(--quant_min, --quant_max"),
-        (dict(quant_min=5, quant_max=-5), r"quant_min < quant_max, got \[5\.0, -5\.0\] \(--quant_min, --quant_max"),
-        (dict(quant_max=math.nan), r"quant_min < quant_max, got \[-5\.0, nan\] \(--quant_min, --quant_max"),
-        (dict(img_size=40), r"img_size 40 \(--img_size\) is not a multiple of vae_stride x patch_size = 16"),
+        (dict(quant_min=2, quant_max=2), r"quant_min < quant_max, got \[2\.0, 2\.0\] \(--quant_min\)"),
+        (dict(quant_min=5, quant_max=-5), r"quant_min < quant_max, got \[5\.0, -5\.0\] \(--quant_min\)"),
+        (dict(quant_max=math.nan), r"quant_min < quant_max, got \[-5\.0, nan\] \(--quant_min\)"),
+        (dict(img_size=40), r"img_size 40 is not a multiple of the VAE's stride 16 \(--img_size\)"),
         (dict(img_size=0), "--img_size must be at least 1, got 0"),
-        (dict(patch_size=2), r"patch_size 2 \(--patch_size\)"),
+        (dict(patch_size=2), r"patch_size 2: the head .*\(--patch_size\)"),
         (dict(class_num=0), "--class_num must be at least 1, got 0"),
         (dict(class_num=1), r"train \(--data_path\) has 2 class folders, more than --class_num 1"),
-        (dict(buffer_size=0), r"buffer_size \(--buffer_size\) must be at least 1, got 2 and 0"),
-        (dict(label_drop_prob=1.5), r"\(--label_drop_prob\), got 1\.5"),
-        (dict(mask_ratio_min=0), r"\(--mask_ratio_min\), got 0\.0"),
+        (dict(buffer_size=0), r"buffer_size must be at least 1, got 0 \(--buffer_size\)"),
+        (dict(label_drop_prob=1.5), r"got 1\.5 \(--label_drop_prob\)"),
+        (dict(mask_ratio_min=0), r"got 0\.0 \(--mask_ratio_min\)"),
         (dict(batch_size=0), "--batch_size must be at least 1, got 0"),
         (dict(batch_size=5), "the data set has 4 samples, fewer than .*lower --batch_size"),
         (dict(accum_iter=2), r"the data set has 4 samples, fewer than .*--accum_iter 2\)"),
@@ -148,8 +148,8 @@ def test_the_flags_that_are_changed_below_are_good(trained: Path, vae_file: Path
         (dict(device="tpu"), "--device 'tpu' is not one of"),
         (dict(evaluate=True, sample=True, classes="0"), "--evaluate and --sample are two different things"),
         (dict(sample=True), "--sample needs --classes"),
-        (dict(vae_embed_dim=8), r"--vae_embed_dim 8 contradicts .*vae\.pth, whose VAE has 16"),
-        (dict(vae_stride=8), r"--vae_stride 8 contradicts .*vae\.pth, whose VAE has 16"),
+        (dict(vae_embed_dim=8), r"vae_embed_dim 8 contradicts .*vae\.pth, whose VAE has 16 \(--vae_embed_dim\)"),
+        (dict(vae_stride=8), r"vae_stride 8 contradicts .*vae\.pth, whose VAE has 16 \(--vae_stride\)"),
         (dict(online_eval=True, fid_stats="absent.npz"), r"no FID reference statistics at absent\.npz \(--fid_stats\)"),
     ],
 )
@@ -433,21 +433,21 @@ BAD_VAES = {
 def test_files_that_are_not_the_vae(call: Callable[..., None], vae_file: Path, tmp_path: Path, kind: str) -> None:
     write, words = BAD_VAES[kind]
     write(tmp_path / "bad.pth", vae_file)
-    with pytest.raises(ValueError, match=rf"bad\.pth \(--vae_path\):? {words}"):
+    with pytest.raises(ValueError, match=rf"bad\.pth:? {words}.*\(--vae_path\)"):
         call(vae_path=tmp_path / "bad.pth")
     assert_nothing_written(tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_transformer_is_not_a_vae(call: Callable[..., None], trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"checkpoint-last\.pth \(--vae_path\): its config does not describe a VAE"):
+    with pytest.raises(ValueError, match=r"checkpoint-last\.pth: its config does not describe a VAE .*\(--vae_path\)"):
         call(vae_path=trained / LAST)
     assert_nothing_written(tmp_path)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_vae_file_absent(call: Callable[..., None], trained: Path, tmp_path: Path, mode: str) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no VAE weights at absent\.ckpt \(--vae_path\)"):
+    with pytest.raises(FileNotFoundError, match=r"no VAE weights at absent\.ckpt"):
         call(vae_path="absent.ckpt", resume=trained, **MODES[mode])
     assert_nothing_written(tmp_path)
 

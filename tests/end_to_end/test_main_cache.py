@@ -25,8 +25,9 @@ from dataset.latents import CachedLatents, open_cache
 from dataset.record import read_record
 from dataset.shards import Shard
 from main_cache import main
-from models.quantizer import build_quantizer
-from models.vae import AutoencoderKL, load_vae
+from models.quantizer_tables import build_quantizer
+from models.vae import AutoencoderKL
+from models.vae_loading import load_vae
 from tests.helpers import CACHE_SHAPE, CACHE_SIZE, Argv, contents, run_processes, save_cache_vae
 from util.log import run_cli
 from util.seeds import coin
@@ -544,8 +545,8 @@ def test_two_processes_write_each_image_once(npz: Argv, finished: Path, tmp_path
         (dict(batch_size=0), r"batch_size must be at least 1, got 0 \(--batch_size\)"),
         (dict(crops=0), r"crops must be at least 1, got 0 \(--crops\)"),
         (dict(shard_size=0), "shard_size must be at least 1"),
-        (dict(vae_embed_dim=16), r"--vae_embed_dim 16 contradicts .*vae\.pth, whose VAE has 4"),
-        (dict(vae_path="absent.pth"), r"no VAE weights at absent\.pth \(--vae_path\)"),
+        (dict(vae_embed_dim=16), r"vae_embed_dim 16 contradicts .*vae\.pth, whose VAE has 4 \(--vae_embed_dim\)"),
+        (dict(vae_path="absent.pth"), r"no VAE weights at absent\.pth"),
         (dict(data_path="absent"), r"no folder absent.train \(--data_path\)"),
         (dict(device="cuda"), "--device cuda .* no CUDA device"),
         (dict(dist_on_itp=True), "--dist_on_itp is refused"),

@@ -16,7 +16,7 @@ from evaluation.scores import Evaluator
 from generation.pipeline import sample_settings
 from main_tokenbridge import main
 from models.tokenbridge import TokenBridge
-from models.vae import load_vae
+from models.vae_loading import load_vae
 from tests.helpers import REPO, run_processes, tiny_vae
 from tools.bench.evaluation import write_random_inception
 from training import run as engine_train

@@ -14,7 +14,9 @@ import main_vae
 from dataset.folders import ImageFolderDataset
 from dataset.images import read_image, to_uint8
 from main_vae import Objective, edge_distance, main, measure
-from models.vae import AutoencoderKL, DiagonalGaussian, load_vae
+from models.latent_space import DiagonalGaussian
+from models.vae import AutoencoderKL
+from models.vae_loading import load_vae
 from tests.helpers import run_processes, write_image_folder
 from util.log import run_cli
 

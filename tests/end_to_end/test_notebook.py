@@ -21,7 +21,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     atomic_save({"model": vae.state_dict(), "config": vae.config}, tmp_path / "vae" / "vae.pth")
     config = {
         "model_name": "tokenbridge_digits",
-        "model": model.config,
+        "model": model.config.to_dict(),
         "vae": vae.config,
         "vae_fingerprint": vae.latent_fingerprint(),
     }

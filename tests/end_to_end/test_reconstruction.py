@@ -20,8 +20,10 @@ from dataset.latent_statistics import latent_scale
 from evaluation.metrics import FeatureStatistics, Lpips, fid, psnr, ssim
 from evaluation.reference import Reference
 from evaluation.report import published_figures, worst_and_median
-from models.quantizer import GaussianQuantizer, build_quantizer
-from models.vae import AutoencoderKL, load_vae
+from models.quantizer import GaussianQuantizer
+from models.quantizer_tables import build_quantizer
+from models.vae import AutoencoderKL
+from models.vae_loading import load_vae
 from reconstruction import (
     as_list,
     build_parser,
@@ -771,9 +773,9 @@ def test_rfid_with_inception_on_two_processes(vae_path: Path, image_root: Path, 
         (["--image_dir", "{tmp}/none"], "no folder {tmp}/none (--image_dir)"),
         (["--image_dir", "{tmp}/empty"], "{tmp}/empty (--image_dir) holds no class folders"),
         (["--image_dir", "{tmp}/classes"], "{tmp}/classes (--image_dir) holds class folders but no"),
-        (["--vae_path", "{tmp}/none.pth"], "no VAE weights at {tmp}/none.pth (--vae_path)"),
-        (["--vae_path", "{tmp}/text.pth"], "{tmp}/text.pth (--vae_path) cannot be read"),
-        (["--vae_embed_dim", "16"], "--vae_embed_dim 16 contradicts"),
+        (["--vae_path", "{tmp}/none.pth"], "no VAE weights at {tmp}/none.pth"),
+        (["--vae_path", "{tmp}/text.pth"], "{tmp}/text.pth cannot be read"),
+        (["--vae_embed_dim", "16"], "vae_embed_dim 16 contradicts"),
         (["--device", "cuda"], "--device cuda was asked for"),
         (["--device", "gpu"], "--device 'gpu' is not one of"),
         (["--output_dir", "{tmp}/text.pth/out"], "cannot write to {tmp}/text.pth/out (--output_dir)"),

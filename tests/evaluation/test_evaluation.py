@@ -566,7 +566,7 @@ def test_the_published_command_fetches_what_is_missing(tmp_path: Path, monkeypat
             "epoch": 799,
             "config": {
                 "model_name": "tokenbridge_large",
-                "model": model.config,
+                "model": model.config.to_dict(),
                 "vae": vae.config,
                 "vae_fingerprint": vae.latent_fingerprint(),
                 "args": {},

@@ -13,9 +13,9 @@ from engine_tokenbridge import batch_latents
 from evaluation.store import image_flaws
 from models import MODELS
 from models.quantizer import GaussianQuantizer
-from models.sampling import compiled
-from models.sampling import loop as sampling
-from models.sampling.loop import SamplerOptions, sample_steps
+from models.sampling.compiled import CompiledSampler
+from models.sampling.loop import sample_steps
+from models.sampling.options import SamplerOptions
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from tests.helpers import RecordOps, fake_gpu, fill_golden, tiny_batch, tiny_config, tiny_vae
@@ -137,27 +137,14 @@ def test_training_forward_stays_on_the_gpu(context, checkpointing):
 
 
 def test_training_forward_draws_its_mask_on_the_gpu():
-    """Only the mask *ratio* is drawn by the host, as the number of masked tokens is a shape: one number, nothing moved."""
+    """Only their number, a shape, comes from the host; which tokens are masked is drawn on the device."""
     with fake_gpu():
         model = on_fake_gpu(TokenBridge, **tiny_config(label_drop_prob=0.1)).train()
         with RecordOps() as ops:
-            loss = model(torch.zeros(2, 16, 4, 4, device="cuda"), torch.zeros(2, dtype=torch.long, device="cuda"))
-        assert loss.device.type == "cuda"
-        assert [name for name, device in ops.devices if device != "cuda"] == ["rand"]
-
-
-def test_training_forward_with_a_mask_of_unknown_count():
-    """A fake mask cannot say how many tokens it hides; the shapes traced are those of the median ratio, ceil(0.874 * 16) = 14 of 16."""
-    with fake_gpu():
-        model = on_fake_gpu(TokenBridge, **tiny_config())
-        mask = torch.ones(2, 16, device="cuda")
-        details = model(
-            torch.zeros(2, 16, 4, 4, device="cuda"),
-            torch.zeros(2, dtype=torch.long, device="cuda"),
-            mask,
-            return_details=True,
-        )
-        assert details.logits.shape == (28, 16, 16) and details.logits.device.type == "cuda"
+            labels = torch.zeros(2, dtype=torch.long, device="cuda")
+            details = model(torch.zeros(2, 16, 4, 4, device="cuda"), labels, return_details=True, num_masked=14)
+        assert details.logits.shape == (28, 16, 16) and details.loss.device.type == "cuda"
+        assert ops.names and not strays(ops)
 
 
 @pytest.mark.parametrize("context", ["plain", "device"])
@@ -187,26 +174,20 @@ EDIT = dict(editing=True)
 @pytest.mark.parametrize(
     "options",
     [
-        dict(order="confidence", confidence_candidates=2.0, reuse_guidance=2),
-        dict(order="halton", draw="gumbel", channel_temperature=(0.5, 1.5)),
+        dict(order="confidence", reuse_guidance=2),
+        dict(order="halton", channel_temperature=(0.5, 1.5)),
         dict(order="raster", temperature_schedule="linear", cfg_schedule="interval", cfg_interval=(0.3, 0.7)),
         dict(temperature=0, reuse_features=2),
         dict(order="subsample", top_k=3, top_p=0.9, compile=True),
-        dict(order="confidence", draw="gumbel", temperature=0.9, compile=True),
+        dict(order="confidence", temperature=0.9, compile=True),
         EDIT | dict(order="confidence"),
         EDIT | dict(reuse_features=3, reuse_guidance=2),
         EDIT | dict(compile=True),
     ],
     ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()),
 )
-def test_every_way_to_sample_stays_on_the_gpu(monkeypatch, options):
-    """From the first pass on; the compiled path through the same functions uncompiled.
-
-    What the host does before has stand-ins where fake tensors cannot do it: Gumbel noise from a generator, counting the mask's tokens.
-    """
-    monkeypatch.setattr(compiled, "graph", lambda function, device: function)
-    monkeypatch.setattr(sampling, "gumbel", lambda shape, generator: torch.zeros(tuple(shape), device="cpu"))
-    monkeypatch.setattr(sampling, "check_regenerate", lambda mask, bsz, num_tokens: (mask.expand(bsz, -1), 6))
+def test_every_way_to_sample_stays_on_the_gpu(options):
+    """From the first pass on; the compiled path through the same functions uncompiled."""
     options = dict(num_iter=3, cfg=2.0) | options
     with fake_gpu():
         model = on_fake_gpu(TokenBridge, **tiny_config(vae_embed_dim=4, channel_order=None, channel_depth=1))
@@ -215,13 +196,14 @@ def test_every_way_to_sample_stays_on_the_gpu(monkeypatch, options):
             given = dict(
                 init=torch.zeros(1, 4, 4, 4, device="cuda"),
                 regenerate=torch.arange(16, device="cpu").view(1, 16) % 3 == 0,
+                num_regenerate=6,
             )
+        if options.get("compile"):
+            CompiledSampler.of(model, lambda function, device: function)
         ops, first = RecordOps(), []
         model.z_proj.register_forward_pre_hook(lambda *_: first.append(len(ops.devices)))
         with ops:
-            states = list(
-                sample_steps(model, model.class_emb.weight[:2], SamplerOptions(**options), seeds=[1, 2], **given)
-            )
+            states = list(sample_steps(model, model.class_emb.weight[:2], SamplerOptions(**options), **given))
         assert (
             len(states) == 3 and states[-1].latents.shape == (2, 4, 4, 4) and states[-1].latents.device.type == "cuda"
         )
@@ -292,9 +274,7 @@ def test_the_parallel_head_and_the_image_checks_stay_on_the_gpu() -> None:
         model = TokenBridge(**tiny_config(head="parallel")).eval()
         with torch.no_grad(), RecordOps() as record:
             logits = model.channel_logits(torch.zeros(5, model.mask_token.shape[-1]), None)
-            indices, witness = model.channel_sample(torch.zeros(5, model.mask_token.shape[-1]), torch.zeros(5, 16), 1.0)
+            indices, valid = model.channel_sample(torch.zeros(5, model.mask_token.shape[-1]), torch.zeros(5, 16), 1.0)
             flaws = image_flaws(torch.zeros(3, 3, 8, 8, dtype=torch.uint8))
-        assert {logits.device.type, indices.device.type, witness.device.type, flaws["saturated"].device.type} == {
-            "cuda"
-        }
+        assert {logits.device.type, indices.device.type, valid.device.type, flaws["saturated"].device.type} == {"cuda"}
         assert {device for _, device in record.devices} == {"cuda"}

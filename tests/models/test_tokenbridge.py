@@ -1,6 +1,7 @@
 """models/tokenbridge.py, models/__init__.py (SPEC 4, 5, 11): golden training passes, manifests, masking, labels, gradients, errors."""
 
 import copy
+import json
 import math
 
 import numpy as np
@@ -11,14 +12,9 @@ from scipy.stats import kstest, truncnorm
 from torch import nn
 
 from models import MODELS
-from models.tokenbridge import (
-    TokenBridge,
-    TrainingDetails,
-    draw_mask_ratio,
-    mask_from_orders,
-    num_masked_tokens,
-    random_orders,
-)
+from models.sampling.loop import guided_z
+from models.sampling.orders import random_orders
+from models.tokenbridge import TokenBridge, TrainingDetails, draw_mask_ratio, mask_from_orders, num_masked_tokens
 from tests.helpers import fill_golden, golden_arrays, golden_json, golden_weight, tiny_batch, tiny_config, tiny_model
 
 # million parameters, SPEC 4
@@ -116,9 +112,9 @@ def test_manifest_and_size(name):
     assert [(key, list(value.shape)) for key, value in model.state_dict().items()] == list(manifest.items())
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == SIZES[name]
     assert (
-        model.config["quant_levels"] == 64
-        and model.config["channel_order"] == KL16_ORDER
-        and model.config["head_start"] == "trained"
+        model.config.quant_levels == 64
+        and model.config.channel_order == tuple(KL16_ORDER)
+        and model.config.head_start == "trained"
     )
 
 
@@ -172,8 +168,11 @@ def test_tables_in_a_checkpoint_are_used():
 
 def test_config_rebuilds_the_model():
     model = tiny_model(vae_embed_dim=4, channel_order=(2, 0, 1, 3), head_start="official", quant_min=-4.0)
-    again = TokenBridge(**model.config)
-    assert again.config == model.config and model.config["channel_order"] == [2, 0, 1, 3]
+    kept = model.config.to_dict()
+    assert json.loads(json.dumps(kept)) == kept and kept["channel_order"] == [2, 0, 1, 3]
+    again = TokenBridge(**kept)
+    assert again.config == model.config == TokenBridge(model.config).config
+    assert TokenBridge(model.config, quant_min=-3.0).config == model.config.changed(quant_min=-3.0)
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
@@ -263,11 +262,11 @@ def test_decoding_wanted_tokens_only_changes_none_of_them(depth):
     model, (latents, labels) = tiny_model(decoder_depth=depth), tiny_batch()
     visible, wanted = torch.arange(16).expand(4, 16).split([7, 9], dim=1)
     values = model.patchify(latents)[:, :7]
-    encoded = model.encode(values, visible, model.class_emb(labels))
-    z = model.decode(encoded, visible)  # (4, 16, D)
+    encoded = model.run_encoder(values, visible, model.class_emb(labels))
+    z = model.run_decoder(encoded, visible)  # (4, 16, D)
     for asked in (wanted, wanted.flip(1)[:, :3], visible[:, [6, 6, 0]]):
         assert torch.allclose(
-            model.decode(encoded, visible, asked),
+            model.run_decoder(encoded, visible, asked),
             torch.stack([rows[at] for rows, at in zip(z, asked, strict=True)]),
             atol=1e-5,
         )
@@ -285,13 +284,15 @@ def test_guided_z_is_that_of_two_whole_passes(known):
         torch.stack(
             [
                 row[at]
-                for row, at in zip(model.decode(model.encode(values, visible, rows), visible), wanted, strict=True)
+                for row, at in zip(
+                    model.run_decoder(model.run_encoder(values, visible, rows), visible), wanted, strict=True
+                )
             ]
         )
         for rows in (classes, model.fake_latent.expand(3, -1))
     )
     assert not torch.allclose(z, z_u, atol=1e-2)
-    assert torch.allclose(model._guided_z(values, visible, wanted, classes, 2.5), z_u + 2.5 * (z - z_u), atol=1e-5)
+    assert torch.allclose(guided_z(model, values, visible, wanted, classes, 2.5), z_u + 2.5 * (z - z_u), atol=1e-5)
 
 
 def test_loss_and_rows_by_hand():
@@ -532,7 +533,7 @@ def test_bf16_autocast_is_close():
     [
         (dict(patch_size=2), "patch_size 2.*head is defined for one"),
         (dict(img_size=100), "img_size 100.*multiple of.* 16"),
-        (dict(img_size=0), "img_size 0"),
+        (dict(img_size=0), "img_size must be at least 1, got 0"),
         (dict(quant_levels=63), "power of two.*63"),
         (dict(quant_levels=1), "power of two"),
         (dict(quant_levels=8192), "power of two"),
@@ -541,7 +542,7 @@ def test_bf16_autocast_is_close():
         (dict(label_drop_prob=1.5), "label_drop_prob"),
         (dict(attn_dropout=-0.1), "attn_dropout"),
         (dict(proj_dropout=2.0), "proj_dropout"),
-        (dict(class_num=0), "class_num"),
+        (dict(class_num=0), "class_num must be at least 1, got 0"),
         (dict(buffer_size=0), "buffer_size"),
         (dict(encoder_num_heads=5), "encoder_embed_dim 64 is not a multiple"),
         (dict(decoder_depth=0), "decoder_depth must be at least 1, got 0"),

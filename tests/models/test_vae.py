@@ -1,5 +1,6 @@
 """models/vae.py (SPEC 2): golden arrays and manifest of KL-16, the posterior, small layers by hand, strict loading."""
 
+import hashlib
 import json
 import math
 
@@ -8,16 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from models.vae import (
-    AutoencoderKL,
-    DiagonalGaussian,
-    Downsample,
-    SpatialAttention,
-    Upsample,
-    load_vae,
-    load_weights,
-    posterior_from_moments,
-)
+from models.latent_space import DiagonalGaussian, LatentSpace
+from models.vae import AutoencoderKL, Downsample, SpatialAttention, Upsample, load_weights
+from models.vae_loading import load_vae
 from tests.helpers import Explosive, fill_golden, golden_arrays, golden_json, tiny_vae
 
 BIT_OF_EVERYTHING = dict(embed_dim=4, ch_mult=(1, 2), ch=8, num_res_blocks=1, norm_groups=4)
@@ -70,7 +64,7 @@ def test_manifest_and_size():
 
 def test_posterior_by_hand():
     moments = torch.tensor([1.0, -2.0, 0.0, math.log(9.0)]).view(1, 4, 1, 1)  # two channels: N(1, 1), N(-2, 9)
-    posterior = posterior_from_moments(moments)
+    posterior = DiagonalGaussian(moments)
     assert posterior.parameters is moments
     assert posterior.mean.flatten().tolist() == [1, -2] and posterior.mode().flatten().tolist() == [1, -2]
     assert posterior.std.flatten().tolist() == pytest.approx([1, 3])
@@ -202,6 +196,31 @@ def test_fingerprint_is_that_of_the_latent_space():
     assert vae.latent_fingerprint() != before
 
 
+def test_fingerprint_of_any_vae_class():
+    """Whatever its encoder's keys are called; a VAE without any would look like every other one, and is refused."""
+
+    class Other(nn.Module, LatentSpace):
+        def __init__(self, name: str, value: float):
+            super().__init__()
+            self.add_module(name, nn.Linear(2, 2))
+            nn.init.constant_(self.get_submodule(name).weight, value)
+            nn.init.zeros_(self.get_submodule(name).bias)
+
+    assert Other("net", 1.0).latent_fingerprint() == Other("net", 1.0).latent_fingerprint()
+    assert Other("net", 1.0).latent_fingerprint() != Other("net", 2.0).latent_fingerprint()
+    with pytest.raises(ValueError, match="no weights outside its decoder"):
+        Other("decoder", 1.0).latent_fingerprint()
+
+
+def test_the_fingerprint_is_that_of_earlier_versions():
+    """Checkpoints and caches hold it: encoder and quant_conv, keys sorted, each name followed by its float32 numbers."""
+    vae, digest = tiny_vae(), hashlib.sha256()
+    for name, value in sorted(vae.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(name.encode() + value.numpy().tobytes())
+    assert vae.latent_fingerprint() == digest.hexdigest()
+
+
 # ------------------------------------------------------------------------------------------------------- files
 
 
@@ -253,7 +272,7 @@ def test_weights_that_do_not_fit(tmp_path, change, message):
     before = {k: v.clone() for k, v in vae.state_dict().items()}
     with pytest.raises(ValueError, match=message) as caught:
         load_weights(vae, path)
-    assert str(path) in str(caught.value) and "--vae_path" in str(caught.value)
+    assert str(path) in str(caught.value) and caught.value.argument == "vae_path"
     assert all(torch.equal(before[k], v) for k, v in vae.state_dict().items())  # nothing was half loaded
 
 
@@ -276,7 +295,7 @@ def test_truncated_absent_and_foreign_files(tmp_path):
     (tmp_path / "empty.ckpt").touch()
     with pytest.raises(ValueError, match="empty.ckpt"):
         load_vae(tmp_path / "empty.ckpt")
-    with pytest.raises(FileNotFoundError, match="--vae_path"):
+    with pytest.raises(FileNotFoundError, match="no VAE weights at .*absent.ckpt"):
         load_vae(tmp_path / "absent.ckpt")
 
 
@@ -291,9 +310,9 @@ def test_flags_that_contradict_the_file(tmp_path):
     vae = AutoencoderKL(**BIT_OF_EVERYTHING)
     path = save(tmp_path / "vae.pth", {"model": vae.state_dict(), "config": vae.config})
     assert load_vae(path).embed_dim == 4
-    with pytest.raises(ValueError, match="--vae_embed_dim 16 contradicts"):
+    with pytest.raises(ValueError, match="vae_embed_dim 16 contradicts"):
         load_vae(path, embed_dim=16)
-    with pytest.raises(ValueError, match="--vae_stride 16 contradicts"):
+    with pytest.raises(ValueError, match="vae_stride 16 contradicts"):
         load_vae(path, stride=16)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from models.latent_space import KL16, VaeDescription, description_path, find_description, read_description
-from models.vae import AutoencoderKL, load_vae
+from models.vae import AutoencoderKL
+from models.vae_loading import load_vae
 from tests.helpers import tiny_vae
 
 TINY = dict(embed_dim=4, ch_mult=(1, 2), ch=8, num_res_blocks=1, norm_groups=4)
@@ -78,16 +79,13 @@ def test_descriptions_that_are_refused(tmp_path: Path, content: str, words: str)
         load_vae(path)
 
 
-def test_range_and_bits_fill_in_what_was_not_given() -> None:
-    import argparse
-
+def test_what_is_known_of_the_quantizer() -> None:
     vae = tiny_vae(**TINY)
-    args = argparse.Namespace(quant_bits=6, quant_min=-5.0, quant_max=5.0)
-    vae.fill_in_range(args, set())
-    assert vars(args) == dict(quant_bits=6, quant_min=-5.0, quant_max=5.0)  # nothing is known
-    vae.set_description(VaeDescription(4, 2, quant_bits=7, quant_min=-3.5, quant_max=3.5))
-    vae.fill_in_range(args, {"quant_bits"})
-    assert vars(args) == dict(quant_bits=6, quant_min=-3.5, quant_max=3.5)
+    assert vae.quantizer_settings() == {}
+    vae.set_description(VaeDescription(4, 2, quant_min=-3.5, quant_max=3.5))
+    assert vae.quantizer_settings() == dict(quant_min=-3.5, quant_max=3.5)
+    vae.set_description(VaeDescription(4, 2, quant_bits=7))
+    assert vae.quantizer_settings() == dict(quant_bits=7, quant_min=-3.5, quant_max=3.5)
 
 
 # ------------------------------------------------------------------------------------------------------- diffusers
@@ -181,7 +179,7 @@ def test_folders_that_are_no_vae(folders: dict[str, Path], tmp_path: Path) -> No
     weights.unlink()
     with pytest.raises(FileNotFoundError, match="has no .safetensors weights"):
         load_vae(folder)
-    with pytest.raises(ValueError, match="--vae_embed_dim 16 contradicts"):
+    with pytest.raises(ValueError, match="vae_embed_dim 16 contradicts"):
         load_vae(folders["kl"], embed_dim=16)
 
 

@@ -5,14 +5,19 @@ import shutil
 import pytest
 import torch
 
-from models.sampling import compiled
 from models.sampling.compiled import CompiledSampler, bucket, launches_per_step
 from tests.helpers import tiny_model
 
 LABELS = torch.tensor([3, 7])
 
 
-def sample(model, **options):  # noqa: ANN001, ANN201
+def uncompiled(model):
+    """The model with a sampler whose graphs are the functions themselves."""
+    CompiledSampler.of(model, lambda function, device: function)
+    return model
+
+
+def sample(model, **options):
     return model.sample_tokens(2, labels=LABELS, seeds=[1, 2], **(dict(num_iter=8, cfg=3.0) | options))
 
 
@@ -26,43 +31,41 @@ def sample(model, **options):  # noqa: ANN001, ANN201
         dict(temperature=0),
         dict(temperature_schedule="linear", temperature_end=0.0),
         dict(top_k=3, top_p=0.9),
-        dict(draw="gumbel"),
         dict(order="confidence"),
         dict(cfg_schedule="interval", cfg_interval=(0.3, 0.7)),
         dict(channel_temperature=(0.0, 1.5)),
     ],
 )
 @pytest.mark.parametrize("head_start", ["official", "trained"])
-def test_the_static_shapes_change_no_token(monkeypatch, options, head_start):
+def test_the_static_shapes_change_no_token(options, head_start):
     """The graphs' functions run uncompiled: what is compiled below is this."""
-    monkeypatch.setattr(compiled, "graph", lambda function, device: function)
-    model = tiny_model(head_start=head_start)
+    model = uncompiled(tiny_model(head_start=head_start))
     assert torch.equal(sample(model, compile=True, **options), sample(model, **options))
 
 
-def test_launches_depend_on_steps_alone(monkeypatch):
+def test_launches_depend_on_steps_alone():
     """Depth plays no part."""
-    monkeypatch.setattr(compiled, "graph", lambda function, device: function)
     for depth in (1, 3):
-        model = tiny_model(encoder_depth=depth, channel_depth=depth)
+        model = uncompiled(tiny_model(encoder_depth=depth, channel_depth=depth))
         sample(model, compile=True)
         assert CompiledSampler.of(model).launches == 8 * launches_per_step(16) == 8 * 18
 
 
-def test_few_shapes_serve_all_steps(monkeypatch):
+def test_few_shapes_serve_all_steps():
     """64 iterations: the backbone sees at most 5 lengths with and 5 without guidance, whatever the plan says."""
     seen = set()
 
-    def graph(function, device):  # noqa: ANN001, ANN202
-        def recorded(*arguments):  # noqa: ANN002, ANN202
+    def graph(function, device):
+        def recorded(*arguments):
             if function.__name__ == "backbone":
                 seen.add(tuple(arguments[0].shape))
             return function(*arguments)
 
         return recorded
 
-    monkeypatch.setattr(compiled, "graph", graph)
-    sample(tiny_model(), compile=True, num_iter=64)
+    model = tiny_model()
+    CompiledSampler.of(model, graph)
+    sample(model, compile=True, num_iter=64)
     assert 2 <= len(seen) <= 10 and all(shape[1] % 4 == 0 for shape in seen)
 
 
@@ -86,16 +89,16 @@ def test_buckets():
 
 
 def test_refused_combinations():
-    with pytest.raises(ValueError, match="--compile and --reuse_features"):
+    with pytest.raises(ValueError, match="compile and reuse_features"):
         sample(tiny_model(), compile=True, reuse_features=2)
-    with pytest.raises(ValueError, match="autoregressive head only"):
+    with pytest.raises(ValueError, match="needs the autoregressive head"):
         sample(tiny_model(head="parallel"), compile=True)
 
 
-def test_the_state_dict_does_not_change(monkeypatch):
-    monkeypatch.setattr(compiled, "graph", lambda function, device: function)
+def test_the_state_dict_does_not_change():
     model = tiny_model()
     keys, modules = list(model.state_dict()), len(list(model.modules()))
+    uncompiled(model)
     sample(model, compile=True, num_iter=2)
     assert list(model.state_dict()) == keys and len(list(model.modules())) == modules
 

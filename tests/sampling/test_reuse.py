@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from models.layers import take
-from models.sampling.loop import SamplerOptions, feature_source, random_orders, unmasking_plan
+from models.sampling.loop import feature_source, guided_z
+from models.sampling.options import SamplerOptions
+from models.sampling.orders import random_orders
 from models.sampling.reuse import ReusedFeatures
+from models.sampling.schedules import unmasking_plan
 from models.tokenbridge import TokenBridge
 from tests.helpers import tiny_model
 from tools.bench.counting import count
@@ -36,13 +39,13 @@ def test_a_whole_pass_is_the_exact_one_and_keeps_what_the_next_needs(scale):
     values, orders, embedding = state(model)
     reused = source(model, embedding, 2)
     visible = orders[:, 11:]
-    exact = model._guided_z(take(values, visible), visible, orders[:, :11], embedding, scale)
+    exact = guided_z(model, take(values, visible), visible, orders[:, :11], embedding, scale)
     assert torch.allclose(reused(values, orders, 11, orders[:, :11], scale), exact, atol=1e-5)
     for wanted in (orders[:, 8:11], orders[:, :2]):
         reused.calls = 1
         found = reused(values, orders, 11, wanted, scale)
         assert torch.allclose(
-            found, model._guided_z(take(values, visible), visible, wanted, embedding, scale), atol=1e-5
+            found, guided_z(model, take(values, visible), visible, wanted, embedding, scale), atol=1e-5
         )
 
 
@@ -57,7 +60,7 @@ def test_the_guidance_of_the_last_whole_step_is_reused(features):
     for scale in (2.0, 3.0, 1.0, 1.5):  # step 0 whole, 1 reuses, 2 needs no guidance, 3 whole
         found = reused(values, orders, 11, wanted, scale)
         assert torch.allclose(
-            found, model._guided_z(take(values, visible), visible, wanted, embedding, scale), atol=1e-5
+            found, guided_z(model, take(values, visible), visible, wanted, embedding, scale), atol=1e-5
         )
 
 
@@ -88,7 +91,7 @@ def test_between_whole_steps_old_tokens_do_not_see_new_ones():
         if blocks is not model.encoder_blocks
         else functools.reduce(lambda x, block: seeing(block, x, sees), blocks, x)
     )
-    expected = model.decode(model.encode(take(values, visible), visible, embedding), visible, wanted)
+    expected = model.run_decoder(model.run_encoder(take(values, visible), visible, embedding), visible, wanted)
     assert torch.allclose(reused(values, orders, 9, wanted, 1.0), expected, atol=1e-5)
 
 
@@ -112,7 +115,7 @@ def test_first_step_exact_and_every_step_with_one():
         dict(reuse_features=3),
         dict(reuse_guidance=2),
         dict(reuse_features=2, reuse_guidance=4),
-        dict(reuse_features=3, order="confidence", confidence_candidates=2),
+        dict(reuse_features=3, order="confidence"),
         dict(reuse_features=3, reuse_guidance=2, cfg_schedule="interval", cfg_interval=(0.3, 0.7)),
     ],
 )

@@ -10,7 +10,8 @@ from torch import nn
 
 from models import MODELS
 from models.quantizer import GaussianQuantizer, quantize
-from models.tokenbridge import TokenBridge, draw_mask_ratio, mask_from_orders, random_orders
+from models.sampling.orders import random_orders
+from models.tokenbridge import TokenBridge, draw_mask_ratio, mask_from_orders
 from tests.helpers import tiny_batch, tiny_config, tiny_model
 from tools.bench import evaluation as bench_eval
 from tools.bench.__main__ import build_parser, main

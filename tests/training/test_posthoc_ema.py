@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import main_tokenbridge
-import models
+from generation import loading
 from tests.helpers import REPO, run_processes, skip_unless_shardable, tiny_vae
 from tools import inspect
 from training import run as engine_train
@@ -272,7 +272,7 @@ def test_snapshots_of_another_run_are_refused(trained: Path, flags, tmp_path: Pa
 def test_the_command_and_its_file(
     trained: Path, flags, tmp_path: Path, capsys: pytest.CaptureFixture, messages: list[str]
 ) -> None:  # noqa: ANN001
-    """The file's average is the fitted sum of the snapshots; --sample and models.load draw with it, no training goes on from it."""
+    """The file's average is the fitted sum of the snapshots; --sample and generation.load draw with it, no training goes on from it."""
     main([str(trained), "--sigma_rel", "0.08", "--output", str(tmp_path / "ema.pth")])
     said, content, files = capsys.readouterr().out, load(tmp_path / "ema.pth"), snapshot_files(trained)
     assert (
@@ -316,7 +316,7 @@ def test_the_command_and_its_file(
     inspect.main([str(tmp_path / "ema.pth"), "--json"])
     facts = json.loads(capsys.readouterr().out)
     assert facts["EMA"] == "these weights are the EMA" and facts["verdict"] == ["nothing wrong was found"]
-    loaded, _ = models.load(tmp_path / "ema.pth")
+    loaded, _ = loading.load(tmp_path / "ema.pth")
     assert torch.equal(loaded.mask_token, content["model_ema"]["mask_token"])
     with pytest.raises(ValueError, match="holds one set of weights, ema: model is not there"):
         main_tokenbridge.main([*sample, "--resume", str(tmp_path / "ema.pth"), "--weights", "model"])

@@ -70,7 +70,7 @@ def sample_plain(
 
     Two passes of the whole backbone per step for guidance, all tokens decoded, the head without a cache.
     """
-    from models.tokenbridge import guidance_scale, unmasking_plan
+    from models.sampling.schedules import guidance_scale, unmasking_plan
 
     model.eval()
     batch, num_tokens = orders.shape
@@ -107,7 +107,7 @@ def samplers(
     model: torch.nn.Module, orders: Tensor | None, labels: Tensor, num_iter: int, cfg: float, cfg_schedule: str
 ) -> list[Callable[[], Tensor]]:
     """The plain way and ours, as functions without arguments. orders None: random ones (fake tensors have no values to check)."""
-    from models.tokenbridge import random_orders
+    from models.sampling.orders import random_orders
 
     drawn = random_orders(len(labels), model.num_tokens, device=labels.device) if orders is None else orders
     return [
@@ -176,7 +176,7 @@ def timed_samplers(
     args: argparse.Namespace, device: torch.device, precision: str, row: Callable
 ) -> list[tuple[str, list[str]]]:
     """Run both ways with the same orders: rows for the seconds per image and the share of equal tokens."""
-    from models.tokenbridge import random_orders
+    from models.sampling.orders import random_orders
 
     torch.manual_seed(args.seed)
     model = build_model(args).to(device).eval()
@@ -205,7 +205,7 @@ def check(args: argparse.Namespace) -> None:
 
 def register(commands: argparse._SubParsersAction) -> None:
     """Add the sub-command."""
-    from models.tokenbridge import CFG_SCHEDULES
+    from models.sampling.schedules import CFG_SCHEDULES
 
     sub = add_command(
         commands, "sample", bench_sample, check, "sampling: the plain way against TokenBridge.sample_tokens", 1

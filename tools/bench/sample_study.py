@@ -52,7 +52,8 @@ def study_head(args: argparse.Namespace, device: torch.device) -> None:
 def study_deep(args: argparse.Namespace, device: torch.device) -> None:
     """Operations of the whole loop, those that only make views left out, and host syncs; how many graphs a step of --compile launches."""
     from models.sampling.compiled import launches_per_step
-    from models.tokenbridge import TokenBridge, random_orders
+    from models.sampling.orders import random_orders
+    from models.tokenbridge import TokenBridge
 
     torch.manual_seed(args.seed)
     model = TokenBridge(**DEEP).to(device).eval()
@@ -117,8 +118,6 @@ REUSE = {
     "reuse_guidance 4": dict(reuse_guidance=4),
     "both 2": dict(reuse_features=2, reuse_guidance=2),
     "order confidence": dict(order="confidence"),
-    "order confidence, candidates 2": dict(order="confidence", confidence_candidates=2.0),
-    "order confidence, candidates 1": dict(order="confidence", confidence_candidates=1.0),
 }
 
 

@@ -244,8 +244,8 @@ def plain_loop(
     """
     import numpy as np
 
+    from models.latent_space import DiagonalGaussian
     from models.tokenbridge import draw_mask_ratio, num_masked_tokens
-    from models.vae import posterior_from_moments
 
     torch.manual_seed(args.seed)
     model, vae = build_model(args).to(device).train(), small_vae(args).to(device)
@@ -269,7 +269,7 @@ def plain_loop(
 
     def gradients() -> None:
         moments, labels = batch
-        latents = vae.scale(posterior_from_moments(moments).sample())
+        latents = vae.scale(DiagonalGaussian(moments).sample())
         rng = np.random.default_rng([args.seed, done, 0])
         # as in draw_step
         masked = num_masked_tokens(draw_mask_ratio(model.mask_ratio_min, float(rng.random())), model.num_tokens)

@@ -1,0 +1,61 @@
+"""A timm transformer block in parts, for callers that bring their own keys, values or attention mask. No dropout.
+
+Letters: N sequences, P positions, M of them, D width.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import LayerCache, take
+
+
+def block_qkv(block: nn.Module, x: Tensor, queries: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys, values (N, heads, P, head_dim) of the block's input x (N, P, D).
+
+    queries (N, M, D): block inputs whose queries to return instead of those of x.
+    """
+    attn, dim = block.attn, x.shape[-1]
+    heads = (attn.num_heads, attn.head_dim)
+    if queries is None:
+        return attn.qkv(block.norm1(x)).unflatten(-1, (3, *heads)).permute(2, 0, 3, 1, 4).unbind()
+    weight_q, weight_kv = attn.qkv.weight.split([dim, 2 * dim])
+    bias_q, bias_kv = attn.qkv.bias.split([dim, 2 * dim])
+    q = F.linear(block.norm1(queries), weight_q, bias_q).unflatten(-1, heads).transpose(1, 2)  # (N, heads, M, hd)
+    kv = F.linear(block.norm1(x), weight_kv, bias_kv).unflatten(-1, (2, *heads))  # (N, P, 2, heads, hd)
+    return q, *kv.permute(2, 0, 3, 1, 4).unbind()
+
+
+def block_rest(block: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
+    """What follows the attention of a block: x (N, P, D), attended (N, heads, P, head_dim) -> (N, P, D)."""
+    x = x + block.attn.proj(attended.transpose(1, 2).flatten(2))
+    return x + block.mlp(block.norm2(x))
+
+
+def masked_block(block: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
+    """A block in which only the positions `attended` (P,) bool are attended to: x (N, P, D) -> (N, P, D)."""
+    q, k, v = block_qkv(block, x)
+    return block_rest(block, x, F.scaled_dot_product_attention(q, k, v, attn_mask=attended.unsqueeze(0)))
+
+
+def partial_block(block: nn.Module, x: Tensor, places: Tensor) -> Tensor:
+    """A block whose output is needed at the places (N, M) only, all of x (N, P, D) being attended to: (N, M, D)."""
+    queries = take(x, places)
+    return block_rest(block, queries, F.scaled_dot_product_attention(*block_qkv(block, x, queries)))
+
+
+def cached_block(
+    block: nn.Module, x: Tensor, cache: LayerCache, slots: slice | Tensor, length: int, queries: Tensor | None = None
+) -> Tensor:
+    """A block over some tokens x (N, P, D), which attend to the first `length` slots of the cache after writing theirs.
+
+    slots: where their keys and values go, a slice of the cache or slot numbers (N, P). queries (N, M, D): those of x
+    whose output is needed, if not all.
+    """
+    rows, (q, k, v) = len(x), block_qkv(block, x, queries)  # (N, heads, P, hd)
+    for store, new in ((cache.keys, k), (cache.values, v)):
+        if isinstance(slots, slice):
+            store[:rows, :, slots] = new
+        else:
+            store[:rows].scatter_(2, slots[:, None, :, None].expand_as(new), new.to(store.dtype))
+    keys, values = (store[:rows, :, :length].to(q.dtype) for store in (cache.keys, cache.values))
+    return block_rest(block, x if queries is None else queries, F.scaled_dot_product_attention(q, keys, values))
