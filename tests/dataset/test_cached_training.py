@@ -1,4 +1,4 @@
-"""Training from every kind of cache: the same loss as from images, quantizers in the checkpoint, VAEs of other channels and strides, end to end."""
+"""Training from every kind of cache: the loss is that from images; quantizers in the checkpoint; other VAEs."""
 
 import json
 import shutil
@@ -13,57 +13,29 @@ from generation.loading import load as load_model
 from main_tokenbridge import main
 from models.quantizer_tables import lloyd_tables, uniform_tables
 from models.vae import AutoencoderKL
-from tests.helpers import tiny_vae
+from tests.helpers import argv_of, tiny_vae
 
 SIZE = 32  # pixels, with a VAE of stride 8 and 6 channels: 4x4 tokens
 
 
 def cached(root: Path, vae: Path, out: Path, **changes: object) -> Path:
-    flags = (
-        dict(
-            data_path=root,
-            vae_path=vae,
-            cached_path=out,
-            img_size=SIZE,
-            batch_size=4,
-            num_workers=0,
-            device="cpu",
-            dtype="float32",
-        )
-        | changes
-    )
-    main_cache.main(
-        [part for k, v in flags.items() if v is not None for part in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
-    )
+    """A cache of the images under root, float32 unless said otherwise."""
+    flags = dict(data_path=root, vae_path=vae, cached_path=out, img_size=SIZE, batch_size=4, dtype="float32")
+    main_cache.main(argv_of(**(flags | dict(num_workers=0, device="cpu") | changes)))
     return out
 
 
 def train(root: Path, vae: Path, out: Path, **changes: object) -> list[float]:
     """Losses of three steps on all 12 images."""
-    flags = (
-        dict(
-            model="tokenbridge_digits",
-            img_size=SIZE,
-            class_num=2,
-            buffer_size=4,
-            vae_path=vae,
-            data_path=root,
-            batch_size=4,
-            warmup_epochs=0,
-            lr=1e-3,
-            num_workers=0,
-            device="cpu",
-            max_steps=3,
-            seed=3,
-            output_dir=out,
-            ema_rate=0.5,
-        )
-        | changes
-    )
-    main(
-        [part for k, v in flags.items() if v is not None for part in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
-    )
+    flags = dict(model="tokenbridge_digits", img_size=SIZE, class_num=2, buffer_size=4, vae_path=vae, data_path=root)
+    flags |= dict(batch_size=4, warmup_epochs=0, lr=1e-3, num_workers=0, device="cpu", max_steps=3, seed=3)
+    main(argv_of(**(flags | dict(output_dir=out, ema_rate=0.5) | changes)))
     return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def train_from(cache: Path, root: Path, vae: Path, out: Path, **changes: object) -> list[float]:
+    """The same from a cache."""
+    return train(root, vae, out, use_cached=True, cached_path=cache, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -82,44 +54,34 @@ def from_images(image_root: Path, vae: Path, tmp_path_factory: pytest.TempPathFa
 def test_the_loss_is_the_same_from_images_npz_and_shards(
     image_root: Path, vae: Path, from_images: list[float], tmp_path: Path
 ) -> None:
-    """Same seeds, float32. Both caches hold the same bits, so the losses are equal; images are encoded in other batches: equal up to rounding."""
+    """Float32 caches hold the same bits: equal losses. Images are encoded in other batches: equal up to rounding."""
     losses = {}
-    for kind in ("shards", "npz"):
-        cache = cached(image_root, vae, tmp_path / kind, format=kind, dtype=None if kind == "npz" else "float32")
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        losses[kind] = train(image_root, vae, tmp_path / "out", use_cached=True, cached_path=cache, num_workers=0)
+    for kind, dtype in (("shards", "float32"), ("npz", None)):
+        cache = cached(image_root, vae, tmp_path / kind, format=kind, dtype=dtype)
+        losses[kind] = train_from(cache, image_root, vae, tmp_path / f"run_{kind}")
     assert losses["shards"] == losses["npz"] and len(set(losses["npz"])) == 3
     # one index of 1,152 that rounding moves is worth 1e-3
     assert losses["shards"] == pytest.approx(from_images, abs=2e-3)
-    half = train(
-        image_root,
-        vae,
-        tmp_path / "half",
-        use_cached=True,
-        cached_path=cached(image_root, vae, tmp_path / "f16", dtype=None),
-    )
-    assert half == pytest.approx(losses["shards"], abs=0.02)
+    half = cached(image_root, vae, tmp_path / "f16", dtype=None)
+    assert train_from(half, image_root, vae, tmp_path / "half") == pytest.approx(losses["shards"], abs=0.02)
 
 
 def test_mean_and_index_caches_train(image_root: Path, vae: Path, from_images: list[float], tmp_path: Path) -> None:
     for mode in ("mean", "indices"):
         cache = cached(image_root, vae, tmp_path / mode, mode=mode, dtype=None)
-        losses = train(image_root, vae, tmp_path / f"run_{mode}", use_cached=True, cached_path=cache)
+        losses = train_from(cache, image_root, vae, tmp_path / f"run_{mode}")
         assert losses == pytest.approx(from_images, abs=0.5) and losses != from_images
-    with pytest.raises(
-        ValueError, match=r"holds indices of a gaussian quantizer with 64 levels .* the model has 32 on"
+    for changes, words in (
+        (dict(quant_bits=5), r"holds indices of a gaussian quantizer with 64 levels .* the model has 32 on"),
+        (dict(quant_min=-4), r"on \[-5\.0, 5\.0\]; the model has 64 on \[-4\.0, 5\.0\]"),
+        (dict(quantizer="uniform"), "holds indices of a gaussian quantizer"),
     ):
-        train(image_root, vae, tmp_path / "run_x", use_cached=True, cached_path=tmp_path / "indices", quant_bits=5)
-    with pytest.raises(ValueError, match=r"on \[-5\.0, 5\.0\]; the model has 64 on \[-4\.0, 5\.0\]"):
-        train(image_root, vae, tmp_path / "run_x", use_cached=True, cached_path=tmp_path / "indices", quant_min=-4)
-    with pytest.raises(ValueError, match="holds indices of a gaussian quantizer"):
-        train(
-            image_root, vae, tmp_path / "run_x", use_cached=True, cached_path=tmp_path / "indices", quantizer="uniform"
-        )
+        with pytest.raises(ValueError, match=words):
+            train_from(tmp_path / "indices", image_root, vae, tmp_path / "run_x", **changes)
 
 
 def test_caches_that_contradict_the_run(image_root: Path, vae: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other.pth"
+    other, run = tmp_path / "other.pth", tmp_path / "run"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(9)
         net = AutoencoderKL(**torch.load(vae, weights_only=True)["config"])
@@ -131,33 +93,17 @@ def test_caches_that_contradict_the_run(image_root: Path, vae: Path, tmp_path: P
         (dict(class_num=1), "has 2 classes, more than --class_num 1"),
     ):
         with pytest.raises(ValueError, match=words):
-            train(
-                image_root,
-                changes.pop("vae_path", vae),
-                tmp_path / "run",
-                use_cached=True,
-                cached_path=cache,
-                **changes,
-            )
-    assert not list((tmp_path / "run").glob("*.pth"))
-    train(image_root, vae, tmp_path / "run", use_cached=True, cached_path=cache)
+            train_from(cache, image_root, vae, run, **changes)
+    assert not list(run.glob("*.pth"))
+    train_from(cache, image_root, vae, run)
     renamed = Path(shutil.copytree(image_root, tmp_path / "renamed"))
     (renamed / "train" / "flower").rename(renamed / "train" / "apple")  # now class 0: labels would shift
-    with pytest.raises(
-        ValueError,
-        match="has 2 classes, the checkpoint was trained with 2; first difference: class 0 is 'apple' here and 'china' there",
-    ):
-        train(
-            renamed,
-            vae,
-            tmp_path / "run",
-            max_steps=6,
-            resume=tmp_path / "run",
-            use_cached=True,
-            cached_path=cached(renamed, vae, tmp_path / "cache2"),
-        )
+    cache, more = cached(renamed, vae, tmp_path / "cache2"), dict(max_steps=6, resume=run)
+    counts = "has 2 classes, the checkpoint was trained with 2"
+    with pytest.raises(ValueError, match=f"{counts}; first difference: class 0 is 'apple' here and 'china' there"):
+        train_from(cache, renamed, vae, run, **more)
     with pytest.raises(ValueError, match=r"renamed \(--data_path\) has 2 classes"):
-        train(renamed, vae, tmp_path / "run", max_steps=6, resume=tmp_path / "run")
+        train(renamed, vae, run, **more)
 
 
 def test_a_checkpoint_carries_its_quantizer(image_root: Path, vae: Path, tmp_path: Path) -> None:
@@ -168,23 +114,11 @@ def test_a_checkpoint_carries_its_quantizer(image_root: Path, vae: Path, tmp_pat
         content["model"]["reconstruction_values"].double(), torch.from_numpy(uniform_tables(4)[1]), rtol=0, atol=1e-6
     )
     boundaries, values = lloyd_tables(torch.randn(5000).numpy(), 4, -4.0, 4.0)
-    tables = tmp_path / "tables.json"
-    tables.write_text(
-        json.dumps(
-            dict(
-                kind="lloyd",
-                bits=4,
-                min=-4.0,
-                max=4.0,
-                boundaries=boundaries.tolist(),
-                reconstruction_values=values.tolist(),
-            )
-        )
-    )
-    with pytest.raises(
-        ValueError,
-        match=r"tables\.json is lloyd, 4 bits on \[-4\.0, 4\.0\]; the arguments say lloyd, 6 bits.*\(--quantizer_tables\)",
-    ):
+    tables, content = tmp_path / "tables.json", dict(kind="lloyd", bits=4, min=-4.0, max=4.0)
+    content |= dict(boundaries=boundaries.tolist(), reconstruction_values=values.tolist())
+    tables.write_text(json.dumps(content))
+    says = r"tables\.json is lloyd, 4 bits on \[-4\.0, 4\.0\]; the arguments say lloyd, 6 bits.*\(--quantizer_tables\)"
+    with pytest.raises(ValueError, match=says):
         train(image_root, vae, tmp_path / "lloyd", quantizer="lloyd", quantizer_tables=tables)
     four = dict(quantizer="lloyd", quant_bits=4, quant_min=-4, quant_max=4)
     with pytest.raises(ValueError, match=r"quantizer lloyd is fitted to latents: .*\(--quantizer_tables\)"):
@@ -201,45 +135,17 @@ def test_a_checkpoint_carries_its_quantizer(image_root: Path, vae: Path, tmp_pat
 def test_another_vae_end_to_end(image_root: Path, vae: Path, tmp_path: Path) -> None:
     """Six channels at stride 8, its own order, range and bits from its description: cache, train, sample."""
     own = shutil.copy(vae, tmp_path / "vae.pth")
-    (tmp_path / "vae.latents.json").write_text(
-        json.dumps(
-            dict(
-                channels=6,
-                stride=8,
-                scale_factor=[1.0, 2.0, 1.0, 2.0, 1.0, 3.0],
-                quant_bits=5,
-                quant_min=-4.0,
-                quant_max=4.0,
-                channel_order=[2, 0, 1, 5, 4, 3],
-            )
-        )
-    )
+    description = dict(channels=6, stride=8, scale_factor=[1.0, 2.0, 1.0, 2.0, 1.0, 3.0])
+    description |= dict(quant_bits=5, quant_min=-4.0, quant_max=4.0, channel_order=[2, 0, 1, 5, 4, 3])
+    (tmp_path / "vae.latents.json").write_text(json.dumps(description))
     cache = cached(image_root, own, tmp_path / "cache", dtype=None)
-    train(image_root, own, tmp_path / "run", use_cached=True, cached_path=cache)
+    train_from(cache, image_root, own, tmp_path / "run")
     config = torch.load(tmp_path / "run" / "checkpoint-last.pth", weights_only=True)["config"]["model"]
-    expected = dict(
-        vae_embed_dim=6, vae_stride=8, channel_order=[2, 0, 1, 5, 4, 3], quant_levels=32, quant_min=-4.0, quant_max=4.0
-    )
+    expected = dict(vae_embed_dim=6, vae_stride=8, channel_order=[2, 0, 1, 5, 4, 3], quant_levels=32)
+    expected |= dict(quant_min=-4.0, quant_max=4.0)
     assert {key: config[key] for key in expected} == expected
-    main(
-        [
-            "--sample",
-            "--resume",
-            str(tmp_path / "run"),
-            "--vae_path",
-            str(own),
-            "--classes",
-            "0,1",
-            "--num_images",
-            "2",
-            "--num_iter",
-            "2",
-            "--device",
-            "cpu",
-            "--output_dir",
-            str(tmp_path / "pictures"),
-        ]
-    )
+    sampling = dict(resume=tmp_path / "run", vae_path=own, classes="0,1", num_images=2, num_iter=2, device="cpu")
+    main(argv_of(sample=True, output_dir=tmp_path / "pictures", **sampling))
     assert read_image(tmp_path / "pictures" / "000001.png").size == (SIZE, SIZE)
 
 
@@ -261,7 +167,7 @@ def test_a_vae_of_diffusers_end_to_end(image_root: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match="gives one latent and no posterior: store it with --mode mean"):
         cached(image_root, tmp_path / "dc", tmp_path / "cache")
     cache = cached(image_root, tmp_path / "dc", tmp_path / "cache", mode="mean")
-    losses = train(image_root, tmp_path / "dc", tmp_path / "run", use_cached=True, cached_path=cache)
+    losses = train_from(cache, image_root, tmp_path / "dc", tmp_path / "run")
     assert losses == pytest.approx(train(image_root, tmp_path / "dc", tmp_path / "run_images"), abs=2e-3)
     model, vae = load_model(tmp_path / "run")
     assert (model.token_dim, vae.stride, vae.deterministic) == (8, 8, True)

@@ -1,4 +1,4 @@
-"""dataset/folders.py and the published cache of dataset/latents.py: images, labels, latents, and folders that are refused."""
+"""dataset/folders.py and the published cache of dataset/latents.py: images, labels, latents, refused folders."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from util.seeds import coin
 
 
 def write_cache(root: Path, classes: int = 2, per_class: int = 3, compressed: bool = False) -> Path:
-    """root/<class>/<image>.png.npz as published; `moments` is filled with the sample's number, `moments_flip` with minus that, minus one."""
+    """root/<class>/<image>.png.npz: `moments` is filled with the sample's number n, `moments_flip` with -n - 1."""
     for c in range(classes):
         (root / f"class{c}").mkdir(parents=True, exist_ok=True)
         for i in range(per_class):
@@ -24,9 +24,6 @@ def write_cache(root: Path, classes: int = 2, per_class: int = 3, compressed: bo
                 root / f"class{c}" / f"{i}.png.npz", moments=number, moments_flip=-number - 1
             )
     return root
-
-
-# ------------------------------------------------------------------------------------------------------- images
 
 
 def test_images_and_labels(image_root):
@@ -77,7 +74,7 @@ def test_a_bad_image_is_an_error_that_names_it(own_images, kind):
 
 
 def test_bad_images_are_skipped_named_once_and_counted(own_images, messages):
-    """The next readable image stands in, with its own label, so that batches keep their size; from the end it goes round."""
+    """The next readable image replaces it, with its own label; after the last image comes the first."""
     for name in ("china/05.png", "flower/00.png", "flower/05.png"):
         (own_images / name).write_bytes(b"not a picture")
     data = ImageFolderDataset(own_images, img_size=64, flip=False, on_bad_image="skip")
@@ -120,9 +117,6 @@ def test_an_empty_class_keeps_its_number(own_images):
     (own_images / "dog").mkdir()
     data = ImageFolderDataset(own_images, 64)
     assert data.classes == ["china", "dog", "flower"] and sorted(set(data.labels)) == [0, 2]
-
-
-# ------------------------------------------------------------------------------------------------------- cached latents
 
 
 @pytest.mark.parametrize("compressed", [False, True])

@@ -19,7 +19,7 @@ def photo(width: int, height: int) -> Image.Image:
 
 
 def halve_with_box(pixels: np.ndarray, rows_first: bool) -> np.ndarray:
-    """Means of pairs along one direction, then along the other, each rounded half up to 8 bits as Pillow does; even sides only."""
+    """Means of pairs along one direction, then along the other, rounded half up as Pillow does; even sides only."""
     pixels = pixels.astype(np.uint16)
     for along_rows in (rows_first, not rows_first):
         pixels = (pixels[:, 0::2] + pixels[:, 1::2] + 1) // 2 if along_rows else (pixels[0::2] + pixels[1::2] + 1) // 2
@@ -61,9 +61,9 @@ SHAPES = [
     [(shape, 64) for shape in SHAPES] + [(shape, 32) for shape in SHAPES if shape not in ((65, 64), (64, 127))],
 )
 def test_crop_against_a_rewrite(shape, size):
-    """Wide, tall, small, square and barely larger pictures; where a side is halved it is even (the rewrite would fail on others).
+    """Wide, tall, small, square, barely larger; a side that is halved is even (the rewrite would fail on others).
 
-    Equal to the last bit, but for the order of Pillow's two passes: recent versions begin with the columns of very tall pictures.
+    Equal to the last bit, but for the order of Pillow's two passes: recent versions begin with columns of tall ones.
     """
     image = photo(*shape)
     found = np.asarray(center_crop_adm(image, size))
@@ -97,15 +97,12 @@ def test_odd_sides_are_halved_by_floor_division(shape, steps):
 
 
 def test_crop_takes_the_centre():
-    """Columns 0..9 of one colour each, crop 4 of height 4: columns 3..6; with an odd rest the offset is floored: 9 wide gives 2..5."""
+    """Columns 0..9 of one colour each, crop 4 of height 4: columns 3..6; of 9 columns 2..5 (the offset is floored)."""
     for width, expected in ((10, [3, 4, 5, 6]), (9, [2, 3, 4, 5])):
         pixels = np.broadcast_to(np.arange(width, dtype=np.uint8)[None, :, None], (4, width, 3))
         assert (
             np.asarray(center_crop_adm(Image.fromarray(np.ascontiguousarray(pixels)), 4))[0, :, 0].tolist() == expected
         )
-
-
-# ------------------------------------------------------------------------------------------------------- tensors
 
 
 def test_to_uint8_by_hand():
@@ -125,9 +122,6 @@ def test_every_pixel_survives_the_trip():
     assert tensor.min() == -1 and tensor.max() == 1
     assert tensor[0, 0, 3] == pytest.approx(3 / 127.5 - 1)
     np.testing.assert_array_equal(to_uint8(tensor).numpy(), np.stack([pixels, pixels.T, 255 - pixels]))
-
-
-# ------------------------------------------------------------------------------------------------------- files
 
 
 def test_png_keeps_every_pixel(tmp_path):

@@ -1,4 +1,4 @@
-"""dataset/shards.py and dataset/latents.py: what a shard holds, damage, files of strangers, and the samples of a cache."""
+"""dataset/shards.py and dataset/latents.py: what a shard holds, damage, untrusted files, the samples of a cache."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def test_records_come_back_and_equal_contents_are_equal_files(tmp_path: Path, mo
 
 
 def test_shards_of_the_last_version_are_read(tmp_path: Path) -> None:
-    """A file of format 1 (written by that version) with the values 0, 1/8, 2/8, ...; its second image could not be read."""
+    """A file of format 1, written by that version: values 0, 1/8, 2/8, ...; its second image could not be read."""
     shutil.copy(GOLDEN / "old_shard.safetensors", tmp_path / SHARDS[0])
     sha256 = "f0269180647bfff0a268d206b4d75f84f687a83d7aebd73f628492dbfaf2210e"
     record = dict(format="shards", complete=True, img_size=32, flips=True, classes=["china", "flower"], images=2)

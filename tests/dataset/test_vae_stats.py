@@ -1,4 +1,4 @@
-"""dataset/latent_statistics.py and tools/vae_stats.py: spectra and scales of known latents, rate and distortion, the command's files."""
+"""dataset/latent_statistics.py and tools/vae_stats.py: known spectra and scales, rate and distortion, the files."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def wave(frequency: float, n: int = 64, grid: int = 16) -> torch.Tensor:
 
 
 def test_frequency_order_of_known_spectra() -> None:
-    """Waves of 1/16 to 7/16 cycles per position, and noise, whose share within a circle of radius 1/4 is about pi/16."""
+    """Waves of 1/16 to 7/16 cycles per position; noise has a share of about pi/16 in a circle of radius 1/4."""
     noise, low, high = normal(64, 16, 16), wave(1 / 16), wave(7 / 16)
     latents = torch.stack([high, low + 0.5 * high, noise, low, 3.0 + 0.01 * low + 0.01 * noise], 1)
     share = low_frequency_share(latents)

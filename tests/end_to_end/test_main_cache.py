@@ -1,4 +1,4 @@
-"""main_cache.py: what it writes in both formats, kills and full disks, running it again, what it refuses, convert, info, verify."""
+"""main_cache.py: what it writes in both formats, kills, full disks, running it again, refusals, convert, verify."""
 
 import errno
 import hashlib
@@ -75,9 +75,6 @@ def moments(vae_path: Path, images: Tensor) -> np.ndarray:
 
 def says(messages: list[str], text: str) -> bool:
     return any(text in line for line in messages)
-
-
-# ------------------------------------------------------------------------------------------------------- what it writes
 
 
 def test_every_image_has_a_file_with_its_moments_and_those_of_its_mirror_image(
@@ -198,9 +195,6 @@ def test_crops(sharded: Argv, tmp_path: Path) -> None:
         main(sharded(tmp_path))
 
 
-# ------------------------------------------------------------------------------------------------------- kills
-
-
 def die(*args: object, **kwargs: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -294,9 +288,6 @@ def test_after_a_kill_the_same_command_finishes_the_tree(npz: Argv, tmp_path: Pa
     main(npz(tmp_path))
     assert says(messages, f"{10 - len(before)} images encoded, {len(before)} were there")
     assert before.items() <= stamps(tmp_path).items() and read_record(tmp_path)["complete"] is True
-
-
-# ------------------------------------------------------------------------------------------------------- full disks, corrupt images
 
 
 def test_a_full_disk_is_a_clear_error_and_finished_shards_stay(
@@ -411,9 +402,6 @@ def test_latents_that_are_not_finite_are_never_written(npz: Argv, cache_vae: Pat
     with pytest.raises(ValueError, match="NaN or infinite under --precision fp32"):
         main(npz(tmp_path / "out", vae_path=tmp_path / "huge.pth"))
     assert not stamps(tmp_path / "out")
-
-
-# ------------------------------------------------------------------------------------------------------- running it again
 
 
 def test_complete_files_are_kept_and_all_others_mended(
@@ -533,9 +521,6 @@ def test_two_processes_write_each_image_once(npz: Argv, finished: Path, tmp_path
     assert_same_latents(out, finished)
 
 
-# ------------------------------------------------------------------------------------------------------- bad input
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -612,9 +597,6 @@ def test_folders_that_cannot_be_written_or_hold_other_things(npz: Argv, tmp_path
     with pytest.raises(ValueError, match=foreign):
         main(npz(tmp_path / "out"))
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["another_class"]
-
-
-# ------------------------------------------------------------------------------------------------------- convert, info, verify
 
 
 @pytest.mark.parametrize("with_record", [True, False])
