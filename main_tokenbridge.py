@@ -437,7 +437,14 @@ def check_sample_arguments(args: argparse.Namespace) -> None:
 @flag_names(build_parser(), bits="quant_bits", quant_levels="quant_bits")
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, load, then train, evaluate or sample. Raises ValueError or OSError for bad input."""
-    args, given = parse(build_parser(), argv)
+    parser = build_parser()
+    with flag_names(parser, quant_levels="quant_bits"):
+        run(parser, argv)
+
+
+def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
+    """`main`, whose errors name arguments."""
+    args, given = parse(parser, argv)
     preset = load_preset(args.preset) if args.preset else None
     if preset:
         apply_preset(args, given, preset, int(os.environ.get("WORLD_SIZE", "1")))

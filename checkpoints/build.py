@@ -10,8 +10,8 @@ from models import MODELS
 from models.quantizer_tables import build_quantizer
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
-from training.ema import initial_share
 from util import checkpoint
+from util.ema import initial_share
 from util.log import get_logger
 
 logger = get_logger()

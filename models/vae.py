@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoints.weights import read_file
 from models.latent_space import KL16, DiagonalGaussian, LatentSpace, VaeDescription
+from util.checkpoint import read_file
 from util.options import ArgumentError
 
 logger = logging.getLogger("tokenbridge")

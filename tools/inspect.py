@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from checkpoints import download
-from training.ema import initial_share
 from util.cli import make_parser
+from util.ema import initial_share
 from util.log import run_cli
 
 

@@ -1,43 +1,118 @@
-"""Checkpoint files: written whole or not at all, in the background; read without running code; the newest whole one found."""
+"""Checkpoint files: written in full or not at all, in the background; read without running code; loaded strictly.
 
+Knows no model: what the files of this project hold is in checkpoints/published.py.
+"""
+
+import argparse
+import json
 import os
 import platform
 import random
+import re
 import shutil
 import threading
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from util import dist
 from util.files import replacing, sync_folder
 from util.log import get_logger
+from util.options import ArgumentError, MissingFile
 
 logger = get_logger()
 
 LAST = "checkpoint-last.pth"
+SAFE = "model.safetensors"
 NUMBERED = "checkpoint-{:08d}.pth"  # by step; beside LAST with --keep_last 2 or more
 
 
-def atomic_save(content: object, path: str | Path) -> None:
-    """torch.save to a temporary file beside `path`, fsync, rename: a kill leaves the old file or the new one, never half of one."""
-    with replacing(path, sync=True) as file:
-        torch.save(content, file)
+def find_file(path: str | Path) -> Path:
+    """A folder means its checkpoint-last.pth, or its model.safetensors if it has only that; a file stays as it is."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    return path / SAFE if (path / SAFE).is_file() and not (path / LAST).is_file() else path / LAST
 
 
-def load_file(path: str | Path, flag: str = "--resume", mmap: bool = False) -> dict:
-    """The dict in a checkpoint file, on the CPU. FileNotFoundError or ValueError naming flag and file; code in it is never run."""
-    from checkpoints.weights import read_file  # the one place that reads checkpoints; util knows no model when imported
+def read_file(path: str | Path, argument: str = "", mmap: bool = False) -> dict:
+    """The dict in a checkpoint file, on the CPU; code in the file is never run.
 
-    return read_file(path, flag, mmap)
+    argument: whose value the path is. mmap: read tensors from the disk when they are used, so that an optimizer's are
+    never read; the file must not be rewritten meanwhile. MissingFile (a FileNotFoundError) or ArgumentError (a
+    ValueError), which name the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        advice = f"give a checkpoint file, or a folder with {LAST} or {SAFE}"
+        raise MissingFile(argument, f"no checkpoint at {path}{_flag(argument)}: {advice}")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, argument)
+    try:
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # published checkpoints keep their arguments in one
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+    except Exception as error:
+        raise ArgumentError(argument, f"{path}{_flag(argument)} {_why_unreadable(error)}") from error
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        message = (
+            f'{path}{_flag(argument)} is not a checkpoint: it holds a {kind}, not a dict with weights under "model"'
+        )
+        raise ArgumentError(argument, message)
+    return {key: _detached(value) for key, value in content.items()}
 
 
-def resolve(resume: str) -> Path:
-    """--resume DIR means DIR/checkpoint-last.pth, or DIR/model.safetensors where there is only that; a file is taken as it is."""
-    from checkpoints.weights import find_file
+def _flag(argument: str) -> str:
+    return f" ({argument})" if argument.startswith("--") else ""
 
-    return find_file(resume)
+
+def _why_unreadable(error: Exception) -> str:
+    """Why torch.load refused a file."""
+    code = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|class|type) ([\w.]+)", str(error))
+    if code:
+        return (
+            f"holds code ({code[1] or code[2]}), which is never run: a checkpoint of weights needs none; get it from its "
+            "author as safetensors or a plain state dict"
+        )
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"cannot be read as a checkpoint; it is cut short, or another kind of file: {reason}"
+
+
+def _detached(value: object) -> object:
+    """A tensor, or a dict of tensors (one level), without autograd: a published EMA consists of parameters."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, dict):
+        return {key: item.detach() if isinstance(item, Tensor) else item for key, item in value.items()}
+    return value
+
+
+def _read_safetensors(path: Path, argument: str) -> dict:
+    """As `read_file`, of the safetensors and JSON that tools.export writes."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        message = (
+            f"{path}{_flag(argument)} cannot be read as safetensors; it is cut short, or another kind of file: {error}"
+        )
+        raise ArgumentError(argument, message) from error
+    beside = path.with_name("config.json") if path.name == SAFE else path.with_suffix(".json")
+    try:
+        config = json.loads(beside.read_text()) if beside.is_file() else {}
+        if not isinstance(config, dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:
+        message = f"{beside}, the description of {path}, is no JSON of tools.export: {error}"
+        raise ArgumentError(argument, message) from error
+    return {"model": weights} | {key: config[key] for key in ("config", "weights", "step") if key in config}
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -45,21 +120,21 @@ def numbered(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-" + "[0-9]" * 8 + ".pth"))
 
 
-def load_latest(resume: str, mmap: bool = False) -> tuple[Path, dict]:
-    """As `load_file`; of a folder whose checkpoint-last.pth is damaged or absent, the newest numbered checkpoint that is whole.
+def load_latest(resume: str | Path, mmap: bool = False) -> tuple[Path, dict]:
+    """As `read_file`; of a folder whose checkpoint-last.pth cannot be read, the newest numbered one that can.
 
-    Says so when it leaves one out. ValueError or FileNotFoundError of the first candidate if none can be read.
+    Files that are skipped are logged. ValueError or FileNotFoundError of the first candidate if none can be read.
     """
-    first, older = resolve(resume), []
+    first, older = find_file(resume), []
     if Path(resume).is_dir():
         older = [path for path in reversed(numbered(Path(resume))) if not (first.exists() and path.samefile(first))]
     failure: Exception | None = None
     for path in [first, *older]:
         try:
-            content = load_file(path, mmap=mmap)
+            content = read_file(path, "--resume", mmap)
         except (ValueError, OSError) as error:
             failure = failure or error
-            logger.warning("left out: %s", error)
+            logger.warning("skipped: %s", error)
             continue
         if failure is not None:
             logger.warning("the checkpoint before it is taken instead: %s", path)
@@ -67,14 +142,56 @@ def load_latest(resume: str, mmap: bool = False) -> tuple[Path, dict]:
     raise failure
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
+def _shape(value: object) -> tuple[int, ...] | str:
+    return tuple(value.shape) if isinstance(value, Tensor) else f"no tensor but {type(value).__name__}"
+
+
+def load_state(module: nn.Module, state: dict, source: str) -> None:
+    """Strict load_state_dict whose ValueError names the file and the first keys that do not fit.
+
+    NaN and infinite values are refused, except infinite ones where the module has them. Weights of another precision are
+    converted; float32 buffers that a half-precision file holds rounded stay as the module computed them.
+    """
+    own = module.state_dict()
+    missing, unknown = [key for key in own if key not in state], [key for key in state if key not in own]
+    shapes = {key: (_shape(state[key]), _shape(own[key])) for key in own if key in state}
+    wrong = [f"{key}: file {file}, model {model}" for key, (file, model) in shapes.items() if file != model]
+    problems = [f"lacks {len(missing)} keys ({', '.join(missing[:3])})"] if missing else []
+    problems += [f"has {len(unknown)} unknown keys ({', '.join(unknown[:3])})"] if unknown else []
+    problems += [f"has {len(wrong)} weights of another shape ({'; '.join(wrong[:3])})"] if wrong else []
+    if problems:
+        sizes = "was it trained with the same model, img_size, quant_bits, buffer_size, class_num?"
+        raise ValueError(f"{source} does not fit the model ({sizes}): {' and '.join(problems)}")
+    not_finite = [
+        key
+        for key, value in own.items()
+        if state[key].isnan().any() or (state[key].isinf() & value.isfinite().to(state[key].device)).any()
+    ]
+    if not_finite:
+        raise ValueError(f"{source} holds NaN or infinite weights, first: {', '.join(not_finite[:3])}")
+    rounded = [
+        key
+        for key, buffer in module.named_buffers()
+        if key in own
+        and state[key].dtype in (torch.float16, torch.bfloat16)
+        and torch.allclose(state[key].float(), buffer.float(), rtol=0, atol=0.02)  # others are loaded, rounded
+    ]
+    if rounded:
+        logger.info("%s is in half precision: %s are computed, not read", source, ", ".join(rounded))
+    module.load_state_dict(state | {key: own[key] for key in rounded}, strict=True)
+
+
+def atomic_save(content: object, path: str | Path) -> None:
+    """torch.save to a temporary file beside `path`, fsync, rename: a kill leaves the old file or the new one."""
+    with replacing(path, sync=True) as file:
+        torch.save(content, file)
 
 
 class CheckpointWriter:
     """Writes checkpoints of one folder in a background thread, one at a time: `save` waits for the file before it.
 
-    keep_last: with 1, checkpoint-last.pth alone; with more, so many checkpoint-<step>.pth too, the newest of which checkpoint-last.pth is
-    another name for. An error in the thread is raised by the next `save` or `close`.
+    keep_last: with 1, checkpoint-last.pth alone; with more, so many checkpoint-<step>.pth too, the newest of which
+    checkpoint-last.pth is another name for. An error in the thread is raised by the next `save` or `close`.
     """
 
     def __init__(self, folder: Path, keep_last: int = 1):
@@ -83,7 +200,7 @@ class CheckpointWriter:
         self._error: Exception | None = None
 
     def save(self, content: dict) -> None:
-        """Begin to write `content`, whose tensors are on the CPU and nobody's but the writer's, and which has a "step"."""
+        """Begin to write `content`; its tensors are on the CPU and used by nobody else, and it has a "step"."""
         self.close()
         self._thread = threading.Thread(target=self._run, args=(content,), name="checkpoint writer")
         self._thread.start()
@@ -118,8 +235,9 @@ class CheckpointWriter:
 
 
 def second_name(path: Path, name: Path) -> None:
-    """Let `name` be the file `path` too, in one step: a hard link, or a copy where the file system has none."""
+    """Let `name` be the file `path` too, atomically: a hard link, or a copy where the file system has none."""
     temporary = name.with_name(f".{name.name}.tmp")
+    name.parent.mkdir(parents=True, exist_ok=True)
     temporary.unlink(missing_ok=True)
     try:
         try:
@@ -133,22 +251,19 @@ def second_name(path: Path, name: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the last bit of a run's numbers."""
+    """The versions that the last bits of a run's numbers depend on."""
     return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
 
 
-# ------------------------------------------------------------------------------------------------------------- random state
-
-
 def seed_generators(seed: int) -> None:
-    """Seed the global generators of torch (all devices), numpy and Python: what draws from them is then the same in every run."""
+    """Seed the global generators of torch (all devices), numpy and Python."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
 def random_state(device: torch.device) -> dict:
-    """This process's global generators: torch's on the CPU and on the device, numpy's, Python's; in types that weights_only reads."""
+    """The states of this process's global generators: torch's (CPU and device), numpy's, Python's; weights_only reads it."""
     name, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -159,7 +274,7 @@ def random_state(device: torch.device) -> dict:
 
 
 def set_random_state(state: dict, device: torch.device) -> None:
-    """Put back what `random_state` returned."""
+    """Restore what `random_state` returned."""
     torch.set_rng_state(state["torch"])
     dist.set_device_random_state(device, state["device"])
     np.random.set_state(tuple(state["numpy"]))
@@ -167,11 +282,9 @@ def set_random_state(state: dict, device: torch.device) -> None:
     random.setstate((version, tuple(numbers), gauss))
 
 
-# ------------------------------------------------------------------------------------------------------------- weights
+def load_file(path: str | Path, flag: str = "--resume", mmap: bool = False) -> dict:
+    """`read_file`, until its callers have moved."""
+    return read_file(path, flag, mmap)
 
 
-def load_state(module: torch.nn.Module, state: dict, source: str) -> None:
-    """Strict load_state_dict whose ValueError names the file and the first keys that do not fit; NaN is refused too."""
-    from checkpoints.weights import load_state as load
-
-    load(module, state, source)
+resolve = find_file

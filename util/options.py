@@ -22,6 +22,10 @@ class ArgumentError(ValueError):
         self.argument = argument
 
 
+class MissingFile(ArgumentError, FileNotFoundError):
+    """A file that an argument names and that does not exist."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Option:
     """What `option` keeps in the field's metadata."""
@@ -140,7 +144,7 @@ def _check_value(name: str, kept: Option, value: object) -> None:
 
 @contextlib.contextmanager
 def flag_names(parser: argparse.ArgumentParser, **renamed: str) -> Iterator[None]:
-    """Within, an ArgumentError leaves as a ValueError that also names the flag of the argument.
+    """Within, an ArgumentError leaves as a ValueError (or FileNotFoundError) that also names the flag of the argument.
 
     renamed: argument -> dest of its flag, where the two differ.
     """
@@ -149,4 +153,5 @@ def flag_names(parser: argparse.ArgumentParser, **renamed: str) -> Iterator[None
     except ArgumentError as error:
         flags = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
         flag = flags.get(renamed.get(error.argument, error.argument))
-        raise ValueError(str(error) if flag is None or flag in str(error) else f"{error} ({flag})") from error
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(str(error) if flag is None or flag in str(error) else f"{error} ({flag})") from error

@@ -177,7 +177,7 @@ def test_states_that_do_not_fit_leave_the_model_alone(change, message):
 def test_the_flags_to_check_are_named():
     """A checkpoint of 64 levels into a model of 16: every wrong weight counted, the flags that decide shapes in the message."""
     # 2 tables, 15 embeddings, 16 heads' weights
-    with pytest.raises(ValueError, match=r"--quant_bits.*33 weights of another shape"):
+    with pytest.raises(ValueError, match=r"quant_bits.*33 weights of another shape"):
         load_state(
             tiny_model(),
             tiny_model(quant_levels=64).state_dict() | {f"channel_heads.{c}.bias": torch.zeros(16) for c in range(16)},

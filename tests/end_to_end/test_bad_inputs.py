@@ -122,7 +122,7 @@ def refused(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         if base == "app":
             pytest.importorskip("gradio", reason="gradio, an optional extra, is not installed: make extras")
         module, argv = arguments(base, more, case[3] if len(case) > 3 else [])
-        command = importlib.import_module(module)
+        command = importlib.import_module(module + ".__main__" * (module == "tools.bench"))
         try:
             code = run_cli(lambda: command.main(argv))
         except SystemExit as stop:  # argparse

@@ -436,7 +436,7 @@ def test_a_checkpoint_without_ema_is_refused_unless_told(files: dict[str, Path],
     (tmp_path / "plain").mkdir()
     torch.save(content, tmp_path / "plain" / "checkpoint-last.pth")
     plain = files | {"run": tmp_path / "plain"}
-    with pytest.raises(ValueError, match="--weights model"):
+    with pytest.raises(ValueError, match=r"no model_ema; give weights .model. .*\(--weights\)"):
         main(command(plain, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     main(command(plain, tmp_path / "out", "--weights", "model"))

@@ -170,7 +170,7 @@ def test_what_export_refuses(folder: Path, tmp_path: Path) -> None:
     ).exists()
     (tmp_path / "out" / "config.json").write_text("{")
     with pytest.raises(
-        ValueError, match=r"config\.json, the description of .*model\.safetensors, is no JSON of util\.export"
+        ValueError, match=r"config\.json, the description of .*model\.safetensors, is no JSON of tools\.export"
     ):
         load(tmp_path / "out")
 
