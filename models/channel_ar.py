@@ -1,4 +1,4 @@
-"""The per-dimension autoregressive head (SPEC 5): p(token) = product over its C dimensions of p(index_c | earlier ones, z).
+"""The per-dimension autoregressive head (SPEC 5): p(token) = product over c of p(index_c | earlier dimensions, z).
 
 A token has K^C values, too many for one softmax; its dimensions are predicted one after another, from low to high
 frequency, by a small causal transformer whose sequence is the C dimensions of *one* token. "Head order" is that
@@ -78,7 +78,7 @@ class ChannelAR(nn.Module):
     """
 
     def build_head_embeddings(self, config: TokenBridgeConfig) -> None:
-        """Parameters of the head; call it where they stand in the published order (optimizer states are by position)."""
+        """Parameters of the head; call it at their place in the published order (optimizer states are by position)."""
         self.channel_embed = embedding(1, config.vae_embed_dim, config.channel_embed_dim)
         self.timesteps_embeddings = embedding(1, config.vae_embed_dim, config.channel_embed_dim)
 
@@ -197,14 +197,14 @@ class ChannelAR(nn.Module):
         return parts[0] if len(parts) == 1 else tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     def head_start_and_modulations(self, z: Tensor) -> tuple[Tensor, list[Modulation]]:
-        """For decoding: the input of position 0 (N, H), and every layer's modulation of all positions, from z (N, D)."""
+        """For decoding: the input of position 0 (N, H) and each layer's modulation of all positions, from z (N, D)."""
         h = self.condition_proj(z)  # (N, H)
         conditioning = h.unsqueeze(1) + self.timesteps_embeddings  # (N, C, H)
         start = conditioning[:, 0] if self.head_start == "official" else h  # SPEC 5, start token
         return start + self.channel_embed[:, 0], self.modulations(conditioning)  # one matmul per layer
 
     def next_inputs(self) -> Tensor:
-        """For decoding: (C-1, K, H), the input of position c + 1 when dimension c has index k, channel_embed included."""
+        """For decoding: (C-1, K, H), the input of position c + 1 when dimension c has index k (with channel_embed)."""
         tables = self.embedding_table().view(self.num_channels - 1, self.num_levels, self.channel_embed.shape[-1])
         return tables + self.channel_embed[0, 1:, None]
 

@@ -68,8 +68,8 @@ class TokenBridgeConfig:
 
     def _check_sizes(self) -> None:
         if self.patch_size != 1:
-            message = f"patch_size {self.patch_size}: the head is defined for one latent position per token, only 1 is possible"
-            raise ArgumentError("patch_size", message)
+            reason = "the head is defined for one latent position per token, only 1 is possible"
+            raise ArgumentError("patch_size", f"patch_size {self.patch_size}: {reason}")
         if self.img_size % self.vae_stride:
             message = f"img_size {self.img_size} is not a multiple of the VAE's stride {self.vae_stride}"
             raise ArgumentError("img_size", message)

@@ -1,4 +1,4 @@
-"""The posterior of a VAE, and what of TokenBridge depends on the VAE: channels, stride, scale, shift, channel order, range.
+"""What of TokenBridge depends on the VAE: posterior, channels, stride, scale, shift, channel order, quantizer range.
 
 KL-16's description is built in. Others stand in a VAE checkpoint ("config", and "description" if it has one) or, for
 any VAE, in a small JSON file beside its weights, which takes precedence: kl16.ckpt -> kl16.latents.json, a folder DIR
@@ -24,7 +24,7 @@ DECODER_KEYS = ("decoder.", "post_quant_conv.")
 
 
 class DiagonalGaussian:
-    """Posterior N(mean, std^2) from moments (B, 2C, h, w): mean and unclamped log-variance stacked along the channels."""
+    """Posterior N(mean, std^2) from moments (B, 2C, h, w): mean and unclamped log-variance along the channels."""
 
     def __init__(self, parameters: Tensor):
         self.parameters = parameters

@@ -18,7 +18,7 @@ from util.options import ArgumentError
 LAYER_NORM_EPS = 1e-6
 
 Modulation = tuple[Tensor, ...]
-"""Shifts, scales and gates, each (N, P, H); a scale has its 1 added already, so that decoding adds it once for all positions."""
+"""Shifts, scales and gates, each (N, P, H); a scale has its 1 added already: once for all positions."""
 
 
 def take(x: Tensor, positions: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class CausalAttention(nn.Module):
 class AdaLNBlock(nn.Module):
     """Pre-norm transformer block, modulated by a conditioning vector (SPEC 5).
 
-    x += gate * f(LN(x) * (1 + scale) + shift), for f the attention and then the MLP. attn_dropout: rate on the attention
+    x += gate * f(LN(x) * (1 + scale) + shift), for f the attention and then the MLP. attn_dropout: rate on attention
     weights; proj_dropout: after the attention's projection, the MLP's activation and its second Linear.
     """
 

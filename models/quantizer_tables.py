@@ -15,7 +15,7 @@ QUANTIZERS = ("gaussian", "uniform", "lloyd")  # the paper's; cells of equal wid
 
 
 def uniform_tables(bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Boundaries (K+1,) and values (K,) of K = 2^bits cells of equal width on [-3, 3], the value in the middle of each."""
+    """Boundaries (K+1,) and values (K,) of K = 2^bits cells of equal width on [-3, 3], each value in the middle."""
     check_bits(bits)
     boundaries = np.linspace(-STD_RANGE, STD_RANGE, 2**bits + 1)
     return boundaries, (boundaries[:-1] + boundaries[1:]) / 2

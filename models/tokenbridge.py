@@ -44,7 +44,7 @@ def draw_mask_ratio(mask_ratio_min: float, uniform: float) -> float:
 
 
 def cpu_uniform(generator: torch.Generator | None = None) -> float:
-    """One number in [0, 1) for a decision of the host, from a CPU generator (torch's own if another or none is given)."""
+    """One number in [0, 1) for a decision of the host, from a CPU generator (torch's if another or none is given)."""
     on_cpu = generator is not None and generator.device.type == "cpu"
     return float(torch.rand(1, generator=generator if on_cpu else None, device="cpu").numpy()[0])
 
@@ -140,7 +140,7 @@ class TokenBridge(ChannelAR):
         return tokens.transpose(1, 2).reshape(len(tokens), self.token_dim, self.grid_size, self.grid_size)
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents of any shape -> (indices int64, dequantized values float32) of that shape; the value of NaN is NaN."""
+        """Latents of any shape -> indices int64 and dequantized values float32 of that shape; NaN stays NaN."""
         indices = quantizer.quantize(x, self.reconstruction_values, self.quant_min, self.quant_max)
         return indices, quantizer.keep_nan(self.dequantize(indices), x)
 

@@ -222,7 +222,7 @@ class AutoencoderKL(nn.Module, LatentSpace):
 
     @property
     def config(self) -> dict:
-        """Every constructor argument but ckpt_path, JSON-able: `AutoencoderKL(**vae.config)` has the same shape and scale."""
+        """Every constructor argument but ckpt_path, JSON-able; `AutoencoderKL(**vae.config)` is such a VAE."""
         return self._architecture | self.latent_config
 
     def encode(self, x: Tensor) -> DiagonalGaussian:

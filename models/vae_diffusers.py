@@ -1,4 +1,4 @@
-"""VAEs that diffusers wrote (AutoencoderKL: SD-VAE and its kin; AutoencoderDC: DC-AE) behind the interface of models/vae.py.
+"""VAEs of diffusers (AutoencoderKL: SD-VAE and others; AutoencoderDC: DC-AE) behind the interface of models/vae.py.
 
 Needs the package `diffusers` (requirements-extra.txt); imported only here. The network is diffusers' own class with its
 own weights; this file translates names. Letters: B batch, C latent channels, H and W image size, h = H/stride, w =
@@ -33,7 +33,7 @@ class PointPosterior(DiagonalGaussian):
 
 
 class DiffusersVAE(nn.Module, LatentSpace):
-    """A diffusers autoencoder as the rest of the code sees a VAE: encode -> posterior over raw latents, decode, scale, unscale, config.
+    """A diffusers autoencoder with the interface of a `LatentSpace`.
 
     scale_factor and shift come from its config (scaling_factor, shift_factor, or latents_mean and latents_std per
     channel).
@@ -103,7 +103,7 @@ def load_diffusers_vae(folder: str | Path) -> DiffusersVAE:
 
 
 def read_kind(folder: Path) -> str:
-    """The diffusers class that the folder's config.json names; FileNotFoundError or ValueError if it is none of CLASSES."""
+    """The diffusers class that the folder's config.json names; FileNotFoundError, or ValueError if not in CLASSES."""
     path = folder / "config.json"
     try:
         kind = json.loads(path.read_text())["_class_name"]

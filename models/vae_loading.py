@@ -1,4 +1,4 @@
-"""A VAE from its files. To add one: a class as `LatentSpace` describes it, and a line in VAE_CLASSES (or vae_diffusers.CLASSES)."""
+"""A VAE from its files. A new one: a class as `LatentSpace` describes it, and a line in VAE_CLASSES."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The sampler through torch.compile (`--compile`): few graphs with static shapes instead of hundreds of thousands of ops.
+"""The sampler through torch.compile: a few graphs with static shapes instead of hundreds of thousands of ops.
 
 Shapes that change over the steps are rounded up to buckets, so that a handful of graphs serves all steps:
   backbone   the visible tokens: padded with copies of one of them, which no query attends to. A copy has its original's
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from models.channel_ar import sample_levels, spread_temperatures
 from models.layers import LayerCache, Modulation, take
-from models.sampling.options import FeatureSource, TransformerModel
+from models.sampling.options import FeatureSource, SamplerModel
 from util.options import ArgumentError
 
 MOST_GRAPHS = 64  # of one function: torch would fall back to eager, silently, after its default of 8
@@ -63,7 +63,7 @@ class CompiledSampler:
     with.
     """
 
-    def __init__(self, model: TransformerModel, graph: Callable = graph):
+    def __init__(self, model: SamplerModel, graph: Callable = graph):
         if model.head != "autoregressive":
             raise ArgumentError("compile", f"compile needs the autoregressive head, the model's is {model.head}")
         self.model, self.launches = model, 0
@@ -74,7 +74,7 @@ class CompiledSampler:
         self._backbone, self._begin, self._position = (graph(part, model.mask_token.device) for part in parts)
 
     @classmethod
-    def of(cls, model: TransformerModel, graph: Callable = graph) -> CompiledSampler:
+    def of(cls, model: SamplerModel, graph: Callable = graph) -> CompiledSampler:
         """The model's own; kept in its __dict__, where state_dict() and modules() do not see it."""
         if "_compiled_sampler" not in model.__dict__:
             model.__dict__["_compiled_sampler"] = cls(model, graph)

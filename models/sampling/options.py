@@ -1,4 +1,4 @@
-"""The sampler's settings, which are flags too, and what it needs of a model. Letters as in loop.py; R rows, N tokens."""
+"""The sampler's settings, which are flags too, and what it needs of a model. Letters as in loop.py."""
 
 from __future__ import annotations
 
@@ -91,7 +91,10 @@ OPTION_NAMES = tuple(field.name for field in fields(SamplerOptions))
 
 
 class SamplerModel(Protocol):
-    """What the loop needs of a model; models/tokenbridge.py is one."""
+    """What the loop needs of a model; models/tokenbridge.py is one.
+
+    compiled.py and reuse.py run the backbone's and the head's parts by themselves, and need TokenBridge's.
+    """
 
     num_tokens: int  # L
     token_dim: int  # C
@@ -102,46 +105,13 @@ class SamplerModel(Protocol):
     training: bool
 
     def train(self, mode: bool = True) -> nn.Module: ...
-
     def modules(self) -> Iterable[nn.Module]: ...
-
     def patchify(self, latents: Tensor) -> Tensor: ...  # (B, C, H, W) -> (B, L, C)
-
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]: ...  # indices and their values
-
     def dequantize(self, indices: Tensor) -> Tensor: ...
-
     def run_encoder(self, values: Tensor, visible: Tensor, class_embedding: Tensor) -> Tensor: ...
-
     def run_decoder(self, x: Tensor, visible: Tensor, targets: Tensor | None = None) -> Tensor: ...
-
     def leading_logits(self, z: Tensor) -> Tensor: ...  # of the leading dimension
-
     def channel_sample(
-        self, z: Tensor, uniform: Tensor, temperature: Sequence[float], top_k: int, top_p: float
-    ) -> tuple[Tensor, Tensor]: ...
-
-
-class TransformerModel(SamplerModel, Protocol):
-    """What compiled.py and reuse.py need beyond that: the parts of the backbone and of the head."""
-
-    buffer_size: int  # S
-    mask_token: Tensor
-    encoder_blocks: nn.ModuleList
-    decoder_blocks: nn.ModuleList
-    encoder_norm: nn.Module
-    decoder_embed: nn.Module
-    z_proj: nn.Module
-    z_proj_ln: nn.Module
-    encoder_pos_embed_learned: Tensor  # (1, S+L, D)
-    decoder_pos_embed_learned: Tensor
-    encoder_inputs: Callable[..., Tensor]
-    decoder_inputs: Callable[..., Tensor]
-    decoder_outputs: Callable[..., Tensor]
-    head: str
-    num_channels: int
-    channel_blocks: nn.ModuleList
-    channel_heads: nn.ModuleList
-    head_start_and_modulations: Callable[..., tuple]
-    head_forward: Callable[..., Tensor]
-    next_inputs: Callable[..., Tensor]
+        self, z: Tensor, uniforms: Tensor, temperature: Sequence[float], top_k: int, top_p: float
+    ) -> tuple[Tensor, Tensor]: ...  # indices in head order, and whether they are valid

@@ -80,7 +80,7 @@ def token_orders(kind: str, permutations: Tensor, grid: int) -> Tensor:
 
 
 def check_orders(orders: Tensor, batch: int, num_tokens: int) -> Tensor:
-    """int64 orders; ValueError unless they are (B, L) permutations (checked on CPU tensors only, to avoid a host sync)."""
+    """int64 orders; ValueError unless they are (B, L) permutations (checked on the CPU only: a host sync elsewhere)."""
     orders = torch.as_tensor(orders, dtype=torch.long)
     if tuple(orders.shape) != (batch, num_tokens):
         raise ValueError(f"orders has shape {tuple(orders.shape)}, expected {(batch, num_tokens)}")

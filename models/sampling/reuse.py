@@ -23,14 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import LayerCache, take
-from models.sampling.options import SamplerOptions, TransformerModel
+from models.sampling.options import SamplerModel, SamplerOptions
 from models.vit_blocks import cached_block
 
 
 class ReusedFeatures:
     """A `FeatureSource`; one object per batch, called once per step, in order."""
 
-    def __init__(self, model: TransformerModel, class_embedding: Tensor, options: SamplerOptions):
+    def __init__(self, model: SamplerModel, class_embedding: Tensor, options: SamplerOptions):
         self.model, self.options = model, options
         self.embedding = torch.cat([class_embedding, model.fake_latent.detach().expand_as(class_embedding)])  # (2B, D)
         self.batch, self.calls, self.known = len(class_embedding), 0, 0
@@ -115,7 +115,7 @@ class ReusedFeatures:
         return self._decoder(x, slice(0, x.shape[1]), targets, targets + m.buffer_size)
 
     def _changed(self, values: Tensor, orders: Tensor, num_masked: int, targets: Tensor, rows: int) -> Tensor:
-        """Only what changed: the tokens revealed since the last step through both halves, the targets through the decoder.
+        """Only what changed: tokens revealed since the last step in encoder and decoder, the targets in the decoder.
 
         Old tokens do not attend to new ones (their keys and values stay); that is the approximation.
         """

@@ -1,8 +1,4 @@
-"""What a sampling step does, as far as it is known before anything runs: tokens masked before and after, guidance scale, temperature.
-
-Each schedule is a function and an entry in a dictionary, from which the flags take their choices. Letters: L tokens, N
-steps.
-"""
+"""Schedules of the sampler: tokens masked, guidance scale, temperature. Letters: L tokens, N steps."""
 
 import math
 from collections.abc import Callable
@@ -67,7 +63,7 @@ def guidance_scale(
 
 
 def temperature_at(step: int, num_iter: int, start: float, end: float, schedule: str) -> float:
-    """Temperature of a step: `start` throughout (constant), or from `start` to `end` over the steps (linear, cosine)."""
+    """Temperature of a step: `start` (constant), or from `start` to `end` over the steps (linear, cosine)."""
     if schedule == "constant":
         return start
     share = step / max(1, num_iter - 1)

@@ -1,4 +1,5 @@
-"""models/channel_ar.py, models/layers.py (SPEC 5): the head against one written out in float64, cached against uncached, the draws."""
+"""models/channel_ar.py, models/layers.py (SPEC 5): the head against one written out in float64, cached against
+uncached, the draws."""
 
 import math
 import re
@@ -80,9 +81,6 @@ def plain_sample(model: TokenBridge, z: Tensor, start: str) -> Tensor:
     return indices
 
 
-# ------------------------------------------------------------------------------------------------------- the forward pass
-
-
 @pytest.mark.parametrize("channels", [16, 4, 2])
 @torch.no_grad()
 def test_training_logits_are_the_plain_heads(channels):
@@ -113,9 +111,6 @@ def test_causal():
         changed[:, c] = (changed[:, c] + 1) % 16
         differs = (model.channel_logits(z, changed) - before).abs().amax((0, 2)) > 1e-5
         assert differs.tolist() == [False] * (c + 1) + [True] * (15 - c)
-
-
-# ------------------------------------------------------------------------------------------------------- dropout
 
 
 def test_dropout_rates_reach_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,11 +190,9 @@ def test_share_of_dropped_attention_weights_is_the_rate(rate: float) -> None:
     torch.testing.assert_close(weights[kept], (uniform / (1 - rate)).expand(400, -1, -1)[kept])
 
 
-# ------------------------------------------------------------------------------------------------------- cached decoding
-
-
 def cached_logits(model: TokenBridge, z: Tensor, indices: Tensor) -> Tensor:
-    """The logits that `channel_sample` computes, position by position, when the draws are forced to `indices`: (N, C, K)."""
+    """The logits that `channel_sample` computes, position by position, when the draws are forced to `indices`: (N, C,
+    K)."""
     seen = []
 
     def forced(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -284,9 +277,6 @@ def test_tokens_of_broken_weights_are_not_valid():
         assert not model.channel_sample(z, torch.rand(N, 16), temperature)[1].any()
 
 
-# ------------------------------------------------------------------------------------------------------- draws
-
-
 def test_argmax_at_temperature_0():
     logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, -1.0, 4.9], [1.0, 1.0, 0.0]])
     assert sample_levels(logits, torch.full((3,), 0.99), 0)[0].tolist() == [1, 0, 0]
@@ -310,7 +300,8 @@ def test_temperature_divides_the_logits():
 
 @pytest.mark.parametrize("temperature", [0.5, 0.96, 2.0])
 def test_frequencies(temperature):
-    """200,000 draws: their counts fit softmax(logits / T) by the chi-square test (seed fixed; p would be below 1e-3 once in a thousand seeds)."""
+    """200,000 draws: their counts fit softmax(logits / T) by the chi-square test (seed fixed; p would be below 1e-3
+    once in a thousand seeds)."""
     logits = torch.randn(8, generator=torch.Generator().manual_seed(1))
     uniform = torch.rand(200_000, generator=torch.Generator().manual_seed(2))
     counts = torch.bincount(sample_levels(logits.expand(200_000, 8), uniform, temperature)[0], minlength=8).numpy()
@@ -322,7 +313,8 @@ def test_frequencies(temperature):
     ("top_k", "top_p", "kept"), [(0, 1.0, 8), (3, 1.0, 3), (0, 0.7, 4), (2, 0.7, 2), (1, 1.0, 1), (0, 0.01, 1)]
 )
 def test_frequencies_of_what_top_k_and_top_p_leave(top_k, top_p, kept):
-    """Probabilities 0.28, 0.2, 0.16, 0.12, ... : the `kept` largest, renormalised; the chi-square test at 100,000 draws."""
+    """Probabilities 0.28, 0.2, 0.16, 0.12, ... : the `kept` largest, renormalised; the chi-square test at 100,000
+    draws."""
     p = np.array([0.04, 0.28, 0.06, 0.2, 0.08, 0.16, 0.06, 0.12])
     uniform = torch.rand(100_000, generator=torch.Generator().manual_seed(3))
     drawn = sample_levels(torch.from_numpy(p).log().expand(100_000, 8), uniform, 1.0, top_k, top_p)[0]
@@ -341,7 +333,8 @@ def test_top_k_1_is_the_argmax():
 
 
 def test_the_head_draws_from_its_joint_distribution():
-    """A head of 2 dimensions with 4 levels: all 16 outcomes of a token, against p(first) p(second | first) from the teacher-forced logits."""
+    """A head of 2 dimensions with 4 levels: all 16 outcomes of a token, against p(first) p(second | first) from the
+    teacher-forced logits."""
     model = tiny_model(channel_depth=1, vae_embed_dim=2, quant_levels=4, channel_order=[1, 0])
     z = torch.randn(1, model.mask_token.shape[-1], generator=torch.Generator().manual_seed(6))
     outcomes = torch.cartesian_prod(torch.arange(4), torch.arange(4))  # (16, 2) head order
@@ -374,9 +367,6 @@ def test_half_precision_logits_are_drawn_in_float32():
     logits = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     uniform = torch.rand(64, generator=torch.Generator().manual_seed(1))
     assert torch.equal(sample_levels(logits, uniform, 1.0)[0], sample_levels(logits.float(), uniform, 1.0)[0])
-
-
-# ------------------------------------------------------------------------------------------------------- orders, parts, errors
 
 
 def test_channel_order_and_its_inverse():
@@ -417,11 +407,9 @@ def test_errors(change, message):
         TokenBridge(**tiny_config(**change))
 
 
-# ------------------------------------------------------------------------------------------------------------- the parallel head
-
-
 def test_the_parallel_head_predicts_each_dimension_from_z_alone():
-    """Its logits do not know the indices, those of the autoregressive head do; it has every parameter of that head but the token embeddings."""
+    """Its logits do not know the indices, those of the autoregressive head do; it has every parameter of that head but
+    the token embeddings."""
     model, other = tiny_model(head="parallel"), tiny_model()
     z, indices = random_inputs(model)
     changed = (indices + 1) % model.num_levels
@@ -435,7 +423,8 @@ def test_the_parallel_head_predicts_each_dimension_from_z_alone():
 
 @torch.no_grad()
 def test_the_parallel_head_samples_from_its_logits():
-    """At temperature 0 the argmax of each dimension; otherwise draws from each softmax, whatever the other dimensions became."""
+    """At temperature 0 the argmax of each dimension; otherwise draws from each softmax, whatever the other dimensions
+    became."""
     model = tiny_model(head="parallel")
     z, _ = random_inputs(model)
     logits = model.channel_logits(z, None)

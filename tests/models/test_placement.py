@@ -1,7 +1,9 @@
-"""Where tensors are made (SPEC 11): models build under `meta` and `cuda` contexts, and on a fake GPU nothing strays to another device.
+"""Where tensors are made (SPEC 11): models build under `meta` and `cuda` contexts, and on a fake GPU nothing strays to
+another device.
 
-Fake tensors have shapes and devices but no numbers, so this runs without a GPU. Mixing devices, or asking a fake tensor for its numbers
-(a hidden host sync), is an error there by itself. Backward passes on fake cuda tensors need a CUDA build of torch and are left out.
+Fake tensors have shapes and devices but no numbers, so this runs without a GPU. Mixing devices, or asking a fake tensor
+for its numbers (a hidden host sync), is an error there by itself. Backward passes on fake cuda tensors need a CUDA
+build of torch and are left out.
 """
 
 import contextlib
@@ -38,27 +40,14 @@ def strays(ops: RecordOps) -> set[str]:
     return {name for name, device in ops.devices if device != "cuda"}
 
 
-# ------------------------------------------------------------------------------------------------------- building
-
-
-@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize("device", ["meta", "cpu", "cuda"])
 @pytest.mark.parametrize(
     ("build", "arguments"),
     [(TokenBridge, tiny_config()), (AutoencoderKL, SMALL_VAE), (GaussianQuantizer, dict(bits=6))],
 )
 def test_building_under_a_device(device, build, arguments):
-    with torch.device(device):
-        module = build(**arguments)
-    assert devices(module) == {device}
-
-
-@pytest.mark.parametrize(
-    ("build", "arguments"),
-    [(TokenBridge, tiny_config()), (AutoencoderKL, SMALL_VAE), (GaussianQuantizer, dict(bits=6))],
-)
-def test_building_on_a_gpu(build, arguments):
-    with fake_gpu():
-        assert devices(on_fake_gpu(build, **arguments)) == {"cuda"}
+    with fake_gpu() if device == "cuda" else contextlib.nullcontext(), torch.device(device):
+        assert devices(build(**arguments)) == {device}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -89,9 +78,6 @@ def test_a_meta_model_becomes_real_by_loading():
         shell = TokenBridge(**tiny_config())
     shell.load_state_dict(real.state_dict(), strict=True, assign=True)
     assert {n for n, t in shell.state_dict().items() if t.device.type != "cpu"} == set()
-
-
-# ------------------------------------------------------------------------------------------------------- running on a fake GPU
 
 
 def test_vae_stays_on_the_gpu():
@@ -150,7 +136,8 @@ def test_training_forward_draws_its_mask_on_the_gpu():
 @pytest.mark.parametrize("context", ["plain", "device"])
 @pytest.mark.parametrize("labels", ["none", "list", "tensor"])
 def test_sampler_stays_on_the_gpu(context, labels):
-    """Noise and orders are drawn by the host before the loop (a seed is one image on any device); from the first pass on all is on the GPU.
+    """Noise and orders are drawn by the host before the loop (a seed is one image on any device); from the first pass
+    on all is on the GPU.
 
     That fake tensors get through at all shows that nothing waits for a number of theirs.
     """

@@ -1,4 +1,5 @@
-"""models/tokenbridge.py, models/__init__.py (SPEC 4, 5, 11): golden training passes, manifests, masking, labels, gradients, errors."""
+"""models/tokenbridge.py, models/__init__.py (SPEC 4, 5, 11): golden training passes, manifests, masking, labels,
+gradients, errors."""
 
 import copy
 import json
@@ -34,9 +35,6 @@ def half_mask(batch: int = 4, num_tokens: int = 16, hidden: int = 9) -> torch.Te
     for row in mask:
         row[rng.permutation(num_tokens)[:hidden]] = True
     return torch.from_numpy(mask)
-
-
-# ------------------------------------------------------------------------------------------------------- golden
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +99,10 @@ def test_golden_full_size(name):
     assert details.loss.item() == pytest.approx(float(golden["loss"]), rel=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------- sizes, keys, norms
-
-
 @pytest.mark.parametrize("name", SIZES)
 def test_manifest_and_size(name):
-    """Keys and shapes of the published checkpoints in their order (optimizer states refer to parameters by position)."""
+    """Keys and shapes of the published checkpoints in their order (optimizer states refer to parameters by
+    position)."""
     model = on_meta(name)
     manifest = golden_json(f"manifest_{name}")
     assert [(key, list(value.shape)) for key, value in model.state_dict().items()] == list(manifest.items())
@@ -181,9 +177,6 @@ def test_channel_mask_buffer():
     assert mask.dtype == torch.float32 and mask.tolist() == [[0, -math.inf, -math.inf], [0, 0, -math.inf], [0, 0, 0]]
 
 
-# ------------------------------------------------------------------------------------------------------- initialisation
-
-
 def test_initialisation():
     """SPEC 5: by the spread of what was drawn and the exact zeros and ones."""
     torch.manual_seed(0)
@@ -212,31 +205,19 @@ def test_initialisation():
 
 
 def test_a_fresh_model_predicts_about_chance():
-    """Zero modulation: the blocks are the identity, and a random linear head over a unit-norm input costs about ln K plus half its variance."""
+    """Zero modulation: the blocks are the identity, and a random linear head over a unit-norm input costs about ln K
+    plus half its variance."""
     torch.manual_seed(0)
     loss = TokenBridge(**tiny_config())(*tiny_batch(32)).item()
     assert math.log(16) < loss < math.log(16) + 1.2
-
-
-# ------------------------------------------------------------------------------------------------------- masks
 
 
 def test_masks_of_any_dtype():
     """All give the loss of the bool mask, whatever stands for 1."""
     model, (latents, labels), mask = tiny_model(), tiny_batch(), half_mask()
     expected = model(latents, labels, mask)
-    for dtype in (
-        torch.uint8,
-        torch.int8,
-        torch.int16,
-        torch.int32,
-        torch.int64,
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-        torch.float64,
-    ):
-        assert torch.equal(model(latents, labels, mask.to(dtype)), expected), dtype
+    for dtype in ("uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"):
+        assert torch.equal(model(latents, labels, mask.to(getattr(torch, dtype))), expected), dtype
     assert torch.equal(model(latents, labels, mask, num_masked=9), expected)
 
 
@@ -296,7 +277,8 @@ def test_guided_z_is_that_of_two_whole_passes(known):
 
 
 def test_loss_and_rows_by_hand():
-    """Mean of -log softmax at the true index over masked tokens, batch-major in grid order; logits[:, c] is about dimension order[c]."""
+    """Mean of -log softmax at the true index over masked tokens, batch-major in grid order; logits[:, c] is about
+    dimension order[c]."""
     model, (latents, labels), mask = tiny_model(), tiny_batch(), half_mask()
     details = model(latents, labels, mask, return_details=True)
     rows, terms = iter(details.logits.double()), []
@@ -320,7 +302,8 @@ def test_everything_masked():
 
 
 def test_mask_ratio_is_a_truncated_normal():
-    """Its quantile function against scipy's, and the distribution that uniform numbers get by the Kolmogorov-Smirnov test."""
+    """Its quantile function against scipy's, and the distribution that uniform numbers get by the Kolmogorov-Smirnov
+    test."""
     for lowest in (0.7, 0.5, 0.05):
         reference = truncnorm((lowest - 1) / 0.25, 0, loc=1, scale=0.25)
         for u in (0.0, 1e-3, 0.1, 0.5, 0.9, 1.0):
@@ -347,7 +330,8 @@ def test_number_of_masked_tokens_is_rounded_up(ratio, num_tokens, expected):
 
 
 def test_drawn_masks_in_the_forward_pass():
-    """One count per step, between ceil(0.7 L) = 12 and 16, distributed like the ratio; every token is hidden about equally often."""
+    """One count per step, between ceil(0.7 L) = 12 and 16, distributed like the ratio; every token is hidden about
+    equally often."""
     model, (latents, labels) = tiny_model(), tiny_batch(2)
     generator, counts = torch.Generator().manual_seed(0), []
     for _ in range(150):
@@ -366,9 +350,6 @@ def test_random_orders_are_uniform_permutations():
     assert (counts - 1 / 8).abs().max() < 0.03
     assert mask_from_orders(orders, 3).sum(1).tolist() == [3] * 3000
     assert torch.equal(orders, random_orders(3000, 8, torch.Generator().manual_seed(0)))
-
-
-# ------------------------------------------------------------------------------------------------------- labels
 
 
 def test_dropped_labels_do_not_matter():
@@ -413,11 +394,9 @@ def test_label_drop_probability():
     assert torch.equal(always(latents, labels, mask), always(latents, other, mask))
 
 
-# ------------------------------------------------------------------------------------------------------- gradients
-
-
 def test_every_parameter_gets_a_gradient():
-    """But the key norms' biases, which softmax does not see, and the embeddings of classes and levels that did not occur."""
+    """But the key norms' biases, which softmax does not see, and the embeddings of classes and levels that did not
+    occur."""
     model = tiny_model(label_drop_prob=0.5).train()
     latents, labels = tiny_batch(8)
     model(latents, labels, half_mask(8), label_drop=torch.arange(8) % 2 == 0).backward()
@@ -484,9 +463,6 @@ def test_a_few_steps_fit_one_batch():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.6 * first
-
-
-# ------------------------------------------------------------------------------------------------------- other sizes, bad input
 
 
 def test_other_channel_counts_and_orders(messages):

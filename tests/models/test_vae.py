@@ -17,9 +17,6 @@ from tests.helpers import Explosive, fill_golden, golden_arrays, golden_json, ti
 BIT_OF_EVERYTHING = dict(embed_dim=4, ch_mult=(1, 2), ch=8, num_res_blocks=1, norm_groups=4)
 
 
-# ------------------------------------------------------------------------------------------------------- golden
-
-
 @pytest.fixture(scope="module")
 def kl16() -> AutoencoderKL:
     return fill_golden(AutoencoderKL()).eval()
@@ -59,9 +56,6 @@ def test_manifest_and_size():
     assert vae.channel_order == [8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5]
 
 
-# ------------------------------------------------------------------------------------------------------- posterior
-
-
 def test_posterior_by_hand():
     moments = torch.tensor([1.0, -2.0, 0.0, math.log(9.0)]).view(1, 4, 1, 1)  # two channels: N(1, 1), N(-2, 9)
     posterior = DiagonalGaussian(moments)
@@ -99,9 +93,6 @@ def test_kl_against_torch_distributions():
         torch.distributions.Normal(mean, (logvar / 2).exp()), torch.distributions.Normal(0.0, 1.0)
     )
     torch.testing.assert_close(DiagonalGaussian(moments).kl(), expected.flatten(1).sum(1))
-
-
-# ------------------------------------------------------------------------------------------------------- layers
 
 
 @pytest.mark.parametrize(
@@ -162,9 +153,6 @@ def test_every_parameter_gets_a_gradient():
     assert all(name.endswith(".k.bias") for name in without)  # softmax does not see what is added to every key alike
 
 
-# ------------------------------------------------------------------------------------------------------- scale, config, fingerprint
-
-
 def test_scale_and_unscale_by_hand():
     z = torch.tensor([2.0, -4.0]).view(1, 2, 1, 1)
     vae = AutoencoderKL(**(BIT_OF_EVERYTHING | dict(embed_dim=2)), scale_factor=[0.5, 2.0], shift=[1.0, -1.0])
@@ -213,15 +201,13 @@ def test_fingerprint_of_any_vae_class():
 
 
 def test_the_fingerprint_is_that_of_earlier_versions():
-    """Checkpoints and caches hold it: encoder and quant_conv, keys sorted, each name followed by its float32 numbers."""
+    """Checkpoints and caches hold it: encoder and quant_conv, keys sorted, each name followed by its float32
+    numbers."""
     vae, digest = tiny_vae(), hashlib.sha256()
     for name, value in sorted(vae.state_dict().items()):
         if name.startswith(("encoder.", "quant_conv.")):
             digest.update(name.encode() + value.numpy().tobytes())
     assert vae.latent_fingerprint() == digest.hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------------- files
 
 
 def save(path, content):

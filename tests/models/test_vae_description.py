@@ -1,4 +1,5 @@
-"""What depends on the VAE: its description (built in, in the checkpoint, beside the weights), and VAEs that diffusers wrote."""
+"""What depends on the VAE: its description (built in, in the checkpoint, beside the weights), and VAEs that diffusers
+wrote."""
 
 import json
 from dataclasses import asdict
@@ -19,9 +20,6 @@ def save(path: Path, **extra: object) -> Path:
     vae = tiny_vae(**TINY)
     torch.save({"model": vae.state_dict(), "config": vae.config} | extra, path)
     return path
-
-
-# ------------------------------------------------------------------------------------------------------- description
 
 
 def test_kl16_is_built_in() -> None:
@@ -88,12 +86,10 @@ def test_what_is_known_of_the_quantizer() -> None:
     assert vae.quantizer_settings() == dict(quant_bits=7, quant_min=-3.5, quant_max=3.5)
 
 
-# ------------------------------------------------------------------------------------------------------- diffusers
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny AutoencoderKL (stride 4, 4 channels) and AutoencoderDC (stride 2, 8 channels), randomly initialised, as diffusers saves them."""
+    """A tiny AutoencoderKL (stride 4, 4 channels) and AutoencoderDC (stride 2, 8 channels), randomly initialised, as
+    diffusers saves them."""
     diffusers = pytest.importorskip("diffusers", reason="an optional package, requirements-extra.txt")
     root = tmp_path_factory.mktemp("diffusers")
     with torch.random.fork_rng(devices=[]):

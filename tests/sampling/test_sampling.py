@@ -36,9 +36,6 @@ def fixed_orders(batch: int) -> Tensor:
     return torch.from_numpy(np.stack([rng.permutation(16) for _ in range(batch)]))
 
 
-# ------------------------------------------------------------------------------------------------------- golden
-
-
 @pytest.mark.parametrize("number", range(5))
 def test_golden(number):
     """All tokens equal, latents too; every golden case at its own steps, guidance and labels."""
@@ -80,11 +77,9 @@ def test_the_trained_start_is_another_model():
     assert (model.quantize(latents.flatten(2).transpose(1, 2))[0].numpy() != golden["tokens"]).mean() > 0.1
 
 
-# ------------------------------------------------------------------------------------------------------- schedules
-
-
 def test_plan_by_hand():
-    """L = 16, N = 4: floor(16 cos(pi/8)) = floor(14.78), floor(16 cos(pi/4)) = floor(11.31), floor(16 cos(3 pi/8)) = floor(6.12), then the rest."""
+    """L = 16, N = 4: floor(16 cos(pi/8)) = floor(14.78), floor(16 cos(pi/4)) = floor(11.31), floor(16 cos(3 pi/8)) =
+    floor(6.12), then the rest."""
     assert unmasking_plan(4, 16) == [(16, 14, 14), (14, 11, 11), (11, 6, 6), (6, 0, 1)]
     assert unmasking_plan(1, 16) == [(16, 0, 1)]
     assert unmasking_plan(3, 16) == [(16, 13, 13), (13, 8, 8), (8, 0, 1)]  # cos(pi/3) = 1/2 lands on 8
@@ -109,7 +104,10 @@ def test_plan_by_brute_force(num_iter, num_tokens):
 
 @pytest.mark.parametrize("num_iter", [3, 6, 9, 12, 24, 48, 96, 192])
 def test_multiples_of_three_land_on_half(num_iter):
-    """At step 2N/3 the cosine is exactly 1/2: half of the tokens stay masked, not one fewer. Elsewhere compare with 50 digits."""
+    """At step 2N/3 the cosine is exactly 1/2: half of the tokens stay masked, not one fewer.
+
+    Elsewhere compare with 50 digits.
+    """
     assert keep_masked(num_iter * 2 // 3 - 1, num_iter, 256, 256) == 128
     with mpmath.workdps(50):
         for step in range(num_iter - 1):
@@ -154,9 +152,6 @@ def test_guidance_scales_that_the_sampler_uses(schedule, expected):
     assert [state.scale for state in steps] == pytest.approx(expected, abs=1e-12)
 
 
-# ------------------------------------------------------------------------------------------------------- passes through the model
-
-
 def count_passes(model: TokenBridge, **arguments: object) -> tuple[list[tuple[int, int]], list[int]]:
     """(rows, length) of every encoder pass, and the tokens of every head pass, of one call of the sampler."""
     passes, heads = [], []
@@ -171,7 +166,8 @@ def count_passes(model: TokenBridge, **arguments: object) -> tuple[list[tuple[in
 
 
 def test_without_guidance_the_unconditional_pass_is_skipped():
-    """B rows, growing by what was revealed (5 buffer slots); with guidance 2B rows, but B and 1 while nothing is; the head always B."""
+    """B rows, growing by what was revealed (5 buffer slots); with guidance 2B rows, but B and 1 while nothing is; the
+    head always B."""
     lengths = [5, 5 + 2, 5 + 5, 5 + 10]
     for schedule in ("linear", "constant"):
         assert count_passes(tiny_model(), cfg=1.0, cfg_schedule=schedule) == ([(2, n) for n in lengths], [4, 6, 10, 12])
@@ -194,7 +190,8 @@ def test_guidance_formula():
 
 
 def test_each_step_continues_from_the_dequantized_tokens():
-    """Sampling in 4 steps is 4 teacher-forced passes: at every step the masked forward over what is known gives the same new tokens."""
+    """Sampling in 4 steps is 4 teacher-forced passes: at every step the masked forward over what is known gives the
+    same new tokens."""
     model, orders = tiny_model(head_start="trained"), fixed_orders(2)
     final = greedy(model)
     labels = torch.tensor([3, 7])
@@ -212,7 +209,8 @@ def test_each_step_continues_from_the_dequantized_tokens():
 @pytest.mark.parametrize("num_iter", [1, 2, 16, 17, 40])
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_any_number_of_steps(num_iter, cfg):
-    """Every latent is a level of the quantizer, in one step, one token a step, or with idle steps; on_step hears of each."""
+    """Every latent is a level of the quantizer, in one step, one token a step, or with idle steps; on_step hears of
+    each."""
     model, steps = tiny_model(), []
     latents = model.sample_tokens(
         3,
@@ -229,7 +227,8 @@ def test_any_number_of_steps(num_iter, cfg):
 
 
 def test_one_token_at_a_time():
-    """L steps reveal between one and a few tokens each; more steps than tokens give the same first token, and idle steps run no pass."""
+    """L steps reveal between one and a few tokens each; more steps than tokens give the same first token, and idle
+    steps run no pass."""
     passes, heads = count_passes(tiny_model(), num_iter=40)
     assert len(passes) == len(heads) <= 16 and sum(heads) == 2 * 16
 
@@ -250,9 +249,6 @@ def test_the_model_is_as_before():
     with pytest.raises(RuntimeError, match="stop"):
         greedy(model, on_step=fail)
     assert model.training
-
-
-# ------------------------------------------------------------------------------------------------------- labels, seeds, temperature
 
 
 def test_no_labels_means_fake_latent():
@@ -303,7 +299,8 @@ def test_generator_and_global_state():
 
 
 def test_given_orders_are_used():
-    """At temperature 0 nothing else is random: another order is another image, the same order the same one whatever the seed."""
+    """At temperature 0 nothing else is random: another order is another image, the same order the same one whatever the
+    seed."""
     model, orders = tiny_model(), fixed_orders(2)
     first, same = (greedy(model, orders=orders, seeds=seeds) for seeds in ([1, 2], [3, 4]))
     assert torch.equal(first, same) and not torch.equal(first, greedy(model, orders=orders.flip(1)))
@@ -321,7 +318,8 @@ def test_temperature():
 
 
 def test_draws_follow_the_logits():
-    """One step, 1,000 images of one class: the first dimension in head order is distributed as the softmax of its logits at T = 0.8."""
+    """One step, 1,000 images of one class: the first dimension in head order is distributed as the softmax of its
+    logits at T = 0.8."""
     model = tiny_model(head_start="trained")
     with torch.no_grad():
         # token 6
@@ -335,9 +333,6 @@ def test_draws_follow_the_logits():
     drawn = model.quantize(latents[:, 8, 1, 2])[0]  # dimension 8 leads KL-16's order; token 6 is row 1, column 2
     counts = torch.bincount(drawn, minlength=16).double() / 1000
     assert ((counts - expected).abs() <= 4 * (expected * (1 - expected) / 1000).sqrt() + 1e-3).all()
-
-
-# ------------------------------------------------------------------------------------------------------- NaN, host syncs, errors
 
 
 def test_broken_weights_give_nan_not_a_picture():
