@@ -19,7 +19,8 @@ from dataset.training_set import DataOptions
 from evaluation.metrics import IS_SPLITS
 from evaluation.scores import Evaluator, sweep_values
 from evaluation.store import SAVE_IMAGES
-from generation.pipeline import sample, sampler_options
+from generation.pipeline import Pipeline, generation_settings
+from generation.sample import SampleOptions, sample
 from models import MODELS
 from models.config import HEADS
 from models.quantizer import MAX_BITS, check_range
@@ -36,7 +37,7 @@ from util import checkpoint, dist
 from util.cli import add_process_flags, at_least, make_parser, parse
 from util.heap import keep_freed_memory
 from util.log import get_logger, log_lines, run_cli
-from util.options import add_options, flag_names
+from util.options import add_options, flag_names, read_options
 from util.presets import apply_preset, load_preset, preset_names
 
 logger = get_logger()
@@ -56,7 +57,6 @@ def build_parser() -> argparse.ArgumentParser:
         choices=preset_names(),
         help="a recipe or evaluation of configs/, with the numbers to expect: sets all its flags, printed; any flag given wins",
     )
-    group.add_argument("--classes", default="", help="for --sample: class numbers such as 207,360, or all")
 
     group = parser.add_argument_group("model and tokenizer")
     group.add_argument("--model", default="tokenbridge_large", choices=list(MODELS))
@@ -207,7 +207,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         nargs="+",
         default=1.0,
-        help="guidance scale; 1 means none; several with --evaluate and --online_eval",
+        help="guidance scale; 1 means none; several with --evaluate, --online_eval and --sample: all of them in turn",
     )
     group.add_argument(
         "--cfg_schedule", default="linear", choices=CFG_SCHEDULES, help="guidance over the steps; linear as published"
@@ -230,6 +230,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_evaluation_flags(parser)
     add_sampler_flags(parser)
+    add_options(parser, SampleOptions, "for --sample only")
     add_process_flags(parser, seed=1)
     return parser
 
@@ -323,35 +324,6 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
         help="run the unconditional half at every n-th step, reuse its difference between (approximate)",
     )
 
-    group = parser.add_argument_group("for --sample only")
-    group.add_argument(
-        "--cfg_scale",
-        type=float,
-        nargs="+",
-        default=None,
-        help="several guidance scales instead of --cfg: a folder each, and sweep.png",
-    )
-    group.add_argument(
-        "--interpolate",
-        default="",
-        help="two classes such as 207,360: --num_images mixtures between them, all from one seed",
-    )
-    group.add_argument("--init", default="", help="an image to edit; needs --mask")
-    group.add_argument(
-        "--mask",
-        default="",
-        help="black and white image of --init's size: white is drawn anew, tokens without white are kept",
-    )
-    group.add_argument(
-        "--show_steps",
-        type=int,
-        nargs="?",
-        const=8,
-        default=0,
-        metavar="FRAMES",
-        help="write the unmasking of the first images as GIF and PNG strip, 8 frames unless said",
-    )
-
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Everything that can be refused without reading a file."""
@@ -414,24 +386,20 @@ def check_arguments(args: argparse.Namespace) -> None:
     if not 1 <= args.quant_bits <= MAX_BITS:
         raise ValueError(f"--quant_bits must be from 1 to {MAX_BITS}, got {args.quant_bits}")
     check_range(args.quant_min, args.quant_max)
-    sampler_options(args).check(len(args.channel_temperature) or 2)  # how many dimensions there are is known later
+    factors = len(args.channel_temperature)  # the number of dimensions is known later
+    read_options(SamplerOptions, args).check(factors or 2)
     if args.use_quantized_value:
         logger.info("--use_quantized_value: always so here, the encoder sees dequantized values")
 
 
 def check_sample_arguments(args: argparse.Namespace) -> None:
     """ValueError for flags of --sample without it, or that do not go together."""
-    for name in ("cfg_scale", "interpolate", "init", "mask", "show_steps"):
-        if getattr(args, name) and not args.sample:
+    if args.sample:
+        read_options(SampleOptions, args)
+        return
+    for name in ("interpolate", "init", "mask", "show_steps"):
+        if getattr(args, name):
             raise ValueError(f"--{name} changes --sample only; give --sample too, or leave it out")
-    if args.sample and bool(args.classes) == bool(args.interpolate):
-        raise ValueError("--sample needs --classes, class numbers such as 207,360, or all; or --interpolate instead")
-    if bool(args.init) != bool(args.mask):
-        raise ValueError("--init and --mask go together: an image, and which part of it is drawn anew")
-    at_least(args, show_steps=0)
-    for scale in args.cfg_scale or ():
-        if not math.isfinite(scale):
-            raise ValueError(f"--cfg_scale must be finite, got {scale}")
 
 
 @flag_names(build_parser(), bits="quant_bits", quant_levels="quant_bits")
@@ -471,7 +439,15 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
         if args.evaluate:
             Evaluator.prepare(args, device).run(model, vae, source, pairs)
         elif args.sample:
-            sample(args, given, model, vae, source, device)
+            settings, count = generation_settings(args, device), args.num_images if "num_images" in given else None
+            sample(
+                Pipeline(model, vae),
+                read_options(SampleOptions, args, num_images=count),
+                settings,
+                [cfg for cfg, _ in pairs],
+                args.output_dir,
+                {"checkpoint": str(source), "weights": args.weights},
+            )
         else:
             optimizer_settings = take_optimizer_settings(args, given, content, source)
             cache = read_record(args.cached_path) if args.use_cached else None

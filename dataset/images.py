@@ -60,6 +60,11 @@ def to_uint8(x: Tensor, pixels: str = "round") -> Tensor:
     return (values if pixels == "truncate" else values.round()).to(torch.uint8)
 
 
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """uint8 images (N, 3, H, W) -> PIL images."""
+    return [Image.fromarray(array) for array in images.permute(0, 2, 3, 1).cpu().numpy()]
+
+
 def atomic_write(image: Image.Image, path: str | Path) -> None:
     """Save as PNG under a temporary name, then rename."""
     with replacing(path) as file:
@@ -68,7 +73,7 @@ def atomic_write(image: Image.Image, path: str | Path) -> None:
 
 def save_png(path: str | Path, image: Tensor) -> None:
     """One uint8 image (3, H, W) to a PNG file."""
-    atomic_write(Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), path)
+    atomic_write(to_pil(image.unsqueeze(0))[0], path)
 
 
 def save_grid(path: str | Path, images: Tensor, columns: int) -> None:
@@ -78,7 +83,7 @@ def save_grid(path: str | Path, images: Tensor, columns: int) -> None:
 
 def save_frames(path: str | Path, images: Tensor, milliseconds: int = 150) -> None:
     """uint8 images (N, 3, H, W) to a looping GIF that shows the last frame ten times as long."""
-    first, *rest = [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
+    first, *rest = to_pil(images)
     durations = [milliseconds] * len(rest) + [10 * milliseconds]
     with replacing(path) as file:
         first.save(file, format="GIF", save_all=True, append_images=rest, loop=0, duration=durations)

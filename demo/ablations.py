@@ -29,8 +29,7 @@ from dataset.images import atomic_write
 from demo import digits
 from demo.run import Size, build_stages, run_stages
 from evaluation.metrics import FeatureStatistics, fid
-from generation.library import generate
-from generation.loading import load
+from generation import Pipeline, load
 from models.sampling.orders import random_orders
 from models.tokenbridge import TokenBridge, draw_mask_ratio, mask_from_orders, num_masked_tokens
 from models.vae import AutoencoderKL
@@ -74,10 +73,8 @@ def prepare(out: Path) -> None:
     torch.save(content, out / "ablations" / "vae-reversed.pth")
 
 
-def train(
-    variant: str, seed: int, steps: int, batch_size: int, out: Path, folder: Path
-) -> tuple[TokenBridge, AutoencoderKL]:
-    """A trained model of this variant, EMA weights, and its VAE; continues a run that was cut short."""
+def train(variant: str, seed: int, steps: int, batch_size: int, out: Path, folder: Path) -> Pipeline:
+    """A trained model of this variant, EMA weights, with its VAE; resumes an interrupted run."""
     vae = out / "ablations" / "vae-reversed.pth" if variant == "reversed order" else out / "vae" / "vae.pth"
     main_tokenbridge.main(
         [
@@ -174,12 +171,11 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     return fid(*found)
 
 
-def judged(
-    model: TokenBridge, vae: AutoencoderKL, num_images: int, seed: int, train_root: Path, folder: Path
-) -> tuple[float, float]:
+def judged(pipeline: Pipeline, num_images: int, seed: int, train_root: Path, folder: Path) -> tuple[float, float]:
     """(accuracy, Fréchet distance) of num_images samples, as many of each class."""
     labels = [i * 10 // num_images for i in range(num_images)]
-    return judge_images(generate(model, vae, labels, seed=seed, batch_size=50, **SAMPLING), labels, train_root, folder)
+    images = pipeline.generate(labels, seed=seed, batch_size=50, **SAMPLING)
+    return judge_images(images, labels, train_root, folder)
 
 
 def judge_images(
@@ -200,9 +196,9 @@ def run_variant(variant: str, seed: int, steps: int, batch_size: int, num_images
     result = folder / f"result-{num_images}.json"
     if result.is_file():
         return json.loads(result.read_text())
-    model, vae = train(variant, seed, steps, batch_size, out, folder)
-    bits = bits_per_dim(model, vae, out / "digits" / "val")
-    accuracy, distance = judged(model, vae, num_images, seed, out / "digits" / "train", folder / "samples")
+    pipeline = train(variant, seed, steps, batch_size, out, folder)
+    bits = bits_per_dim(pipeline.model, pipeline.vae, out / "digits" / "val")
+    accuracy, distance = judged(pipeline, num_images, seed, out / "digits" / "train", folder / "samples")
     figures = {
         "variant": variant,
         "seed": seed,

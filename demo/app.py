@@ -1,4 +1,4 @@
-"""A page in the browser to play with a trained model: pick a class, watch the tokens unmask, draw a mask and have that part drawn anew.
+"""A web page to try a trained model: choose a class, watch the tokens unmask, paint a mask and inpaint it.
 
   python -m demo.app --resume demo/out/model        # the digits of `make demo`; needs gradio: make extras
 
@@ -15,17 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
 
+import generation
 from checkpoints import download
 from checkpoints.weights import CHOICES, find_file, read_file
 from dataset.images import center_crop_adm
-from generation.library import GenerationStep, decode, generate_steps
-from generation.loading import load
+from generation import Pipeline
+from generation.pipeline import GenerationStep
 from models.sampling.orders import ORDERS
-from models.tokenbridge import TokenBridge
-from models.vae import AutoencoderKL
 from util import dist
 from util.cli import make_parser
 from util.log import get_logger, run_cli
@@ -36,8 +34,9 @@ if TYPE_CHECKING:
 logger = get_logger()
 
 NO_CLASS = "no class"
-SHOWN = 256  # pixels, at least, that a picture has on the page
-MOST = 16  # pictures at a time
+SHOWN_PIXELS = 256  # smallest side of an image on the page
+MAX_IMAGES = 16
+Shown = Iterator[tuple[Image.Image, str]]  # image, line of text below it
 
 
 def need_gradio() -> "gr":
@@ -45,34 +44,43 @@ def need_gradio() -> "gr":
     try:
         import gradio
     except ImportError as error:
-        raise ValueError(
-            f"the web demo needs gradio, an optional extra ({error}): make extras, or pip install -r requirements-extra.txt"
-        ) from error
+        hint = "make extras, or pip install -r requirements-extra.txt"
+        raise ValueError(f"the web demo needs gradio, an optional extra ({error}): {hint}") from error
     return gradio
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
-
-
 def enlarge(image: Image.Image) -> Image.Image:
-    """A whole multiple of a small picture, without smoothing, at least SHOWN pixels wide."""
-    factor = max(1, -(-SHOWN // image.width))
+    """A whole multiple of a small image, without smoothing, at least SHOWN_PIXELS wide."""
+    factor = max(1, -(-SHOWN_PIXELS // image.width))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
+def sheet_columns(count: int) -> int:
+    """Columns of a sheet of `count` images: as square as possible."""
+    return -(-count // max(1, int(count**0.5)))
+
+
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
-    """One picture: the images in rows, a square of them if that goes."""
-    columns, (width, height) = -(-len(images) // max(1, int(len(images) ** 0.5))), images[0].size
+    """A sheet of the images, enlarged."""
+    columns, (width, height) = sheet_columns(len(images)), images[0].size
     sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
     for i, image in enumerate(images):
         sheet.paste(image, (i % columns * width, i // columns * height))
     return enlarge(sheet)
 
 
-def read_drawing(value: dict, size: int) -> tuple[Image.Image, Image.Image]:
-    """The editor's picture and what was painted on it -> (image, mask), both size x size; white in the mask is to be drawn anew.
+def first_of(sheet: np.ndarray | None, count: int) -> np.ndarray | None:
+    """The first image of a sheet of `count`."""
+    if sheet is None:
+        return None
+    side = sheet.shape[1] // sheet_columns(int(count))
+    return np.asarray(enlarge(Image.fromarray(sheet[:side, :side])))
 
-    ValueError if there is no picture, or nothing was painted.
+
+def read_drawing(value: dict, size: int) -> tuple[Image.Image, Image.Image]:
+    """The editor's image and what was painted on it -> (image, mask), both size x size; white = regenerate.
+
+    ValueError if there is no image, or nothing was painted.
     """
     if not value or value.get("background") is None:
         raise ValueError("there is no picture to edit: upload one, or take the last result")
@@ -81,29 +89,22 @@ def read_drawing(value: dict, size: int) -> tuple[Image.Image, Image.Image]:
     for layer in value.get("layers") or []:
         painted |= np.asarray(layer)[..., 3] > 0
     if not painted.any():
-        raise ValueError("nothing was painted: paint over the part that is to be drawn anew")
-    image, mask = (
-        center_crop_adm(background, size),
-        center_crop_adm(Image.fromarray(painted.astype(np.uint8) * 255).convert("RGB"), size),
-    )
+        raise ValueError("nothing was painted: paint over the part that is to be regenerated")
+    mask = center_crop_adm(Image.fromarray(painted.astype(np.uint8) * 255).convert("RGB"), size)
     if not (np.asarray(mask) > 127).any():
         raise ValueError("the painted part is too small, or lies outside the middle square that the model sees")
-    return image, mask
-
-
-# ------------------------------------------------------------------------------------------------------------- the model behind the page
+    return center_crop_adm(background, size), mask
 
 
 class Studio:
-    """A model, its VAE and the names of its classes; the functions that the page's buttons call."""
+    """A pipeline and the names of its classes; the page's buttons call `generate`."""
 
-    def __init__(self, model: TokenBridge, vae: AutoencoderKL, names: Sequence[str] | None = None):
-        self.model, self.vae, self.size = model, vae, model.config.img_size
-        names = list(names or [])[: model.class_num]
-        self.names = names + [str(i) for i in range(len(names), model.class_num)]
+    def __init__(self, pipeline: Pipeline, names: Sequence[str] = ()):
+        self.pipeline, class_num = pipeline, pipeline.model.class_num
+        self.names = [*names[:class_num], *map(str, range(len(names), class_num))]
 
     def class_number(self, name: str) -> int | None:
-        """None for no class; ValueError for a name that is none of the model's."""
+        """None for no class; ValueError for an unknown name."""
         if name == NO_CLASS:
             return None
         if name not in self.names:
@@ -121,137 +122,116 @@ class Studio:
         order: str = "random",
         watch: bool = True,
         drawing: dict | None = None,
-    ) -> Iterator[tuple[Image.Image, str]]:
-        """(picture, line below it) after each step that is shown, then of the result. With a drawing its painted part is drawn anew.
+    ) -> Shown:
+        """(image, line below it) of steps, then of the result. With a drawing, its painted part is regenerated.
 
-        The pictures so far cost a decoding each: they are shown for half of the time at most. ValueError for what does not fit.
+        Images of steps cost a decoding each: they take half of the time at most. ValueError for what does not fit.
         """
-        if not 1 <= int(count) <= MOST:
-            raise ValueError(f"1 to {MOST} pictures at a time, not {count}")
-        edit = {} if drawing is None else dict(zip(("init", "mask"), read_drawing(drawing, self.size), strict=True))
-        started, spent = time.perf_counter(), 0.0
-        steps = generate_steps(
-            self.model,
-            self.vae,
-            [self.class_number(name)] * int(count),
-            seed=int(seed),
-            num_iter=int(num_iter),
-            cfg=float(cfg),
-            temperature=float(temperature),
-            order=order,
-            **edit,
-        )
-        for step in steps:
+        if not 1 <= int(count) <= MAX_IMAGES:
+            raise ValueError(f"1 to {MAX_IMAGES} pictures at a time, not {count}")
+        init, mask = (None, None) if drawing is None else read_drawing(drawing, self.pipeline.image_size)
+        classes = [self.class_number(name)] * int(count)
+        options = dict(seed=int(seed), num_iter=int(num_iter), cfg=float(cfg), temperature=float(temperature))
+        started, decoding = time.perf_counter(), 0.0
+        for step in self.pipeline.generate_steps(classes, init=init, mask=mask, order=order, **options):
             now = time.perf_counter()
-            if watch and not step.done and spent <= (now - started) / 2:
+            if watch and not step.done and decoding <= (now - started) / 2:
                 yield side_by_side(step.images()), progress_line(step)
-                spent += time.perf_counter() - now
-        with torch.no_grad():
-            pixels = decode(self.vae, step.state.latents, range(int(count))).permute(0, 2, 3, 1).cpu().numpy()
-        yield (
-            side_by_side([Image.fromarray(p) for p in pixels]),
-            f"done: class {name}, seed {int(seed)}, {time.perf_counter() - started:.1f} s",
-        )
+                decoding += time.perf_counter() - now
+        result = side_by_side(step.images())
+        yield result, f"done: class {name}, seed {int(seed)}, {time.perf_counter() - started:.1f} s"
 
 
 def progress_line(step: GenerationStep) -> str:
-    """What is said below a picture that is not finished."""
-    known = step.state.orders.shape[1] - step.state.num_masked
-    return f"step {step.step + 1} of {step.num_iter}: {known} of {step.state.orders.shape[1]} tokens are known"
-
-
-# ------------------------------------------------------------------------------------------------------------- the page
+    """The line below an image that is not finished."""
+    tokens = step.state.orders.shape[1]
+    return f"step {step.step + 1} of {step.num_iter}: {tokens - step.state.num_masked} of {tokens} tokens are known"
 
 
 def build_page(studio: Studio, title: str) -> "gr.Blocks":
     """The page; every button calls `Studio.generate`."""
     gr = need_gradio()
+    model, size = studio.pipeline.model, studio.pipeline.image_size
 
-    def shown(*values: object) -> Iterator[tuple[Image.Image, str]]:
+    def shown(*values: object) -> Shown:
         try:
             yield from studio.generate(*values)
         except ValueError as error:
             raise gr.Error(str(error), duration=8) from error
 
-    def inpaint(drawing: dict, *values: object) -> Iterator[tuple[Image.Image, str]]:
+    def inpaint(drawing: dict, *values: object) -> Shown:
         yield from shown(*values, 1, "random", True, drawing)
 
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         gr.Markdown(
-            f"## {title}\n{studio.size} x {studio.size} pixels, {len(studio.names)} classes, {studio.model.num_tokens} tokens of "
-            f"{studio.model.token_dim} dimensions. Grey tokens are not known yet."
+            f"## {title}\n{size} x {size} pixels, {len(studio.names)} classes, {model.num_tokens} tokens of "
+            f"{model.token_dim} dimensions. Grey tokens are still masked."
         )
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                name = gr.Dropdown([*studio.names, NO_CLASS], value=studio.names[0], label="class", elem_id="class")
-                seed = gr.Number(0, label="seed", precision=0, minimum=0, elem_id="seed")
-                cfg = gr.Slider(1, 8, 2, step=0.1, label="guidance", elem_id="cfg")
-                temperature = gr.Slider(0, 1.5, 0.9, step=0.01, label="temperature", elem_id="temperature")
-                most = max(64, studio.model.num_tokens)
-                num_iter = gr.Slider(
-                    1, most, min(16, studio.model.num_tokens), step=1, label="iterations", elem_id="iterations"
-                )
+                settings = settings_column(gr, studio)
             with gr.Column(scale=2), gr.Tabs():
                 with gr.Tab("generate"):
-                    with gr.Row():
-                        count = gr.Slider(1, MOST, 4, step=1, label="pictures", elem_id="count")
-                        order = gr.Dropdown(list(ORDERS), value="random", label="order of the tokens", elem_id="order")
-                        watch = gr.Checkbox(True, label="watch tokens unmask", elem_id="watch")
-                    with gr.Row():
-                        go, stop = (
-                            gr.Button("Generate", variant="primary", elem_id="go"),
-                            gr.Button("Stop", elem_id="stop"),
-                        )
-                    result = gr.Image(
-                        label="pictures",
-                        format="png",
-                        interactive=False,
-                        buttons=["download", "fullscreen"],
-                        elem_id="result",
-                    )
-                    line = gr.Textbox(
-                        show_label=False,
-                        interactive=False,
-                        elem_id="line",
-                        placeholder="Generate draws pictures of the class",
-                    )
+                    result, count = generate_tab(gr, settings, shown)
                 with gr.Tab("edit", elem_id="edit"):
-                    take = gr.Button("Take the last result", elem_id="take")
-                    editor = gr.ImageEditor(
-                        label="paint over what is to be drawn anew",
-                        type="numpy",
-                        sources=("upload",),
-                        transforms=(),
-                        brush=gr.Brush(default_size=24, colors=["#ff4081"], color_mode="fixed"),
-                        layers=False,
-                        format="png",
-                        canvas_size=(SHOWN * 2, SHOWN * 2),
-                        elem_id="editor",
-                    )
-                    draw = gr.Button("Draw the painted part anew", variant="primary", elem_id="draw")
-                    edited = gr.Image(
-                        label="result",
-                        format="png",
-                        interactive=False,
-                        buttons=["download", "fullscreen"],
-                        elem_id="edited",
-                    )
-                    edit_line = gr.Textbox(show_label=False, interactive=False, elem_id="edit-line")
-        settings = [name, seed, cfg, temperature, num_iter]
-        running = go.click(shown, [*settings, count, order, watch], [result, line])
-        stop.click(None, cancels=[running])
-        take.click(first_of, [result, count], editor)
-        draw.click(inpaint, [editor, *settings], [edited, edit_line])
+                    edit_tab(gr, settings, inpaint, result, count)
     return page
 
 
-def first_of(sheet: np.ndarray | None, count: int) -> np.ndarray | None:
-    """The first picture of a sheet of `count` (see `side_by_side`)."""
-    if sheet is None:
-        return None
-    columns = -(-int(count) // max(1, int(count**0.5)))
-    side = sheet.shape[1] // columns
-    return np.asarray(enlarge(Image.fromarray(sheet[:side, :side])))
+def settings_column(gr: "gr", studio: Studio) -> list:
+    """What both tabs share: class, seed, guidance, temperature, iterations."""
+    tokens = studio.pipeline.model.num_tokens
+    return [
+        gr.Dropdown([*studio.names, NO_CLASS], value=studio.names[0], label="class", elem_id="class"),
+        gr.Number(0, label="seed", precision=0, minimum=0, elem_id="seed"),
+        gr.Slider(1, 8, 2, step=0.1, label="guidance", elem_id="cfg"),
+        gr.Slider(0, 1.5, 0.9, step=0.01, label="temperature", elem_id="temperature"),
+        gr.Slider(1, max(64, tokens), min(16, tokens), step=1, label="iterations", elem_id="iterations"),
+    ]
+
+
+def result_image(gr: "gr", label: str, elem_id: str) -> "gr.Image":
+    """An image to look at and download."""
+    buttons = ["download", "fullscreen"]
+    return gr.Image(label=label, format="png", interactive=False, buttons=buttons, elem_id=elem_id)
+
+
+def generate_tab(gr: "gr", settings: list, generate: object) -> tuple:
+    """The tab that generates; its result and the number of images in it."""
+    with gr.Row():
+        count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="pictures", elem_id="count")
+        order = gr.Dropdown(list(ORDERS), value="random", label="order of the tokens", elem_id="order")
+        watch = gr.Checkbox(True, label="watch tokens unmask", elem_id="watch")
+    with gr.Row():
+        go = gr.Button("Generate", variant="primary", elem_id="go")
+        stop = gr.Button("Stop", elem_id="stop")
+    result = result_image(gr, "pictures", "result")
+    hint = "Generate samples pictures of the class"
+    line = gr.Textbox(show_label=False, interactive=False, elem_id="line", placeholder=hint)
+    running = go.click(generate, [*settings, count, order, watch], [result, line])
+    stop.click(None, cancels=[running])
+    return result, count
+
+
+def edit_tab(gr: "gr", settings: list, inpaint: object, result: "gr.Image", count: "gr.Slider") -> None:
+    """The tab that regenerates what is painted over."""
+    take = gr.Button("Take the last result", elem_id="take")
+    editor = gr.ImageEditor(
+        label="paint over what is to be regenerated",
+        type="numpy",
+        sources=("upload",),
+        transforms=(),
+        brush=gr.Brush(default_size=24, colors=["#ff4081"], color_mode="fixed"),
+        layers=False,
+        format="png",
+        canvas_size=(SHOWN_PIXELS * 2, SHOWN_PIXELS * 2),
+        elem_id="editor",
+    )
+    draw = gr.Button("Regenerate the painted part", variant="primary", elem_id="draw")
+    edited = result_image(gr, "result", "edited")
+    line = gr.Textbox(show_label=False, interactive=False, elem_id="edit-line")
+    take.click(first_of, [result, count], editor)
+    draw.click(inpaint, [editor, *settings], [edited, line])
 
 
 def class_names(path: Path) -> list[str]:
@@ -271,20 +251,16 @@ def check_port(host: str, port: int) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """All flags."""
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--resume", default="demo/out/model", help="checkpoint file, folder, or hf://OWNER/REPOSITORY/PATH"
-    )
-    parser.add_argument("--vae_path", default="", help="its VAE; by default the one that it was trained with")
-    parser.add_argument("--weights", default="ema", choices=CHOICES)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--names", default="", help="JSON file with a list of class names, or an object from number to name"
-    )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 lets every machine of the network in"
-    )
-    parser.add_argument("--port", type=int, default=7860)
+    add = parser.add_argument
+    add("--resume", default="demo/out/model", help="checkpoint file, folder, or hf://OWNER/REPOSITORY/PATH")
+    add("--vae_path", default="", help="its VAE; by default the one that it was trained with")
+    add("--weights", default="ema", choices=CHOICES)
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--names", default="", help="JSON file with a list of class names, or an object from number to name")
+    add("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 lets every machine of the network in")
+    add("--port", type=int, default=7860)
     return parser
 
 
@@ -303,14 +279,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Load the model and serve the page until interrupted. ValueError or OSError for bad input."""
     args = build_parser().parse_args(argv)
     gr = need_gradio()
-    names = read_names(args.names) if args.names else None
+    names = read_names(args.names) if args.names else []
     check_port(args.host, args.port)
-    device = dist.pick_device(args.device)
-    path = find_file(download.local_path(args.resume, "--resume"))
-    model, vae = load(
-        path, download.local_path(args.vae_path, "--vae_path") or None, weights=args.weights, device=device
-    )
-    page = build_page(Studio(model, vae, names or class_names(path)), f"TokenBridge: {args.resume}")
+    device, path = dist.pick_device(args.device), find_file(download.local_path(args.resume, "--resume"))
+    vae_path = download.local_path(args.vae_path, "--vae_path") or None
+    pipeline = generation.load(path, vae_path, weights=args.weights, device=device)
+    page = build_page(Studio(pipeline, names or class_names(path)), f"TokenBridge: {args.resume}")
     if args.host not in ("127.0.0.1", "localhost", "::1"):
         logger.warning("--host %s: other machines can reach the page, and there is no password", args.host)
     page.queue(default_concurrency_limit=1).launch(

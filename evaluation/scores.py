@@ -39,7 +39,8 @@ from evaluation.metrics import (
 from evaluation.published import comparison
 from evaluation.reference import Reference, load_reference_stats, load_references
 from evaluation.store import SUSPICIOUS_SHARE, EvalStore, batches_of, image_flaws
-from generation.pipeline import SampleSettings, balanced_labels, generate, sample_settings
+from generation.pipeline import GenerationSettings, generate_batches, generation_settings
+from generation.sample import balanced_labels
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util import dist
@@ -152,7 +153,7 @@ def evaluate(
     model: TokenBridge,
     vae: AutoencoderKL,
     labels: Sequence[int],
-    settings: SampleSettings,
+    settings: GenerationSettings,
     features: InceptionFeatures,
     reference: Reference,
     device: torch.device,
@@ -176,7 +177,7 @@ def evaluate(
         if found is not None:
             scores.add(batch, found)
             continue
-        ((_, images),) = generate(model, vae, labels, batch, settings, device)
+        ((_, images),) = generate_batches(model, vae, labels, batch, settings, device)
         if roundtrip is None:
             roundtrip = vae_roundtrip(vae, images, model.quant_min, model.quant_max)
         found = features(images) | image_flaws(images)
@@ -263,9 +264,9 @@ def sweep_values(args: argparse.Namespace) -> list[tuple[float, float]]:
         for name in ("cfg", "temperature")
     }
     for name, several in values.items():
-        if len(several) > 1 and (args.sample or not (args.evaluate or args.online_eval)):
-            hint = "; with --sample give --cfg_scale" if name == "cfg" and args.sample else ""
-            raise ValueError(f"--{name} takes several values with --evaluate and --online_eval only{hint}")
+        modes = ["evaluate", "online_eval"] + (["sample"] if name == "cfg" else [])
+        if len(several) > 1 and (args.sample and name != "cfg" or not any(getattr(args, mode) for mode in modes)):
+            raise ValueError(f"--{name} takes several values with {' and '.join(f'--{mode}' for mode in modes)} only")
         for value in several:
             if not math.isfinite(value):
                 raise ValueError(f"--{name} must be finite, got {value}")
@@ -283,7 +284,7 @@ def online_pairs(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, floa
     ]
 
 
-def plain(settings: SampleSettings) -> dict:
+def plain(settings: GenerationSettings) -> dict:
     """The settings for a record; the arithmetic's precision by another name, since a score is called so too."""
     found = asdict(settings)
     return found | {"arithmetic": found.pop("precision")}
@@ -295,7 +296,7 @@ class Evaluator:
 
     args: argparse.Namespace
     device: torch.device
-    settings: SampleSettings
+    settings: GenerationSettings
     features: InceptionFeatures
     reference: Reference
     output: Path
@@ -308,7 +309,7 @@ class Evaluator:
         """
         img_size = img_size or args.img_size
         provide_references(args, img_size)
-        settings, features = sample_settings(args, device), InceptionFeatures(args.inception_weights, device)
+        settings, features = generation_settings(args, device), InceptionFeatures(args.inception_weights, device)
         reference = load_references(
             args.fid_stats,
             args.pr_reference,
@@ -344,7 +345,7 @@ class Evaluator:
         model: TokenBridge,
         vae: AutoencoderKL,
         *,
-        settings: SampleSettings | None = None,
+        settings: GenerationSettings | None = None,
         store: EvalStore | None = None,
         **about: object,
     ) -> dict | None:

@@ -1,4 +1,4 @@
-"""`model, vae = load("OUT/model")`: a trained model and its VAE from files, ready to draw images."""
+"""A trained model and its VAE from files, ready to generate images."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from models.vae_loading import load_vae
 VAE_SAFE = "vae.safetensors"
 
 
-def load(
+def load_model(
     path: str | Path,
     vae_path: str | Path | None = None,
     *,
@@ -71,7 +71,7 @@ def build(content: dict, config: dict, vae: AutoencoderKL | None, source: str) -
 
 
 def find_vae(checkpoint: Path, config: dict, vae_path: str | Path | None) -> AutoencoderKL:
-    """The VAE that the checkpoint was trained with; see `load` for where it is looked for."""
+    """The VAE that the checkpoint was trained with; see `load_model` for where it is looked for."""
     arguments = config.get("args")
     trained_with = arguments.get("vae_path") if isinstance(arguments, dict) else None
     folder = checkpoint.resolve().parent

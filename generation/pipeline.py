@@ -1,263 +1,247 @@
-"""Generating images: batches that do not depend on how they are cut, and `main_tokenbridge.py --sample`, which writes them.
+"""From class numbers to images: `load(path).generate([207, 360], cfg=3.0, seed=0)`.
 
-Letters: B images of a batch, S their side in pixels, L tokens, C latent channels.
+`generate_batches` is the loop over batches; --sample, --evaluate, the sample grids of training and `Pipeline` use it.
+
+Letters: B images of a batch, S their side in pixels, L tokens, C latent channels, H and W latent grid.
 """
 
-import argparse
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.images import center_crop_adm, read_image, save_frames, save_grid, save_png, to_tensor, to_uint8
-from generation.library import decode, encode_init, preview, token_mask
+from dataset.images import to_pil, to_uint8
+from generation.editing import Edit, Picture, make_edit
+from generation.loading import load_model
 from models.sampling.loop import SamplerState
-from models.sampling.options import OPTION_NAMES, SamplerOptions
+from models.sampling.options import SamplerOptions
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util import dist
-from util.cli import check_writable
-from util.files import write_json
-from util.log import get_logger
+from util.options import ArgumentError, read_options
 from util.seeds import mixed_seed
 
-logger = get_logger()
-
-SHOWN_STEPS_IMAGES = 16  # --show_steps writes the unmasking of so many images; each frame costs a pass through the VAE
+Classes = Sequence[int | None | Mapping[int, float]]
 
 
 @dataclass(kw_only=True)
-class SampleSettings(SamplerOptions):
-    """How images are made; the flags of main_tokenbridge.py have the same names."""
+class GenerationSettings(SamplerOptions):
+    """How images are generated: the sampler's options, the seed, the size of a batch and the precision."""
 
     seed: int = 0
     batch_size: int = 64
     precision: str = "fp32"
 
-    @property
-    def options(self) -> dict:
-        """What the sampler takes."""
-        return {name: getattr(self, name) for name in OPTION_NAMES}
+    def sampler_options(self) -> dict[str, object]:
+        """The fields of SamplerOptions, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(SamplerOptions)}
+
+
+def generation_settings(args: object, device: torch.device) -> GenerationSettings:
+    """The settings of main_tokenbridge.py's flags."""
+    precision = dist.pick_precision(args.precision, device)
+    return read_options(GenerationSettings, args, seed=args.seed, batch_size=args.eval_bsz, precision=precision)
 
 
 @dataclass
-class Edit:
-    """What --init and --mask say: only the chosen tokens are drawn."""
+class GenerationStep:
+    """What is known of a batch after a sampling step."""
 
-    latents: Tensor  # (1, C, H, W) scaled
-    chosen: Tensor  # (L,) bool
+    numbers: Sequence[int]  # image numbers (B,)
+    state: SamplerState
+    vae: AutoencoderKL
+
+    @property
+    def step(self) -> int:
+        """0-based."""
+        return self.state.step
+
+    @property
+    def num_iter(self) -> int:
+        """Sampling steps in all."""
+        return self.state.num_iter
+
+    @property
+    def done(self) -> bool:
+        """Whether this was the last step: `images` then gives the results."""
+        return self.state.step == self.state.num_iter - 1
+
+    @torch.no_grad()
+    def pixels(self) -> Tensor:
+        """uint8 (B, 3, S, S), grey where a token is masked; each call decodes the batch once. ValueError as `decode`."""
+        images = decode(self.vae, self.state.latents, self.numbers)
+        if self.state.num_masked == 0:
+            return images
+        masked = self.state.masked.repeat_interleave(self.vae.stride, 1).repeat_interleave(self.vae.stride, 2)
+        return images.masked_fill(masked.unsqueeze(1), 128)  # masked is (B, S, S)
+
+    def images(self) -> list[Image.Image]:
+        """`pixels` as PIL images."""
+        return to_pil(self.pixels())
 
 
-def balanced_labels(num_images: int, classes: Sequence[int]) -> list[int]:
-    """Class-major labels, num_images / classes of each (SPEC 9); the first classes get one more if that is no whole number."""
-    each, rest = divmod(num_images, len(classes))
-    return [label for i, label in enumerate(classes) for _ in range(each + (i < rest))]
+def decode(vae: AutoencoderKL, latents: Tensor, numbers: Sequence[int]) -> Tensor:
+    """uint8 images (B, 3, S, S) of scaled latents; ArgumentError naming the first of `numbers` that is not finite.
+
+    Always in float32: activations of the VAE can overflow half precision.
+    """
+    with dist.autocast(latents.device, "fp32"):
+        images = vae.decode(vae.unscale(latents.float()))
+    bad = (~torch.isfinite(images).flatten(1).all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise ArgumentError(
+            "precision",
+            f"image {numbers[bad[0]]} (and {len(bad) - 1} more of its batch) came out NaN: the weights are broken, or "
+            "the precision overflowed; look at the checkpoint, or use precision fp32",
+        )
+    return to_uint8(images)
 
 
-def mixtures(first: int, last: int, count: int) -> list[dict[int, float]]:
-    """`count` class mixtures from all of class `first` to all of class `last`."""
-    return [
-        {first: 1.0} if first == last else {first: 1 - i / max(1, count - 1), last: i / max(1, count - 1)}
-        for i in range(count)
-    ]
+def start_sampling(
+    model: TokenBridge,
+    labels: Classes,
+    numbers: Sequence[int],
+    settings: GenerationSettings,
+    *,
+    seeds: Sequence[int] | None = None,
+    edit: Edit | None = None,
+) -> Iterator[SamplerState]:
+    """The sampler's states for one batch; arguments as for `generate_batches`. They are checked at the call."""
+    editing = {} if edit is None else {"init": edit.latents, "regenerate": edit.regenerate}
+    return model.sample_steps(
+        len(numbers),
+        class_embedding=model.class_embeddings([labels[i] for i in numbers]),
+        seeds=[mixed_seed(settings.seed, i) if seeds is None else seeds[i] for i in numbers],
+        **editing,
+        **settings.sampler_options(),
+    )
 
 
 @torch.no_grad()
-def generate(
+def generate_batches(
     model: TokenBridge,
     vae: AutoencoderKL,
-    labels: Sequence[int | None | Mapping[int, float]],
+    labels: Classes,
     indices: Sequence[int],
-    settings: SampleSettings,
+    settings: GenerationSettings,
     device: torch.device,
-    on_step: Callable[[int, int], None] | None = None,
     *,
+    on_step: Callable[[GenerationStep], None] | None = None,
     seeds: Sequence[int] | None = None,
     edit: Edit | None = None,
-    on_state: Callable[[list[int], SamplerState], None] | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield (image numbers, uint8 images (B, 3, S, S)) for the image numbers `indices` with labels[i]; image i depends on (seed, i) only.
+    """Yield (image numbers, uint8 images (B, 3, S, S)) for the image numbers `indices`, whose classes are labels[i].
 
-    labels: classes, or mixtures of them (see TokenBridge.class_embeddings). seeds: the sampler's own, one per image number, instead of those
-    of (seed, i). on_step(step, num_iter) and on_state(numbers, state) are called after each step. ValueError if an image's logits or pixels
-    are not finite.
+    Image i depends on (settings.seed, i) alone, not on the batch. labels: class numbers, None, or mixtures (see
+    TokenBridge.class_embeddings). seeds: one per image number, used instead of those of (settings.seed, i). on_step is
+    called after each sampling step. ValueError if logits or pixels of an image are not finite.
     """
-    s = settings
-    for first in range(0, len(indices), s.batch_size):
-        numbers = list(indices[first : first + s.batch_size])
-        batch_seeds = [mixed_seed(s.seed, i) if seeds is None else seeds[i] for i in numbers]
-        editing = {} if edit is None else dict(init=edit.latents, regenerate=edit.chosen)
-        with dist.autocast(device, s.precision):
-            for state in model.sample_steps(
-                len(numbers),
-                class_embedding=model.class_embeddings([labels[i] for i in numbers]),
-                seeds=batch_seeds,
-                **editing,
-                **s.options,
-            ):
+    for first in range(0, len(indices), settings.batch_size):
+        numbers = list(indices[first : first + settings.batch_size])
+        with dist.autocast(device, settings.precision):
+            for state in start_sampling(model, labels, numbers, settings, seeds=seeds, edit=edit):
                 if on_step is not None:
-                    on_step(state.step, state.num_iter)
-                if on_state is not None:
-                    on_state(numbers, state)
+                    with dist.autocast(device, "fp32"):  # the caller's own operations are not autocast
+                        on_step(GenerationStep(numbers, state, vae))
         yield numbers, decode(vae, state.latents, numbers)
 
 
-class StepFrames:
-    """Collects pictures of the unmasking, `count` per image, evenly spread over the steps, the last one the result."""
+@dataclass
+class Pipeline:
+    """A model and its VAE, both in eval mode on one device. precision: fp32, bf16 or fp16; None chooses by device."""
 
-    def __init__(self, vae: AutoencoderKL, num_iter: int, count: int):
-        count = min(count, num_iter)
-        self.vae, self.steps = vae, {math.ceil(num_iter * (i + 1) / count) - 1 for i in range(count)}
-        self.frames: dict[int, list[Tensor]] = {}
+    model: TokenBridge
+    vae: AutoencoderKL
+    precision: str | None = None
 
-    def __call__(self, numbers: list[int], state: SamplerState) -> None:
-        if state.step in self.steps and numbers[0] < SHOWN_STEPS_IMAGES:
-            for number, image in zip(numbers, preview(self.vae, state).cpu(), strict=True):
-                self.frames.setdefault(number, []).append(image)
+    @property
+    def device(self) -> torch.device:
+        """Where images are generated."""
+        return self.model.mask_token.device
 
-    def write(self, folder: Path) -> None:
-        """folder/000000.gif and folder/000000.png, a strip, for each of the first images; forgets them."""
-        for number, frames in self.frames.items():
-            if number < SHOWN_STEPS_IMAGES:
-                save_frames(folder / f"{number:06d}.gif", torch.stack(frames))
-                save_grid(folder / f"{number:06d}.png", torch.stack(frames), len(frames))
-        self.frames.clear()
+    @property
+    def image_size(self) -> int:
+        """Side of the images, pixels."""
+        return self.model.grid_size * self.vae.stride
+
+    def settings(self, *, precision: str | None = None, **options: object) -> GenerationSettings:
+        """GenerationSettings of the keyword arguments that `generate` takes."""
+        precision = dist.pick_precision(precision or self.precision, self.device)
+        return GenerationSettings(precision=precision, **options)
+
+    def generate(
+        self,
+        classes: Classes,
+        *,
+        init: Picture | None = None,
+        mask: Picture | None = None,
+        on_step: Callable[[GenerationStep], None] | None = None,
+        progress: bool = False,
+        **options: object,
+    ) -> list[Image.Image]:
+        """One PIL image per entry of `classes`: a class number, None for no class, or a mixture {207: 0.5, 360: 0.5}.
+
+        Image i depends on (seed, i) alone and is the one that `main_tokenbridge.py --sample --seed` writes as number
+        i. init and mask: regenerate only the white part of the mask (see `token_mask`). on_step is called with a
+        GenerationStep after every step of every batch; progress shows a bar. options: the fields of
+        GenerationSettings, such as seed, cfg, num_iter, temperature and order. ValueError for what does not fit.
+        """
+        settings = self.settings(**options)
+        edit = make_edit(self.model, self.vae, init, mask)
+        images = []
+        steps = -(-len(classes) // settings.batch_size) * settings.num_iter
+        with tqdm(total=steps, unit="step", disable=not progress) as bar:
+
+            def after_step(step: GenerationStep) -> None:
+                bar.update()
+                if on_step is not None:
+                    on_step(step)
+
+            indices = range(len(classes))
+            for _, batch in generate_batches(
+                self.model, self.vae, classes, indices, settings, self.device, on_step=after_step, edit=edit
+            ):
+                images += to_pil(batch)
+        return images
+
+    def generate_steps(
+        self, classes: Classes, *, init: Picture | None = None, mask: Picture | None = None, **options: object
+    ) -> Iterator[GenerationStep]:
+        """As `generate` for one batch, but yields a GenerationStep after every step; closing the iterator stops.
+
+        Everything is checked at the call, before the first step.
+        """
+        settings, numbers = self.settings(**options), range(len(classes))
+        edit = make_edit(self.model, self.vae, init, mask)
+        states = start_sampling(self.model, classes, numbers, settings, edit=edit)
+        return self._steps(states, numbers, settings.precision)
+
+    def _steps(
+        self, states: Iterator[SamplerState], numbers: Sequence[int], precision: str
+    ) -> Iterator[GenerationStep]:
+        while True:
+            with dist.autocast(self.device, precision):  # left while the caller has control
+                state = next(states, None)
+            if state is None:
+                return
+            yield GenerationStep(numbers, state, self.vae)
 
 
-def write_images(
-    model: TokenBridge,
-    vae: AutoencoderKL,
-    labels: Sequence[int | Mapping[int, float]],
-    settings: SampleSettings,
-    device: torch.device,
-    output: Path,
+def load(
+    path: str | Path,
+    vae_path: str | Path | None = None,
     *,
-    seeds: Sequence[int] | None = None,
-    edit: Edit | None = None,
-    show_steps: int = 0,
-    on_step: Callable[[int, int], None] | None = None,
-) -> None:
-    """This process's share of the images, as output/000000.png and so on; with show_steps their unmasking in output/steps."""
-    frames = StepFrames(vae, settings.num_iter, show_steps) if show_steps else None
-    mine = range(dist.rank(), len(labels), dist.world_size())
-    for numbers, images in generate(
-        model, vae, labels, mine, settings, device, on_step, seeds=seeds, edit=edit, on_state=frames
-    ):
-        for number, image in zip(numbers, images, strict=True):
-            save_png(output / f"{number:06d}.png", image)
-        if frames is not None:
-            frames.write(output / "steps")
-    dist.barrier()
+    weights: str = "ema",
+    device: torch.device | str | None = None,
+) -> Pipeline:
+    """The pipeline of a checkpoint (a file, or a folder with checkpoint-last.pth or model.safetensors) and its VAE.
 
-
-# ------------------------------------------------------------------------------------------------------------- --sample
-
-
-def sampler_options(args: argparse.Namespace) -> SamplerOptions:
-    return SamplerOptions(**{name: getattr(args, name) for name in OPTION_NAMES})
-
-
-def sample_settings(args: argparse.Namespace, device: torch.device) -> SampleSettings:
-    return SampleSettings(
-        seed=args.seed,
-        batch_size=args.eval_bsz,
-        precision=dist.pick_precision(args.precision, device),
-        **vars(sampler_options(args)),
-    )
-
-
-def parse_classes(text: str, class_num: int, flag: str = "--classes") -> list[int]:
-    """--classes 207,360 or all -> class numbers; ValueError if one is not in [0, class_num)."""
-    if text == "all":
-        return list(range(class_num))
-    try:
-        classes = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{flag} takes numbers separated by commas, or all; got {text!r}") from None
-    wrong = [c for c in classes if not 0 <= c < class_num]
-    if wrong:
-        raise ValueError(f"{flag}: {wrong} not in [0, {class_num}), the model's classes")
-    return classes
-
-
-def read_edit(args: argparse.Namespace, model: TokenBridge, vae: AutoencoderKL, device: torch.device) -> Edit | None:
-    """--init and --mask, cropped alike to the model's size; ValueError if the mask is of another size or chooses nothing."""
-    if not args.init:
-        return None
-    image, mask, size = read_image(args.init), read_image(args.mask), model.config.img_size
-    if image.size != mask.size:
-        raise ValueError(
-            f"{args.mask} (--mask) is {mask.width} x {mask.height} pixels, {args.init} (--init) {image.width} x {image.height}; "
-            "they must have the same size"
-        )
-    return Edit(
-        encode_init(vae, [center_crop_adm(image, size)], size, device),
-        token_mask(center_crop_adm(mask, size), size, model.grid_size),
-    )
-
-
-def picture_grid(output: Path, numbers: Sequence[int], columns: int, name: str) -> None:
-    """Join output/000000.png and so on into output/<name>."""
-    pictures = [to_uint8(to_tensor(read_image(output / f"{i:06d}.png"))) for i in numbers]
-    save_grid(output / name, torch.stack(pictures), columns)
-
-
-def sample(
-    args: argparse.Namespace,
-    given: set[str],
-    model: TokenBridge,
-    vae: AutoencoderKL,
-    source: Path,
-    device: torch.device,
-) -> None:
-    """Write OUT/000000.png and so on, class by class, OUT/grid.png and OUT/samples.json; a folder for each of --cfg_scale, and sweep.png."""
-    seeds, count = None, args.num_images if "num_images" in given else None
-    if args.interpolate:
-        ends = parse_classes(args.interpolate, model.class_num, "--interpolate")
-        if len(ends) != 2:
-            raise ValueError(f"--interpolate takes two classes, got {args.interpolate!r}")
-        labels = mixtures(*ends, count or 8)
-        seeds = [mixed_seed(args.seed, 0)] * len(labels)  # one seed: only the class changes
-        each = len(labels)
-    else:
-        classes = parse_classes(args.classes, model.class_num)
-        labels = balanced_labels(count or 4 * len(classes), classes)
-        each = len(labels) // len(classes) if len(labels) % len(classes) == 0 else 0
-    edit, settings = read_edit(args, model, vae, device), sample_settings(args, device)
-    settings.check(model.token_dim)
-    output = check_writable(args.output_dir, "--output_dir")
-    sweep = [(cfg, output / f"cfg_{cfg:g}") for cfg in args.cfg_scale] if args.cfg_scale else [(args.cfg, output)]
-    shown = min(len(labels), 400)
-    columns = each if 1 < each <= 20 else math.ceil(shown**0.5)
-    batches = math.ceil(len(range(dist.rank(), len(labels), dist.world_size())) / args.eval_bsz)
-    with tqdm(total=len(sweep) * batches * args.num_iter, unit="step", disable=not dist.is_main()) as bar:
-        for cfg, folder in sweep:
-            settings.cfg = cfg
-            bar.set_description(f"{len(labels)} images, cfg {cfg:g}")
-            write_images(
-                model,
-                vae,
-                labels,
-                settings,
-                device,
-                folder,
-                seeds=seeds,
-                edit=edit,
-                show_steps=args.show_steps,
-                on_step=lambda *_: bar.update(),
-            )
-            if dist.is_main():
-                picture_grid(folder, range(shown), columns, "grid.png")
-                write_json(
-                    folder / "samples.json",
-                    asdict(settings) | {"checkpoint": str(source), "weights": args.weights, "labels": labels},
-                )
-                logger.info("wrote %d images, grid.png and samples.json to %s", len(labels), folder)
-    if dist.is_main() and args.cfg_scale:
-        shown = min(len(labels), 20)
-        rows = [to_uint8(to_tensor(read_image(folder / f"{i:06d}.png"))) for _, folder in sweep for i in range(shown)]
-        save_grid(output / "sweep.png", torch.stack(rows), shown)
+    vae_path: by default where training had it, else beside the checkpoint, else pretrained_models/vae/kl16.ckpt; a VAE
+    that the model was not trained with is refused. weights: "ema" or "model". device: the CPU unless given. Published
+    checkpoints, which hold no config, are recognised by their shapes. FileNotFoundError or ValueError naming the file.
+    """
+    return Pipeline(*load_model(path, vae_path, weights=weights, device=device))

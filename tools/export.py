@@ -4,7 +4,7 @@
   python -m tools.export EXPORT --output_dir OUT/again            # a folder of safetensors becomes a checkpoint
 
 The folder holds model.safetensors (one set of weights, the EMA unless --weights says otherwise, with the quantizer's tables), config.json,
-vae.safetensors, vae.json and a model card, README.md. Every command takes it: --resume EXPORT, generation.loading.load("EXPORT"), --resume hf://....
+vae.safetensors, vae.json and a model card, README.md. Every command takes it: --resume EXPORT, generation.load("EXPORT"), --resume hf://....
 """
 
 import argparse
@@ -82,10 +82,9 @@ Class-conditional image generation with TokenBridge ([arXiv 2503.16430](https://
 | quality | not measured: run `main_tokenbridge.py --evaluate --resume THIS_FOLDER` and write the figures here |
 
 ```python
-from generation.library import generate
-from generation.loading import load
-model, vae = load("THIS_FOLDER")
-images = generate(model, vae, [0, 1], cfg=3.0, num_iter=64, seed=0)      # PIL images
+import generation
+pipeline = generation.load("THIS_FOLDER")
+images = pipeline.generate([0, 1], cfg=3.0, num_iter=64, seed=0)      # PIL images
 ```
 
 What it was trained on, who may use it and what it must not be used for is for its author to say here.
@@ -95,10 +94,10 @@ What it was trained on, who may use it and what it must not be used for is for i
 def to_folder(source: Path, output: Path, vae_path: str | None, weights: str, dtype: str) -> None:
     """Write the five files. ValueError or OSError for what does not fit; nothing is written then."""
     from checkpoints.weights import one_layout, read_file, structure_from_shapes
-    from generation.loading import load
+    from generation.loading import load_model
 
     content = one_layout(read_file(source, mmap=True), str(source))
-    model, vae = load(source, vae_path, weights=weights)
+    model, vae = load_model(source, vae_path, weights=weights)
     config = content.get("config") if isinstance(content.get("config"), dict) else None
     name = config["model_name"] if config else structure_from_shapes(content["model"], str(source))[0]
     step = {"step": content["step"]} if isinstance(content.get("step"), int) else {}
@@ -128,10 +127,10 @@ def to_folder(source: Path, output: Path, vae_path: str | None, weights: str, dt
 def to_checkpoint(source: Path, output: Path) -> None:
     """model.safetensors and what lies beside it -> checkpoint-last.pth and vae.pth, which the published scripts' layout reads too."""
     from checkpoints.weights import read_file
-    from generation.loading import load
+    from generation.loading import load_model
 
     content = read_file(source)
-    model, vae = load(source, weights=content.get("weights", "ema"))
+    model, vae = load_model(source, weights=content.get("weights", "ema"))
     state, which = model.state_dict(), content.get("weights", "ema")
     described = {"config": content["config"]} if "config" in content else {}
     check_writable(output, "--output_dir")

@@ -12,7 +12,7 @@ from dataset.images import read_image, save_grid, to_tensor
 from dataset.loader import GlobalBatchSampler, build_loader
 from dataset.training_set import DataOptions, build_dataset
 from engine_tokenbridge import TrainSettings, train_one_epoch
-from generation.pipeline import SampleSettings, generate, sample_settings
+from generation.pipeline import GenerationSettings, generate_batches, generation_settings
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from training import posthoc_ema
@@ -82,12 +82,12 @@ def announce(
 
 
 def sample_grid(
-    model: TokenBridge, vae: AutoencoderKL, settings: SampleSettings, path: Path, device: torch.device
+    model: TokenBridge, vae: AutoencoderKL, settings: GenerationSettings, path: Path, device: torch.device
 ) -> Tensor | None:
     """Write a grid of images of up to 16 classes, evenly spaced; the same seeds each time. Returns it (3, H, W) on rank 0."""
     count = min(16, model.class_num)
     labels = [i * model.class_num // count for i in range(count)]
-    mine = list(generate(model, vae, labels, range(dist.rank(), count, dist.world_size()), settings, device))
+    mine = list(generate_batches(model, vae, labels, range(dist.rank(), count, dist.world_size()), settings, device))
     pieces = dist.gather_objects(
         [(number, image.cpu()) for numbers, images in mine for number, image in zip(numbers, images, strict=True)]
     )
@@ -135,7 +135,7 @@ def train(
     if args.fsdp and (reason := cannot_shard(device)):
         raise ValueError(reason)
     evaluator = make_evaluator() if make_evaluator is not None else None
-    settings, grid = train_settings(args, steps_per_epoch, device), sample_settings(args, device)
+    settings, grid = train_settings(args, steps_per_epoch, device), generation_settings(args, device)
     grid.check(model.token_dim)
     if content is not None:
         checkpoint.load_state(model, content["model"], str(source))

@@ -8,13 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import generation
 import models
 from checkpoints.weights import find_file, generator_state, load_state, one_layout, read_file, structure_from_shapes
-from generation.library import generate
-from generation.loading import load
 from main_tokenbridge import main
 from models.tokenbridge import TokenBridge
-from models.vae_loading import load_vae
 from tests.helpers import Explosive, fill_golden, golden_json, tiny_config, tiny_vae
 
 SHAPES = {name: golden_json(f"manifest_tokenbridge_{name}") for name in ("base", "large", "huge")}
@@ -94,7 +92,8 @@ def test_every_layout_gives_the_ema(tmp_path: Path, known_size: TokenBridge, lay
     saved(tmp_path / "checkpoint-last.pth", make(known_size))
     vae = tiny_vae()
     saved(tmp_path / "vae.pth", {"model": vae.state_dict(), "config": vae.config})
-    model, _ = load(tmp_path)
+    pipeline = generation.load(tmp_path)
+    model = pipeline.model
     assert model.head_start == "official" and not model.training
     for name, value in model.named_parameters():
         assert value.dtype == torch.float32
@@ -103,7 +102,7 @@ def test_every_layout_gives_the_ema(tmp_path: Path, known_size: TokenBridge, lay
         assert torch.equal(getattr(model, table), getattr(known_size, table)), (
             "tables must stay float32 whatever the file's precision"
         )
-    assert len(generate(model, load_vae(tmp_path / "vae.pth"), [1], num_iter=2)) == 1
+    assert len(pipeline.generate([1], num_iter=2)) == 1
 
 
 def test_one_set_of_weights_is_not_taken_for_the_other(known_size: TokenBridge) -> None:
@@ -216,4 +215,4 @@ def test_load_state_leaves_the_module_alone_when_it_refuses() -> None:
 
 def test_hub_addresses_are_not_for_load() -> None:
     with pytest.raises(ValueError, match=r"checkpoints\.download\.local_path\('hf://a/b'\) fetches it"):
-        load("hf://a/b")
+        generation.load("hf://a/b")

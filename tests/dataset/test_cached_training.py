@@ -9,7 +9,7 @@ import torch
 
 import main_cache
 from dataset.images import read_image
-from generation.loading import load as load_model
+from generation.loading import load_model
 from main_tokenbridge import main
 from models.quantizer_tables import lloyd_tables, uniform_tables
 from models.vae import AutoencoderKL

@@ -84,7 +84,7 @@ def call(vae_file: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.Mon
     def no_work(*args: object, **kwargs: object) -> None:
         raise AssertionError("work was begun before the input was refused")
 
-    for name in ("training.run.train_one_epoch", "generation.pipeline.write_images", "evaluation.scores.evaluate"):
+    for name in ("training.run.train_one_epoch", "generation.sample.write_images", "evaluation.scores.evaluate"):
         monkeypatch.setattr(name, no_work)
     return lambda **changes: main(arguments(vae_file, pictures, tmp_path / "out", **changes))
 
@@ -147,7 +147,7 @@ def test_the_flags_that_are_changed_below_are_good(trained: Path, vae_file: Path
         (dict(cfg=math.inf), "--cfg must be finite, got inf"),
         (dict(device="tpu"), "--device 'tpu' is not one of"),
         (dict(evaluate=True, sample=True, classes="0"), "--evaluate and --sample are two different things"),
-        (dict(sample=True), "--sample needs --classes"),
+        (dict(sample=True), r"sampling needs classes.*\(--classes\)"),
         (dict(vae_embed_dim=8), r"vae_embed_dim 8 contradicts .*vae\.pth, whose VAE has 16 \(--vae_embed_dim\)"),
         (dict(vae_stride=8), r"vae_stride 8 contradicts .*vae\.pth, whose VAE has 16 \(--vae_stride\)"),
         (dict(online_eval=True, fid_stats="absent.npz"), r"no FID reference statistics at absent\.npz \(--fid_stats\)"),

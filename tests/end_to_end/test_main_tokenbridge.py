@@ -13,7 +13,7 @@ import main_cache
 from checkpoints.build import load_generator_weights
 from dataset.images import read_image
 from evaluation.scores import Evaluator
-from generation.pipeline import sample_settings
+from generation.pipeline import generation_settings
 from main_tokenbridge import main
 from models.tokenbridge import TokenBridge
 from models.vae_loading import load_vae
@@ -469,7 +469,7 @@ def test_checkpoints_and_evaluations_are_due_as_published(
             scored.append((step, settings.cfg, settings.temperature, weights))
 
     def prepare(args, device) -> Evaluator:  # noqa: ANN001
-        return Recorder(args, device, sample_settings(args, device), None, None, tmp_path, {})
+        return Recorder(args, device, generation_settings(args, device), None, None, tmp_path, {})
 
     monkeypatch.setattr(Evaluator, "prepare", prepare)
     monkeypatch.setattr(

@@ -30,7 +30,8 @@ from evaluation.scores import (
     warn_of_flaws,
 )
 from evaluation.store import EvalStore, batches_of, image_flaws
-from generation.pipeline import SampleSettings, balanced_labels, generate
+from generation.pipeline import GenerationSettings, generate_batches
+from generation.sample import balanced_labels
 from main_tokenbridge import main
 from tests.evaluation.test_fid_stats import Colours, adm, crops, write_stats
 from tests.helpers import REPO, run_processes, tiny_model, tiny_vae
@@ -38,7 +39,7 @@ from util.presets import load_preset
 
 CPU = torch.device("cpu")
 SIZE = 64
-SAMPLE = SampleSettings(num_iter=2, cfg=2.0, seed=5, batch_size=4)
+SAMPLE = GenerationSettings(num_iter=2, cfg=2.0, seed=5, batch_size=4)
 SMALL = 6  # feature dimensions of the stand-ins: the Fréchet distance of 2048 takes ten seconds
 
 
@@ -68,7 +69,7 @@ def images() -> torch.Tensor:
         [
             batch
             for numbers in batches_of(20, 4)
-            for _, batch in generate(tiny_model(), tiny_vae(), labels, numbers, SAMPLE, CPU)
+            for _, batch in generate_batches(tiny_model(), tiny_vae(), labels, numbers, SAMPLE, CPU)
         ]
     )
 
@@ -145,7 +146,9 @@ def test_labels_that_do_not_divide_are_explained() -> None:
 def test_a_second_run_makes_nothing_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = EvalStore(tmp_path, "none")
     first = scored(store=store)
-    monkeypatch.setattr("evaluation.scores.generate", lambda *args, **kwargs: pytest.fail("an image was made again"))
+    monkeypatch.setattr(
+        "evaluation.scores.generate_batches", lambda *args, **kwargs: pytest.fail("an image was made again")
+    )
     again = scored(store=store)
     keys = [key for key in first if key not in ("images_per_s", "vae_roundtrip")]
     assert [again[key] for key in keys] == [first[key] for key in keys] and again["images_per_s"] is None
@@ -167,7 +170,9 @@ def test_a_lost_shard_costs_its_batch_only(
         with np.load(shard) as arrays:
             short = {key: arrays[key][:2] for key in arrays.files}
         np.savez(shard, **short)
-    monkeypatch.setattr("evaluation.scores.generate", lambda *args: made.append(list(args[3])) or generate(*args))
+    monkeypatch.setattr(
+        "evaluation.scores.generate_batches", lambda *args: made.append(list(args[3])) or generate_batches(*args)
+    )
     assert scored(store=store)["fid"] == first["fid"]
     assert made == [[8, 9, 10, 11]]
     assert damage == "deleted" or any("000008.npz cannot be used" in line for line in messages)
@@ -179,7 +184,9 @@ def test_saved_pngs_are_the_images(images: torch.Tensor, tmp_path: Path, monkeyp
     for number, image in enumerate(images):
         assert torch.equal(torch.from_numpy(np.array(read_image(store.picture(number)))), image.permute(1, 2, 0))
     store.picture(13).unlink()  # its features are there, but the image was wanted
-    monkeypatch.setattr("evaluation.scores.generate", lambda *args: made.append(list(args[3])) or generate(*args))
+    monkeypatch.setattr(
+        "evaluation.scores.generate_batches", lambda *args: made.append(list(args[3])) or generate_batches(*args)
+    )
     scored(store=store)
     assert made == [[12, 13, 14, 15]] and store.picture(13).is_file()
 
@@ -194,9 +201,9 @@ def test_the_archive_is_the_adm_evaluators_format(
     def dies(*args: object) -> object:
         if next(calls) == 3:
             raise KeyboardInterrupt
-        return generate(*args)
+        return generate_batches(*args)
 
-    monkeypatch.setattr("evaluation.scores.generate", dies)
+    monkeypatch.setattr("evaluation.scores.generate_batches", dies)
     with pytest.raises(KeyboardInterrupt):
         scored(store=store)
     assert not store.archive.exists()
@@ -390,7 +397,7 @@ def test_a_sweep(
     assert len(table.splitlines()) == 5 and table.count("*") == 1
     assert [float(row["cfg"]) for row in csv.DictReader((tmp_path / "eval_sweep.csv").open())] == [1, 1, 2.5, 2.5]
     assert read_image(tmp_path / "eval_sweep.png").width > 500
-    monkeypatch.setattr("evaluation.scores.generate", lambda *args: pytest.fail("an image was made again"))
+    monkeypatch.setattr("evaluation.scores.generate_batches", lambda *args: pytest.fail("an image was made again"))
     main(command(files, tmp_path, "--cfg", 2.5))
     assert records(tmp_path)[4]["fid"] == found[3]["fid"]
     with pytest.raises(pytest.fail.Exception, match="made again"):
@@ -444,10 +451,13 @@ def test_a_checkpoint_without_ema_is_refused_unless_told(files: dict[str, Path],
 
 
 def test_sweeps_are_for_evaluation(tmp_path: Path) -> None:
-    only = "with --evaluate and --online_eval only"
-    for flags, message in ((["--sample", "--classes", "0"], f"{only}; with --sample give --cfg_scale"), ([], only)):
-        with pytest.raises(ValueError, match=message):
-            main([*flags, "--cfg", "1", "2", "--output_dir", str(tmp_path / "out")])
+    for flags, message in (
+        (["--sample", "--classes", "0", "--temperature", "1", "2"], "--evaluate and --online_eval only"),
+        (["--temperature", "1", "2"], "--evaluate and --online_eval only"),
+        (["--cfg", "1", "2"], "--evaluate and --online_eval and --sample only"),
+    ):
+        with pytest.raises(ValueError, match=f"{flags[-3]} takes several values with {message}"):
+            main([*flags, "--output_dir", str(tmp_path / "out")])
     args = main_tokenbridge.build_parser().parse_args(["--evaluate", "--cfg", "3", "1", "3", "--temperature", "0.9"])
     assert sweep_values(args) == [(3, 0.9), (1, 0.9)] and (args.cfg, args.temperature) == (3, 0.9)
 
@@ -477,7 +487,7 @@ def test_the_table_marks_the_lowest_fid() -> None:
 def test_bad_flags_are_refused(
     flags: list, message: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("evaluation.scores.generate", lambda *args: pytest.fail("an image was made"))
+    monkeypatch.setattr("evaluation.scores.generate_batches", lambda *args: pytest.fail("an image was made"))
     with pytest.raises((ValueError, OSError), match=message):
         main(command(files, tmp_path / "out", *flags))
     assert not (tmp_path / "out").exists()
@@ -497,7 +507,7 @@ def test_bad_references_are_refused_before_generation(
     arrays: dict | None, message: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("evaluation.scores.InceptionFeatures", lambda weights, device: FewColours())
-    monkeypatch.setattr("evaluation.scores.generate", lambda *args: pytest.fail("an image was made"))
+    monkeypatch.setattr("evaluation.scores.generate_batches", lambda *args: pytest.fail("an image was made"))
     (tmp_path / "empty").mkdir()
     stats = tmp_path / "empty" if arrays is None else write_stats(tmp_path / "bad.npz", **arrays)
     with pytest.raises((ValueError, OSError), match=message):
@@ -509,7 +519,7 @@ def test_bad_references_are_refused_before_generation(
 def test_an_unwritable_output_is_refused_before_generation(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("evaluation.scores.generate", lambda *args: pytest.fail("an image was made"))
+    monkeypatch.setattr("evaluation.scores.generate_batches", lambda *args: pytest.fail("an image was made"))
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cannot write to .*file/out \(--output_dir\)"):
         main(command(files, tmp_path / "file" / "out"))
@@ -617,7 +627,7 @@ from tests.evaluation.test_evaluation import FewColours, reference
 from util.log import run_cli
 engine_evaluate.InceptionFeatures = lambda weights, device: FewColours()
 engine_evaluate.load_references = lambda *args, **kwargs: reference()
-rank, real, count = os.environ.get("RANK", "0"), engine_evaluate.generate, 0
+rank, real, count = os.environ.get("RANK", "0"), engine_evaluate.generate_batches, 0
 
 def generate(*args):
     global count
@@ -629,7 +639,7 @@ def generate(*args):
     print("made a batch", flush=True)
     return real(*args)
 
-engine_evaluate.generate = generate
+engine_evaluate.generate_batches = generate
 sys.exit(run_cli(main_tokenbridge.main))
 """
 

@@ -10,7 +10,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from checkpoints.download import PRECISION_RECALL_HINT, file_hash
 from evaluation.published import INCEPTION_SHA256, PR_REFERENCE, STATS_BLOB, comparison
 from evaluation.scores import plain
-from generation.pipeline import sample_settings
+from generation.pipeline import generation_settings
 from main_tokenbridge import build_parser, sweep_values
 from util import dist
 from util.cli import parse
@@ -45,7 +45,7 @@ def record_of(preset: str, *flags: str, **scores: object) -> dict:
     figures = {"fid": 1.60, "inception_score": 310.3, "precision": None, "recall": 0.65}
     return (
         figures
-        | plain(sample_settings(args, torch.device("cuda")))
+        | plain(generation_settings(args, torch.device("cuda")))
         | {name: getattr(args, name) for name in names}
         | {
             "checkpoint": f"{args.resume}/checkpoint-last.pth",

@@ -1,12 +1,14 @@
-"""demo/samplers.py: a toy run whose exact settings are seen to be exact, and its bad input."""
+"""demo/samplers.py: a toy run whose exact settings are exact, and its bad input."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from demo import digits, samplers
-from demo.samplers import EXACT, SETTINGS
+from demo import digits
+from demo.ablations import SAMPLING
+from demo.samplers import EXACT, SETTINGS, main, run
+from generation import Pipeline
 from tests.helpers import tiny_model, tiny_vae
 
 
@@ -20,21 +22,17 @@ from tests.helpers import tiny_model, tiny_vae
 )
 def test_bad_flags(tmp_path: Path, flags: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        samplers.main([*flags, "--output_dir", str(tmp_path)])
+        main([*flags, "--output_dir", str(tmp_path)])
 
 
-def test_a_toy_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_toy_study(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Of three settings, the exact one and its twin give equal images, another order does not; one line each."""
     digits.write_image_folder(tmp_path / "digits")
-    (tmp_path / "model").mkdir()
-    chosen = {EXACT: {}, "twin": dict(reuse_features=1), "order raster": SETTINGS["order raster"]}
-    monkeypatch.setattr(samplers, "SETTINGS", chosen)
-    monkeypatch.setattr(samplers, "SAMPLING", samplers.SAMPLING | dict(num_iter=2))
-    monkeypatch.setattr(samplers, "load", lambda *_, **__: (tiny_model(), tiny_vae()))
-    samplers.main(["--num_images", "20", "--seeds", "2", "--output_dir", str(tmp_path)])
-    found = json.loads((tmp_path / "samplers.json").read_text())["settings"]
-    assert [figures["equal"] for figures in found.values()] == [[1, 1], [1, 1], [0, 0]]
-    assert all(0 <= x <= 1 for figures in found.values() for x in figures["accuracy"])
-    assert found[EXACT]["frechet"] == found["twin"]["frechet"] != found["order raster"]["frechet"]
+    settings = {EXACT: {}, "twin": dict(reuse_features=1), "order raster": SETTINGS["order raster"]}
+    run(Pipeline(tiny_model(), tiny_vae()), tmp_path, 20, range(2), settings, SAMPLING | dict(num_iter=2))
+    results = json.loads((tmp_path / "samplers.json").read_text())["settings"]
+    assert [figures["equal"] for figures in results.values()] == [[1, 1], [1, 1], [0, 0]]
+    assert all(0 <= x <= 1 for figures in results.values() for x in figures["accuracy"])
+    assert results[EXACT]["frechet"] == results["twin"]["frechet"] != results["order raster"]["frechet"]
     printed = capsys.readouterr().out.splitlines()
-    assert all(sum(line.startswith(name) for line in printed) == 1 for name in chosen)
+    assert all(sum(line.startswith(name) for line in printed) == 1 for name in settings)

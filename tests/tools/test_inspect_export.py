@@ -9,9 +9,8 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+import generation
 from checkpoints.weights import read_file
-from generation.library import generate
-from generation.loading import load
 from tests.helpers import tiny_model, tiny_vae
 from tests.hub import Hub
 from tools import export, inspect
@@ -105,8 +104,8 @@ def test_what_inspect_warns_of(folder: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def pictures(path: Path) -> np.ndarray:
-    model, vae = load(path)
-    return np.stack([np.asarray(image) for image in generate(model, vae, [1, 2], num_iter=3, cfg=2.0, seed=1)])
+    images = generation.load(path).generate([1, 2], num_iter=3, cfg=2.0, seed=1)
+    return np.stack([np.asarray(image) for image in images])
 
 
 def test_there_and_back(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -142,12 +141,12 @@ def test_half_precision_export(folder: Path, tmp_path: Path) -> None:
     assert found["mask_token"].dtype == torch.float16 and torch.equal(
         found["reconstruction_values"], model.reconstruction_values
     )
-    loaded, _ = load(tmp_path / "half", weights="model")
+    loaded = generation.load(tmp_path / "half", weights="model").model
     assert loaded.mask_token.dtype == torch.float32 and torch.allclose(
         loaded.mask_token, model.mask_token, rtol=1e-3, atol=1e-7
     )
     with pytest.raises(ValueError, match="holds one set of weights, model: ema is not there"):
-        load(tmp_path / "half")
+        generation.load(tmp_path / "half")
     huge = {"mask_token": torch.full((1, 1, 4), 1e6), "boundaries": torch.zeros(3)}
     with pytest.raises(ValueError, match="--dtype float16 cannot hold the weights mask_token"):
         export.lowered(huge, torch.float16)
@@ -172,7 +171,7 @@ def test_what_export_refuses(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"config\.json, the description of .*model\.safetensors, is no JSON of tools\.export"
     ):
-        load(tmp_path / "out")
+        generation.load(tmp_path / "out")
 
 
 def test_push_uploads_the_five_files(

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import engine_tokenbridge
 from engine_tokenbridge import draw_step, masked_counts, optimizer_step
-from generation.pipeline import SampleSettings, balanced_labels, generate
+from generation.pipeline import GenerationSettings, generate_batches
+from generation.sample import balanced_labels
 from models.tokenbridge import TokenBridge
 from tests.helpers import REPO, run_processes, tiny_model, tiny_vae
 from tests.processes import train_tiny
@@ -288,17 +289,17 @@ def test_bad_steps_are_skipped_counted_and_stop_the_run(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------- generation
 
-SAMPLE = SampleSettings(
+SAMPLE = GenerationSettings(
     num_iter=3, cfg=2.0, cfg_schedule="linear", temperature=1.0, seed=5, batch_size=4, precision="fp32"
 )
 
 
 def images_of(batch_size: int, indices: list[int]) -> dict[int, torch.Tensor]:
-    settings = SampleSettings(**(vars(SAMPLE) | {"batch_size": batch_size}))
+    settings = GenerationSettings(**(vars(SAMPLE) | {"batch_size": batch_size}))
     labels = [i % 10 for i in range(10)]
     return {
         n: image
-        for numbers, images in generate(tiny_model(), tiny_vae(), labels, indices, settings, CPU)
+        for numbers, images in generate_batches(tiny_model(), tiny_vae(), labels, indices, settings, CPU)
         for n, image in zip(numbers, images, strict=True)
     }
 
@@ -317,7 +318,7 @@ def test_weights_that_give_nan_are_an_error() -> None:
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite|NaN"):
-        list(generate(model, tiny_vae(), [0], [0], SAMPLE, CPU))
+        list(generate_batches(model, tiny_vae(), [0], [0], SAMPLE, CPU))
 
 
 @pytest.mark.parametrize(

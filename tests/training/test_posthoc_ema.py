@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+import generation
 import main_tokenbridge
-from generation import loading
 from tests.helpers import REPO, run_processes, skip_unless_shardable, tiny_vae
 from tools import inspect
 from training import run as engine_train
@@ -316,7 +316,7 @@ def test_the_command_and_its_file(
     inspect.main([str(tmp_path / "ema.pth"), "--json"])
     facts = json.loads(capsys.readouterr().out)
     assert facts["EMA"] == "these weights are the EMA" and facts["verdict"] == ["nothing wrong was found"]
-    loaded, _ = loading.load(tmp_path / "ema.pth")
+    loaded = generation.load(tmp_path / "ema.pth").model
     assert torch.equal(loaded.mask_token, content["model_ema"]["mask_token"])
     with pytest.raises(ValueError, match="holds one set of weights, ema: model is not there"):
         main_tokenbridge.main([*sample, "--resume", str(tmp_path / "ema.pth"), "--weights", "model"])

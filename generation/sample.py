@@ -1,0 +1,215 @@
+"""`main_tokenbridge.py --sample`: images as files, with their grid, their unmasking and a record of the settings.
+
+Letters: B images of a batch, S their side in pixels.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dataset.images import center_crop_adm, read_image, save_frames, save_grid, save_png, to_tensor, to_uint8
+from generation.editing import Edit, make_edit
+from generation.pipeline import GenerationSettings, GenerationStep, Pipeline, generate_batches
+from util import dist
+from util.cli import check_writable
+from util.files import write_json
+from util.log import get_logger
+from util.options import ArgumentError, check_options, option
+from util.seeds import mixed_seed
+
+logger = get_logger()
+
+SHOWN_STEPS_IMAGES = 16  # show_steps writes the unmasking of so many images; each frame is decoded by the VAE
+GRID_IMAGES = 400  # most images in grid.png
+SWEEP_COLUMNS = 20
+
+
+@dataclass(kw_only=True)
+class SampleOptions:
+    """What --sample writes. ArgumentError for options that do not go together."""
+
+    classes: str = option("", "for --sample: class numbers such as 207,360, or all")
+    interpolate: str = option("", "two classes such as 207,360: --num_images mixtures between them, all from one seed")
+    init: str = option("", "an image to edit; needs --mask")
+    mask: str = option(
+        "", "black and white image of --init's size: white is regenerated, tokens without white are kept"
+    )
+    show_steps: int = option(
+        0,
+        "write the unmasking of the first images as GIF and PNG strip, 8 frames unless said",
+        lowest=0,
+        nargs="?",
+        const=8,
+        metavar="FRAMES",
+    )
+    num_images: int | None = None  # None: 4 per class, or 8 mixtures
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if bool(self.classes) == bool(self.interpolate):
+            raise ArgumentError(
+                "classes", "sampling needs classes, numbers such as 207,360, or all; or interpolate instead"
+            )
+        if bool(self.init) != bool(self.mask):
+            raise ArgumentError("init", "init and mask go together: an image, and which part of it is regenerated")
+
+    def labels(self, class_num: int) -> tuple[list[int | dict[int, float]], int]:
+        """The class or mixture of each image, and the number of columns that suits their grid."""
+        if self.interpolate:
+            ends = parse_classes(self.interpolate, class_num, "interpolate")
+            if len(ends) != 2:
+                raise ArgumentError("interpolate", f"interpolate takes two classes, got {self.interpolate!r}")
+            labels = mixtures(*ends, self.num_images or 8)
+            row = len(labels)
+        else:
+            classes = parse_classes(self.classes, class_num, "classes")
+            labels = balanced_labels(self.num_images or 4 * len(classes), classes)
+            row = len(labels) // len(classes) if len(labels) % len(classes) == 0 else 0
+        return labels, row if 1 < row <= 20 else math.ceil(min(len(labels), GRID_IMAGES) ** 0.5)
+
+    def read_edit(self, pipeline: Pipeline) -> Edit | None:
+        """The edit of init and mask, both cropped to the model's size; ArgumentError if their sizes differ."""
+        if not self.init:
+            return None
+        image, mask, size = read_image(self.init), read_image(self.mask), pipeline.image_size
+        if image.size != mask.size:
+            raise ArgumentError(
+                "mask",
+                f"{self.mask} (--mask) is {mask.width} x {mask.height} pixels, {self.init} (--init) {image.width} x "
+                f"{image.height}; they must have the same size",
+            )
+        return make_edit(pipeline.model, pipeline.vae, center_crop_adm(image, size), center_crop_adm(mask, size))
+
+
+def balanced_labels(num_images: int, classes: Sequence[int]) -> list[int]:
+    """Labels in the order of `classes`, num_images / len(classes) of each; the first classes get one more of a rest."""
+    each, rest = divmod(num_images, len(classes))
+    return [label for i, label in enumerate(classes) for _ in range(each + (i < rest))]
+
+
+def mixtures(first: int, last: int, count: int) -> list[dict[int, float]]:
+    """`count` class mixtures from all of class `first` to all of class `last`."""
+    shares = [i / max(1, count - 1) for i in range(count)]
+    return [{first: 1.0} if first == last else {first: 1 - share, last: share} for share in shares]
+
+
+def parse_classes(text: str, class_num: int, argument: str) -> list[int]:
+    """Class numbers of "207,360" or "all"; ArgumentError if one is not in [0, class_num)."""
+    if text == "all":
+        return list(range(class_num))
+    try:
+        classes = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ArgumentError(argument, f"{argument} takes numbers separated by commas, or all; got {text!r}") from None
+    wrong = [c for c in classes if not 0 <= c < class_num]
+    if wrong:
+        raise ArgumentError(argument, f"{argument}: {wrong} not in [0, {class_num}), the model's classes")
+    return classes
+
+
+class StepFrames:
+    """Collects images of the unmasking, `count` per image, evenly spaced over the steps; the last one is the result."""
+
+    def __init__(self, num_iter: int, count: int):
+        count = min(count, num_iter)
+        self.steps = {math.ceil(num_iter * (i + 1) / count) - 1 for i in range(count)}
+        self.frames: dict[int, list[Tensor]] = {}
+
+    def __call__(self, step: GenerationStep) -> None:
+        if step.step in self.steps and step.numbers[0] < SHOWN_STEPS_IMAGES:
+            for number, image in zip(step.numbers, step.pixels().cpu(), strict=True):
+                self.frames.setdefault(number, []).append(image)
+
+    def write(self, folder: Path) -> None:
+        """folder/000000.gif and folder/000000.png, a strip, for each of the first images; then forgets them."""
+        for number, frames in self.frames.items():
+            if number < SHOWN_STEPS_IMAGES:
+                save_frames(folder / f"{number:06d}.gif", torch.stack(frames))
+                save_grid(folder / f"{number:06d}.png", torch.stack(frames), len(frames))
+        self.frames.clear()
+
+
+def write_images(
+    pipeline: Pipeline,
+    labels: Sequence[int | Mapping[int, float]],
+    settings: GenerationSettings,
+    output: Path,
+    *,
+    seeds: Sequence[int] | None = None,
+    edit: Edit | None = None,
+    show_steps: int = 0,
+    after_step: Callable[[], object] = lambda: None,
+) -> None:
+    """Write this process's share of the images as output/000000.png and so on, their unmasking to output/steps."""
+    frames = StepFrames(settings.num_iter, show_steps) if show_steps else None
+
+    def on_step(step: GenerationStep) -> None:
+        after_step()
+        if frames is not None:
+            frames(step)
+
+    indices = range(dist.rank(), len(labels), dist.world_size())
+    for numbers, images in generate_batches(
+        pipeline.model,
+        pipeline.vae,
+        labels,
+        indices,
+        settings,
+        pipeline.device,
+        on_step=on_step,
+        seeds=seeds,
+        edit=edit,
+    ):
+        for number, image in zip(numbers, images, strict=True):
+            save_png(output / f"{number:06d}.png", image)
+        if frames is not None:
+            frames.write(output / "steps")
+    dist.barrier()
+
+
+def read_pixels(files: Sequence[Path]) -> Tensor:
+    """uint8 (B, 3, S, S) of PNG files that every process may have written."""
+    return torch.stack([to_uint8(to_tensor(read_image(file))) for file in files])
+
+
+def sample(
+    pipeline: Pipeline,
+    options: SampleOptions,
+    settings: GenerationSettings,
+    scales: Sequence[float],
+    output: Path,
+    about: Mapping[str, object],
+) -> None:
+    """Write output/000000.png and so on, class by class, grid.png, and samples.json with the settings and `about`.
+
+    scales: guidance scales; with several, each has a folder output/cfg_SCALE, and sweep.png shows them row by row.
+    ValueError for what does not fit, before anything is written.
+    """
+    labels, columns = options.labels(pipeline.model.class_num)
+    seeds = [mixed_seed(settings.seed, 0)] * len(labels) if options.interpolate else None  # only the class changes
+    edit = options.read_edit(pipeline)
+    settings.check(pipeline.model.token_dim)
+    output = check_writable(output, "--output_dir")
+    folders = {cfg: output / f"cfg_{cfg:g}" if len(scales) > 1 else output for cfg in scales}
+    batches = math.ceil(len(range(dist.rank(), len(labels), dist.world_size())) / settings.batch_size)
+    with tqdm(total=len(folders) * batches * settings.num_iter, unit="step", disable=not dist.is_main()) as bar:
+        for cfg, folder in folders.items():
+            bar.set_description(f"{len(labels)} images, cfg {cfg:g}")
+            scaled, show_steps = replace(settings, cfg=cfg), options.show_steps
+            write_images(
+                pipeline, labels, scaled, folder, seeds=seeds, edit=edit, show_steps=show_steps, after_step=bar.update
+            )
+            if dist.is_main():
+                files = [folder / f"{i:06d}.png" for i in range(min(len(labels), GRID_IMAGES))]
+                save_grid(folder / "grid.png", read_pixels(files), columns)
+                write_json(folder / "samples.json", asdict(scaled) | dict(about) | {"labels": labels})
+                logger.info("wrote %d images, grid.png and samples.json to %s", len(labels), folder)
+    if dist.is_main() and len(folders) > 1:
+        shown = min(len(labels), SWEEP_COLUMNS)
+        files = [folder / f"{i:06d}.png" for folder in folders.values() for i in range(shown)]
+        save_grid(output / "sweep.png", read_pixels(files), shown)
