@@ -1,6 +1,5 @@
-"""tools/bench/__main__.py by its counts, never by time: the bounds that the fast parts must keep, and that the plain references compute the same."""
+"""tools/bench by its counts, never by time: bounds of the optimized parts, baselines that compute the same."""
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +14,20 @@ from models.tokenbridge import TokenBridge, draw_mask_ratio, mask_from_orders
 from tests.helpers import tiny_batch, tiny_config, tiny_model
 from tools.bench import evaluation as bench_eval
 from tools.bench.__main__ import build_parser, main
+from tools.bench.baselines import baseline_loss
 from tools.bench.counting import OpCounter, count, fake_mode, no_fake_gpu
 from tools.bench.quantizer import quantize_by_distance
-from tools.bench.sample import HeadPositions, count_samplers, samplers
-from tools.bench.sample_study import REUSE
-from tools.bench.train import count_training, mean_mask_ratio, plain_loss
+from tools.bench.sample import REUSE, HeadPositions, count_samplers, samplers
+from tools.bench.train import count_training, mean_mask_ratio
 from util.log import run_cli
 
 CPU = torch.device("cpu")
+SMALL = "--model tokenbridge_digits --img_size 32 --vae_stride 8 --vae_embed_dim 4 --buffer_size 4 --device cpu"
 
 
-# ------------------------------------------------------------------------------------------------------------- the counter
+def rows_of(capsys: pytest.CaptureFixture) -> dict[str, list[str]]:
+    """{name: cells} of the printed tables."""
+    return {line[:34].strip(): line[34:].split() for line in capsys.readouterr().out.splitlines()}
 
 
 def test_counter_counts_operations_and_the_largest_tensor() -> None:
@@ -35,12 +37,8 @@ def test_counter_counts_operations_and_the_largest_tensor() -> None:
         y = y.unsqueeze(-1) * torch.ones(7, dtype=torch.float64)
         y.sum()
     assert counter.by_name == {"add": 1, "unsqueeze": 1, "ones": 1, "mul": 1, "sum": 1}
-    assert (
-        counter.ops == 5
-        and counter.largest == 3 * 5 * 7
-        and counter.largest_bytes == 3 * 5 * 7 * 8
-        and counter.syncs == {}
-    )
+    assert (counter.ops, counter.views, counter.work) == (5, 1, 4) and counter.syncs == {}
+    assert counter.largest == 3 * 5 * 7 and counter.largest_bytes == 3 * 5 * 7 * 8
 
 
 @pytest.mark.parametrize(
@@ -59,24 +57,17 @@ def test_counter_counts_operations_and_the_largest_tensor() -> None:
         lambda x: int(x.argmax()),
     ],
 )
-def test_counter_knows_host_syncs(waits) -> None:  # noqa: ANN001
+def test_counter_knows_host_syncs(waits) -> None:
     with OpCounter() as counter:
         waits(torch.randn(4, 4))
-    assert sum(counter.syncs.values()) >= 1
+    assert counter.num_syncs >= 1
 
 
 def test_counter_lets_other_operations_pass() -> None:
     x, index = torch.randn(4, 4), torch.tensor([0, 2])
     with OpCounter() as counter:
-        (
-            x[index],
-            x[:, 1:3],
-            torch.where(x > 0, x, 0),
-            x.gather(0, index[None]),
-            x.masked_fill(x > 0, 1),
-            x.argsort(),
-            x.to(torch.float64),
-        )
+        x[index], x[:, 1:3], torch.where(x > 0, x, 0), x.gather(0, index[None])
+        x.masked_fill(x > 0, 1), x.argsort(), x.to(torch.float64)
         x[index] = 0
         x.scatter_(0, index[None], 1.0)
     assert counter.syncs == {} and counter.ops > 8
@@ -96,24 +87,21 @@ def test_counting_begins_with_the_module() -> None:
     assert not layer._forward_pre_hooks  # nothing stays behind
 
 
-# ------------------------------------------------------------------------------------------------------------- quantizer
-
-
 @pytest.mark.parametrize("bits", [1, 4, 6, 8, 12])
 def test_quantizing_makes_no_distance_tensor(bits: int) -> None:
-    """Nothing is larger than latents or table: no (..., K) tensor; the reference makes one, and agrees but on the edges between cells."""
+    """No tensor larger than latents or table; the baseline makes one, and agrees but on the edges between cells."""
     values = GaussianQuantizer(bits, -5.0, 5.0).reconstruction_values
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 16, 8, 8)).astype(np.float32) * 2)
     with OpCounter() as ours:
-        found = quantize(x, values, -5.0, 5.0)
-    with OpCounter() as plain:
+        indices = quantize(x, values, -5.0, 5.0)
+    with OpCounter() as baseline:
         expected = quantize_by_distance(x, values, -5.0, 5.0)
     assert ours.largest <= max(x.numel(), 8 * len(values)) and ours.syncs == {}
-    assert plain.largest == x.numel() * len(values)
+    assert baseline.largest == x.numel() * len(values)
     mapped = (x.double() + 5) / 10 * 6 - 3
     midpoints = (values[:-1] + values[1:]).double() / 2
     near = (mapped.unsqueeze(-1) - midpoints).abs().amin(-1) < 1e-6  # where rounding may decide
-    assert torch.equal(found[~near], expected[~near]) and (found - expected).abs().max() <= 1
+    assert torch.equal(indices[~near], expected[~near]) and (indices - expected).abs().max() <= 1
     assert near.double().mean() < 0.02
 
 
@@ -123,54 +111,47 @@ def test_quantizing_the_real_batch_makes_no_distance_tensor() -> None:
     assert counter.largest == 64 * 16 * 16 * 16
 
 
-# ------------------------------------------------------------------------------------------------------------- sampling
+def orders_and_labels(model: TokenBridge) -> tuple[torch.Tensor, torch.Tensor]:
+    return random_orders(2, model.num_tokens, torch.Generator().manual_seed(3)), torch.tensor([3, 7])
 
 
 @pytest.mark.parametrize("head_start", ["official", "trained"])
 @pytest.mark.parametrize(
-    "num_iter, cfg, schedule", [(1, 1.0, "linear"), (4, 3.0, "linear"), (5, 2.0, "constant"), (40, 3.0, "linear")]
+    "guidance", [(1, 1.0, "linear"), (4, 3.0, "linear"), (5, 2.0, "constant"), (40, 3.0, "linear")]
 )
-def test_the_plain_sampler_makes_the_same_tokens(num_iter: int, cfg: float, schedule: str, head_start: str) -> None:
-    """Two passes, no cache, boolean masks: an independent account of the sampler gives every token alike."""
+def test_the_baseline_samples_the_same_tokens(guidance: tuple[int, float, str], head_start: str) -> None:
+    """Two passes, no cache, boolean masks: an independent implementation of the sampler gives every token alike."""
     model = tiny_model(head_start=head_start)
-    orders, labels = random_orders(2, model.num_tokens, torch.Generator().manual_seed(3)), torch.tensor([3, 7])
-    plain, ours = (
-        model.quantize(function())[0] for function in samplers(model, orders, labels, num_iter, cfg, schedule)
-    )
-    assert torch.equal(plain, ours)
+    ways = samplers(model, *orders_and_labels(model), *guidance)
+    baseline, ours = (model.quantize(way())[0] for way in ways)
+    assert torch.equal(baseline, ours)
     assert len(ours.unique()) > 4  # not a trivial picture
 
 
 def test_counts_on_fake_tensors_are_those_of_a_real_run() -> None:
-    """And what they are: 16 head positions per token, not 136; no host sync; fewer FLOPs than the plain way."""
-    fake = count_samplers(lambda: TokenBridge(**tiny_config()), 2, 2, 3.0, "linear", CPU)
+    """And what they are: 16 head positions per token, not 136; no host sync; fewer FLOPs than the baseline."""
+    fake = count_samplers(lambda: TokenBridge(**tiny_config()), 2, (2, 3.0, "linear"), CPU)
     model = tiny_model()
-    orders, labels = random_orders(2, model.num_tokens, torch.Generator().manual_seed(3)), torch.tensor([3, 7])
-    for (counts, _), function in zip(fake, samplers(model, orders, labels, 2, 3.0, "linear"), strict=True):
-        real = count(function, arm_at=model.z_proj)
-        assert (counts.flops, counts.ops, counts.syncs, counts.by_name) == (
-            real.flops,
-            real.ops,
-            real.syncs,
-            real.by_name,
-        )
-    (plain, plain_positions), (ours, our_positions) = fake
-    assert (plain_positions, our_positions) == (136, 16)
-    assert ours.syncs == {} and plain.num_syncs == 6 * 2  # the plain way waits six times a step
-    assert 0 < ours.flops < plain.flops
-    assert ours.ops - ours.views < plain.ops - plain.views  # torch 2.6 counts a view for every ':' too
+    ways = samplers(model, *orders_and_labels(model), 2, 3.0, "linear")
+    for (counts, _), way in zip(fake, ways, strict=True):
+        real = count(way, arm_at=model.z_proj)
+        for name in ("flops", "ops", "syncs", "by_name"):
+            assert getattr(counts, name) == getattr(real, name), name
+    (baseline, baseline_positions), (ours, our_positions) = fake
+    assert (baseline_positions, our_positions) == (136, 16)
+    assert ours.syncs == {} and baseline.num_syncs == 6 * 2  # the baseline waits six times a step
+    assert 0 < ours.flops < baseline.flops
+    assert ours.work < baseline.work  # torch 2.6 counts a view for every ':' too
 
 
 @pytest.mark.parametrize(
-    "temperature, schedule, cfg, with_labels", [(1.0, "linear", 3.0, True), (0.7, "constant", 1.0, False)]
+    "temperature, schedule, cfg, labels", [(1.0, "linear", 3.0, [1, 2]), (0.7, "constant", 1.0, None)]
 )
-def test_no_host_sync_at_any_temperature(temperature: float, schedule: str, cfg: float, with_labels: bool) -> None:
+def test_no_host_sync_at_any_temperature(temperature: float, schedule: str, cfg: float, labels: list | None) -> None:
     model = tiny_model()
-    labels = torch.tensor([1, 2]) if with_labels else None
-    positions = HeadPositions(model)
-    counts = count(
-        lambda: model.sample_tokens(2, 6, cfg, schedule, labels, temperature, seeds=[1, 2]), arm_at=model.z_proj
-    )
+    labels, positions = None if labels is None else torch.tensor(labels), HeadPositions(model)
+    arguments = 2, 6, cfg, schedule, labels, temperature
+    counts = count(lambda: model.sample_tokens(*arguments, seeds=[1, 2]), arm_at=model.z_proj)
     assert counts.syncs == {} and positions.total == 2 * model.num_tokens * 16
 
 
@@ -178,34 +159,30 @@ def test_sampling_base_within_its_flops() -> None:
     """At most 1.7 TFLOP per image at 8 iterations with guidance (issue 3), 256 px, 64 levels."""
     with fake_mode():
         model = MODELS["tokenbridge_base"]().eval()
-        labels = torch.zeros(1, dtype=torch.long)
-        positions = HeadPositions(model)
+        positions, labels = HeadPositions(model), torch.zeros(1, dtype=torch.long)
         counts = count(samplers(model, None, labels, 8, 3.0, "linear")[1], arm_at=model.z_proj)
     assert 1.4e12 < counts.flops <= 1.7e12
     assert positions.total == 16 * 256 and counts.syncs == {}
 
 
 @pytest.mark.slow
-def test_sampling_base_the_plain_way_costs_more() -> None:
-    (plain, plain_positions), (ours, our_positions) = count_samplers(
-        MODELS["tokenbridge_base"], 1, 8, 3.0, "linear", CPU
-    )
-    assert plain.flops == pytest.approx(4.3e12, rel=0.03) and ours.flops <= 1.7e12
-    assert (plain_positions, our_positions, ours.num_syncs) == (136, 16, 0)
+def test_sampling_base_costs_more_in_the_baseline() -> None:
+    counted = count_samplers(MODELS["tokenbridge_base"], 1, (8, 3.0, "linear"), CPU)
+    (baseline, baseline_positions), (ours, our_positions) = counted
+    assert baseline.flops == pytest.approx(4.3e12, rel=0.03) and ours.flops <= 1.7e12
+    assert (baseline_positions, our_positions, ours.num_syncs) == (136, 16, 0)
 
 
 def test_more_iterations_cost_the_backbone_only() -> None:
     """A token passes the head once, however many steps there are."""
-    model, found = tiny_model(), []
+    model, counted = tiny_model(), []
     for num_iter in (2, 8):
         positions = HeadPositions(model)
         counts = count(lambda n=num_iter: model.sample_tokens(1, n, labels=[1], seeds=[0]))
-        found.append((positions.total, counts.flops))
+        counted.append((positions.total, counts.flops))
         positions.handle.remove()
-    assert found[0][0] == found[1][0] == 16 * model.num_tokens and found[0][1] < found[1][1]
-
-
-# ------------------------------------------------------------------------------------------------------------- training
+    (few_positions, few), (many_positions, many) = counted
+    assert few_positions == many_positions == 16 * model.num_tokens and few < many
 
 
 @pytest.mark.parametrize("lowest", [0.7, 0.5, 0.95])
@@ -224,19 +201,16 @@ def test_training_counts() -> None:
     assert real.flops == both.flops
 
 
-def test_the_plain_loss_is_the_same_and_so_are_its_gradients() -> None:
-    """An independent account of the training step: boolean masks, attention with a mask of -inf, one head after the other."""
+def test_the_baseline_has_the_same_loss_and_gradients() -> None:
+    """An independent implementation of the training step: boolean masks, attention with -inf, head by head."""
     latents, labels = tiny_batch(3)
-    drop, mask = (
-        torch.tensor([False, True, False]),
-        mask_from_orders(random_orders(3, 16, torch.Generator().manual_seed(1)), 13),
-    )
-    plain, ours = tiny_model().train(), tiny_model().train()
-    losses = plain_loss(plain, latents, labels, mask, drop), ours(latents, labels, mask, label_drop=drop)
+    drop, orders = torch.tensor([False, True, False]), random_orders(3, 16, torch.Generator().manual_seed(1))
+    mask, baseline, ours = mask_from_orders(orders, 13), tiny_model().train(), tiny_model().train()
+    losses = baseline_loss(baseline, latents, labels, mask, drop), ours(latents, labels, mask, label_drop=drop)
     assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-5)
     for loss in losses:
         loss.backward()
-    for (name, a), b in zip(plain.named_parameters(), ours.parameters(), strict=True):
+    for (name, a), b in zip(baseline.named_parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -247,68 +221,53 @@ def test_training_base_within_its_flops() -> None:
     assert both.syncs == {}
 
 
-# ------------------------------------------------------------------------------------------------------------- command line
-
-DIGITS = [
-    "--model",
-    "tokenbridge_digits",
-    "--img_size",
-    "32",
-    "--vae_stride",
-    "8",
-    "--vae_embed_dim",
-    "4",
-    "--buffer_size",
-    "4",
-    "--device",
-    "cpu",
-]
-
-
 def test_quantizer_table(capsys: pytest.CaptureFixture) -> None:
     main(["quantizer", "--shape", "2", "4", "8", "8", "--bits", "4", "--repeats", "2", "--device", "cpu"])
     out = capsys.readouterr().out
-    assert (
-        "(2, 4, 8, 8) float32 latents at 16 levels" in out and "100.0000%" in out and "16.0x" not in out.splitlines()[3]
-    )
+    assert "(2, 4, 8, 8) float32 latents at 16 levels" in out and "100.0000%" in out
+    assert "16.0x" not in out.splitlines()[3]
 
 
 def test_sample_table(capsys: pytest.CaptureFixture) -> None:
-    main(["sample", *DIGITS, "--num_iter", "3", "--batch_size", "2"])
-    lines = {line[:34].strip(): line[34:].split() for line in capsys.readouterr().out.splitlines()}
-    assert lines["head positions per token"][:2] == ["10", "4"] and lines["host syncs in the loop"][:2] == ["18", "0"]
-    assert lines["equal tokens"] == ["100.00%"] and float(lines["seconds per image"][0]) > 0
+    main(["sample", *SMALL.split(), "--num_iter", "3", "--batch_size", "2"])
+    rows = rows_of(capsys)
+    assert rows["head positions per token"][:2] == ["10", "4"] and rows["host syncs in the loop"][:2] == ["18", "0"]
+    assert rows["equal tokens"] == ["100.00%"] and float(rows["seconds per image"][0]) > 0
 
 
 def test_train_table(capsys: pytest.CaptureFixture) -> None:
-    main(["train", *DIGITS, "--mask_ratio", "0.8", "--repeats", "1"])
+    main(["train", *SMALL.split(), "--mask_ratio", "0.8", "--repeats", "1"])
     out = capsys.readouterr().out
     assert "0.8" in out and "13/16" in out and "Whole step" in out and "M parameters" in out
-    here = next(line for line in out.splitlines() if line.startswith("here "))
-    assert here.split()[-1] == ("-" if no_fake_gpu() else "0")
-    main(["train", *DIGITS, "--flops_only"])
+    ours = next(line for line in out.splitlines() if line.startswith("ours "))
+    assert ours.split()[-1] == ("-" if no_fake_gpu() else "0")
+    main(["train", *SMALL.split(), "--flops_only"])
     out = capsys.readouterr().out
     assert "Whole step" not in out and "nothing was computed" in out and "mean 0.867" in out
 
 
 @pytest.mark.parametrize(
-    "argv, message",
+    "command, message",
     [
-        (["quantizer", "--bits", "13"], "1 to 12"),
-        (["quantizer", "--range", "-1"], "--range must be at least"),
-        (["quantizer", "--shape", "64", "0"], "--shape takes sizes"),
-        (["quantizer", "--bits", "12", "--shape", "64", "16", "64", "64"], "would take 128 GiB"),
-        (["sample", "--num_iter", "0"], "--num_iter must be at least 1"),
-        (["sample", "--batch_size", "0"], "--batch_size must be at least 1"),
-        (["sample", "--img_size", "100", "--dry"], "img_size 100"),
-        (["train", "--mask_ratio", "1.5"], "--mask_ratio must be in"),
-        (["train", "--quant_bits", "0"], "1 to 12"),
-        (["train", "--repeats", "0"], "--repeats must be at least 1"),
-        (["train", "--device", "tpu"], "--device 'tpu'"),
+        ("quantizer --bits 13", "bits must be at most 12, got 13 (--bits)"),
+        ("quantizer --range -1", "range must be at least 1e-06, got -1.0 (--range)"),
+        ("quantizer --shape 64 0", "shape must be at least 1, got 0 (--shape)"),
+        ("quantizer --bits 12 --shape 64 16 64 64", "would take 128 GiB"),
+        ("sample --num_iter 0", "num_iter must be at least 1, got 0 (--num_iter)"),
+        ("sample --batch_size 0", "batch_size must be at least 1"),
+        ("sample --img_size 100 --dry", "img_size 100"),
+        ("train --mask_ratio 1.5", "mask_ratio must be at most 1, got 1.5 (--mask_ratio)"),
+        ("train --mask_ratio 0", "mask_ratio must be above 0"),
+        ("train --quant_bits 0", "quant_bits must be at least 1"),
+        ("train --repeats 0", "repeats must be at least 1, got 0 (--repeats)"),
+        ("train --device tpu", "--device 'tpu'"),
+        ("cache --records 0", "records must be at least 1, got 0 (--records)"),
+        ("cache --shape 3 4 4", "shape takes 2C h w"),
+        ("eval --num_images 9", "num_images must be at least 10"),
     ],
 )
-def test_bad_input(argv: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
-    assert run_cli(lambda: main(argv)) == 2
+def test_bad_input(command: str, message: str, capsys: pytest.CaptureFixture) -> None:
+    assert run_cli(lambda: main(command.split())) == 2
     assert message in capsys.readouterr().err
 
 
@@ -319,84 +278,45 @@ def test_unknown_model_lists_what_exists(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_cache_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Bytes per image are what the records need and a head; every format is read. Times decide nothing here."""
-    main(
-        [
-            "cache",
-            "--records",
-            "60",
-            "--shape",
-            "8",
-            "4",
-            "4",
-            "--batch_size",
-            "10",
-            "--num_workers",
-            "0",
-            "--repeats",
-            "1",
-            "--images",
-            "0",
-            "--folder",
-            str(tmp_path),
-        ]
-    )
-    rows = {line[:34].strip(): line[34:].split() for line in capsys.readouterr().out.splitlines()}
+    """Bytes per image are what the records need and a head; every format is read; a second run keeps the files."""
+    command = "cache --records 60 --shape 8 4 4 --batch_size 10 --num_workers 0 --repeats 1 --images 0 --folder"
+    main([*command.split(), str(tmp_path)])
+    rows = rows_of(capsys)
     sizes = {name: int(cells[-1]) for name, cells in rows.items() if name.startswith(("npz", "shards"))}
     record = 2 * 8 * 4 * 4
-    assert sizes["npz tree, float32 (published)"] > 4 * record + 200
-    for name, needed in (
-        ("shards, float32", 4 * record),
-        ("shards, float16 (default)", 2 * record),
-        ("shards, mean, float16", record),
-        ("shards, indices, 6 bits", record * 6 // 16),
-    ):
-        assert needed < sizes[name] < needed + 60, name
+    assert sizes.pop("npz tree, float32 (published)") > 4 * record + 200
+    needed = dict(zip(sizes, (4 * record, 2 * record, record, record * 6 // 16), strict=True))
+    assert list(sizes) == [
+        "shards, float32",
+        "shards, float16 (default)",
+        "shards, mean, float16",
+        "shards, indices, 6 bits",
+    ]
+    assert all(needed[name] < size < needed[name] + 60 for name, size in sizes.items()), sizes
     assert all(float(cells[0]) > 0 for name, cells in rows.items() if name.startswith(("npz", "shards", "the float16")))
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
-    assert len(before) == 60 and run_cli(lambda: main(["cache", "--records", "0"])) == 2
-    assert "--records must be at least 1" in capsys.readouterr().err
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*0*.*z*") if path.is_file()}
+    assert sum(path.suffix == ".npz" for path in before) == 60
+    main([*command.split(), str(tmp_path)])
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_what_is_reused_is_not_computed(capsys: pytest.CaptureFixture) -> None:
-    """Study "reuse": fewer FLOPs than the exact sampler for every saving; confidence order costs more the more candidates it scores."""
-    main(
-        [
-            "sample",
-            "--study",
-            "reuse",
-            "--model",
-            "tokenbridge_digits",
-            "--img_size",
-            "32",
-            "--vae_stride",
-            "8",
-            "--vae_embed_dim",
-            "4",
-            "--batch_size",
-            "1",
-            "--num_iter",
-            "6",
-            "--dry",
-        ]
-    )
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.endswith("x")]
-    fewer = {line[:34].strip(): float(line[50:66].rstrip("x ")) for line in rows}
+    """Study "reuse": fewer FLOPs than the exact sampler; a confidence order costs more the more it scores."""
+    main(["sample", "--study", "reuse", *SMALL.split(), "--num_iter", "6", "--dry"])
+    fewer = {name: float(cells[1].rstrip("x")) for name, cells in rows_of(capsys).items() if name in REUSE}
     assert fewer["exact, random order"] == 1 and list(fewer) == list(REUSE)
-    assert all(fewer[name] > 1.02 for name in fewer if name.startswith("reuse") or name.startswith("both"))
-    assert (
-        fewer["order confidence"] <= fewer["order confidence, candidates 2"] <= fewer["order confidence, candidates 1"]
-    )
+    assert all(fewer[name] > 1.02 for name in fewer if name.startswith(("reuse", "both")))
+    confidence = [value for name, value in fewer.items() if name.startswith("order confidence")]
+    assert confidence == sorted(confidence)
 
 
 @pytest.mark.slow
 def test_both_ways_of_evaluating_agree(tmp_path: Path) -> None:
-    """From the same images, in memory and through torch-fidelity's reading of PNGs; and the scores of features in one and in two processes."""
+    """In memory and through torch-fidelity's reading of PNGs; scores of features in one and in two processes."""
     weights = bench_eval.write_random_inception(tmp_path / "inception.pth")
-    found = bench_eval.compare_paths(argparse.Namespace(num_images=10, img_size=32, batch_size=5), weights, CPU)
-    assert found["fid"] == pytest.approx(found["plain fid"], rel=1e-3) and found["is"] == pytest.approx(
-        found["plain is"], rel=1e-3
-    )
+    found = bench_eval.compare_paths(bench_eval.Options(num_images=10, img_size=32, batch_size=5), weights, CPU)
+    for score in ("fid", "is"):
+        assert found[score] == pytest.approx(found[f"baseline {score}"], rel=1e-3)
     assert found["bytes"] > 0 and min(found[key] for key in ("in memory", "write", "read")) > 0
     one, two = (bench_eval.in_processes(world, bench_eval.score_features, 200, 16, False) for world in (1, 2))
     assert all(two[key] == pytest.approx(one[key], rel=1e-6) for key in ("fid", "sfid", "inception_score"))

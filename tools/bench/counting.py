@@ -1,111 +1,90 @@
-"""What the benches share: counting what reaches torch's dispatcher, timing in turn, tables, flags, models with random weights.
+"""What the benches share: counting what reaches torch's dispatcher, timing several functions in turn, tables.
 
 FLOPs are torch.utils.flop_counter's (a multiply-add is two), counted under FakeTensorMode, where nothing is computed.
 """
 
-import argparse
 import functools
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from util import dist
-from util.cli import at_least
 from util.heap import keep_freed_memory
 
-SYNC_OPS = (
-    "_local_scalar_dense",
-    "is_nonzero",
-    "nonzero",
-    "nonzero_numpy",
-    "masked_select",
-    "equal",
-    "_unique2",
-    "unique_dim",
-    "unique_consecutive",
-)
-INDEX_OPS = ("index", "index_put", "index_put_")  # with a boolean index they have to learn how many entries are True
+Row = tuple[str, Sequence[str]]  # name and cells
+
+SYNC_OPS = {"_local_scalar_dense", "is_nonzero", "nonzero", "nonzero_numpy", "masked_select", "equal"}
+SYNC_OPS |= {"_unique2", "unique_dim", "unique_consecutive"}
+INDEX_OPS = {"index", "index_put", "index_put_"}  # a boolean index needs the number of its True entries
 
 for direction in ("", "_backward"):  # torch 2.6 counts no attention on a CPU: as much as a GPU's
     flash = f"_scaled_dot_product_flash_attention{{}}{direction}"
-    flop_registry.setdefault(
-        getattr(torch.ops.aten, flash.format("_for_cpu")), flop_registry[getattr(torch.ops.aten, flash.format(""))]
-    )
+    on_cpu, on_gpu = (getattr(torch.ops.aten, flash.format(suffix)) for suffix in ("_for_cpu", ""))
+    flop_registry.setdefault(on_cpu, flop_registry[on_gpu])
 
 
 class OpCounter(TorchDispatchMode):
     """Counts what reaches torch's dispatcher while it is entered.
 
-    ops: all of them; views: those that only look at memory in another way; by_name; syncs: those for which the host must wait for the
-    device's result, by name; largest: elements of the largest tensor made, and largest_bytes. `armed` False lets everything pass uncounted.
+    ops: all operations; views: those that make another view of the same memory; by_name: number of each; syncs: those
+    for which the host waits, by name; largest, largest_bytes: of the largest tensor made; flops: set by `count`.
     """
 
-    def __init__(self, armed: bool = True):
+    def __init__(self) -> None:
         super().__init__()
-        self.armed, self.ops, self.views, self.largest, self.largest_bytes = armed, 0, 0, 0, 0
-        self.by_name: dict[str, int] = {}
-        self.syncs: dict[str, int] = {}
+        self.armed = True
+        self.flops = self.ops = self.views = self.largest = self.largest_bytes = 0
+        self.by_name: Counter[str] = Counter()
+        self.syncs: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001 (torch's signature)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if self.armed and func.namespace == "aten":  # fake tensors are also asked for their device, which is no work
             name = func.overloadpacket.__name__
             self.ops += 1
             self.views += func.is_view or name in ("_unsafe_view", "detach")
-            self.by_name[name] = self.by_name.get(name, 0) + 1
+            self.by_name[name] += 1
             if is_host_sync(name, args, result):
-                self.syncs[name] = self.syncs.get(name, 0) + 1
-            for x in tree_flatten(result)[0]:
+                self.syncs[name] += 1
+            for x in tree_leaves(result):
                 if isinstance(x, Tensor) and all(isinstance(n, int) for n in x.shape):
                     self.largest = max(self.largest, x.numel())
                     self.largest_bytes = max(self.largest_bytes, x.numel() * x.element_size())
         return result
 
-    def arm_at(self, module: torch.nn.Module) -> None:
-        """Count from the first call of `module` on: leaves out the checks of inputs, which are host tensors."""
-        self.armed = False
-        handle = module.register_forward_pre_hook(lambda *_: (setattr(self, "armed", True), handle.remove())[0])
+    @property
+    def num_syncs(self) -> int:
+        """Number of operations for which the host waits."""
+        return self.syncs.total()
+
+    @property
+    def work(self) -> int:
+        """Number of operations that are no views."""
+        return self.ops - self.views
 
 
 def is_host_sync(name: str, args: Sequence, result: object) -> bool:
-    """Whether the op makes the host wait: it returns a number, its result's size depends on values, or it copies to the host."""
-    if name in SYNC_OPS:
-        return True
+    """Whether the host waits: the op returns a number, its size depends on values, or it copies to the host."""
     if name in INDEX_OPS:
         return any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in args[1])
     if name in ("_to_copy", "copy_") and isinstance(result, Tensor):
         source = args[0] if name == "_to_copy" else args[1]
         return isinstance(source, Tensor) and result.device.type == "cpu" and source.device.type != "cpu"
-    return False
-
-
-@dataclass
-class Counts:
-    """What one run of a function was counted to do."""
-
-    flops: int
-    ops: int
-    syncs: dict[str, int]
-    by_name: dict[str, int] = field(default_factory=dict)
-    views: int = 0
-
-    @property
-    def num_syncs(self) -> int:
-        return sum(self.syncs.values())
+    return name in SYNC_OPS
 
 
 @functools.cache
 def no_fake_gpu() -> str:
-    """Why fake tensors cannot stand for a GPU's here, "" if they can: torch 2.6 built for CUDA needs a driver even for them."""
+    """Why there are no fake GPU tensors here, "" if there are: torch 2.6 built for CUDA needs a driver for them."""
     try:
         with FakeTensorMode(), torch.device("cuda"):
             torch.nn.Linear(2, 2)
@@ -114,18 +93,25 @@ def no_fake_gpu() -> str:
     return ""
 
 
-def count(function: Callable[[], object], arm_at: torch.nn.Module | None = None) -> Counts:
-    """Run `function` (under the caller's FakeTensorMode, if any) and count FLOPs, dispatched ops and host syncs."""
-    counter = OpCounter()
+def count(function: Callable[[], object], arm_at: torch.nn.Module | None = None) -> OpCounter:
+    """Run `function` (under the caller's FakeTensorMode, if any) and count FLOPs, dispatched ops and host syncs.
+
+    arm_at: count ops and syncs from the first call of this module on, without the checks of inputs (host tensors).
+    """
+    counter, handle = OpCounter(), None
     if arm_at is not None:
-        counter.arm_at(arm_at)
+        counter.armed = False
+        handle = arm_at.register_forward_pre_hook(lambda *_: setattr(counter, "armed", True))
     with FlopCounterMode(display=False) as flops, counter:
         function()
-    return Counts(flops.get_total_flops(), counter.ops, counter.syncs, counter.by_name, counter.views)
+    if handle is not None:
+        handle.remove()
+    counter.flops = flops.get_total_flops()
+    return counter
 
 
 def fake_mode() -> FakeTensorMode:
-    """Fake tensors that also stand for results whose size depends on values (the plain way indexes with masks)."""
+    """Fake tensors that also stand for results whose size depends on values (the baseline indexes with masks)."""
     return FakeTensorMode(shape_env=ShapeEnv())
 
 
@@ -137,13 +123,13 @@ def timed(
     *,
     ours: int | None = None,
 ) -> list[float]:
-    """Median seconds of each function, run in turn so that a slow moment hits all of them alike.
+    """Median seconds of each function, run in turn so that a slow moment affects all of them alike.
 
-    ours: number of the one that runs with freed memory kept, as training and sampling on a CPU do; the others run without. None: as it is.
+    ours: number of the function that runs with freed memory kept, as training and sampling on a CPU do.
     """
     times: list[list[float]] = [[] for _ in functions]
     for turn in range(warm_up + repeats):
-        for number, (function, seen) in enumerate(zip(functions, times, strict=True)):
+        for number, function in enumerate(functions):
             if ours is not None and device.type == "cpu":
                 keep_freed_memory(number == ours)
             dist.synchronize(device)
@@ -151,87 +137,19 @@ def timed(
             function()
             dist.synchronize(device)
             if turn >= warm_up:
-                seen.append(time.perf_counter() - started)
-    return [statistics.median(seen) for seen in times]
+                times[number].append(time.perf_counter() - started)
+    return [statistics.median(seconds) for seconds in times]
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> None:
+def ratio_row(name: str, baseline: float, ours: float, form: str) -> Row:
+    """A row of two numbers and how many times larger the baseline's is."""
+    return name, [format(baseline, form), format(ours, form), f"{baseline / ours:.2f}x" if ours else "-"]
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Row], first_width: int = 34, width: int = 16
+) -> None:
     """A title, a header and rows of right-aligned cells."""
-    print(f"\n{title}\n{'':<34}" + "".join(f"{c:>16}" for c in columns))
-    for name, cells in rows:
-        print(f"{name:<34}" + "".join(f"{c:>16}" for c in cells))
-
-
-# ------------------------------------------------------------------------------------------------------------- models and flags
-
-
-def build_model(args: argparse.Namespace) -> torch.nn.Module:
-    """The model of the flags with random weights, adaLN's too: their zeros would make every block of the head the identity."""
-    from models import MODELS
-
-    depth = {} if getattr(args, "layers", None) is None else dict(encoder_depth=args.layers, decoder_depth=args.layers)
-    model = MODELS[args.model](
-        img_size=args.img_size,
-        vae_stride=args.vae_stride,
-        vae_embed_dim=args.vae_embed_dim,
-        buffer_size=args.buffer_size,
-        quant_levels=2**args.quant_bits,
-        **depth,
-    )
-    for layer in model.modulation_layers:
-        torch.nn.init.xavier_uniform_(layer[1].weight)
-    return model
-
-
-def add_command(
-    commands: argparse._SubParsersAction,
-    name: str,
-    function: Callable[[argparse.Namespace], None],
-    check: Callable[[argparse.Namespace], None],
-    description: str,
-    repeats: int,
-) -> argparse.ArgumentParser:
-    """A sub-command with --device and --repeats; `check` refuses bad flags before `function` runs."""
-    sub = commands.add_parser(
-        name,
-        help=description,
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    sub.add_argument("--device", default="auto", help=dist.DEVICES)
-    sub.add_argument("--repeats", type=int, default=repeats, help="timed runs; the median counts")
-    sub.set_defaults(function=function, check=check)
-    return sub
-
-
-def add_model_flags(sub: argparse.ArgumentParser) -> None:
-    """What `build_model` needs, batch size, precision, --dry."""
-    from models import MODELS
-
-    sub.add_argument("--model", default="tokenbridge_base", choices=list(MODELS))
-    sub.add_argument("--batch_size", type=int, default=1)
-    sub.add_argument(
-        "--precision",
-        default=None,
-        choices=dist.PRECISIONS,
-        help="default: bf16 on cuda that has it, else fp16; fp32 on cpu",
-    )
-    sub.add_argument("--dry", "--flops_only", action="store_true", help="count only, compute nothing")
-    sub.add_argument("--seed", type=int, default=0)
-    for flag, default in (
-        ("img_size", 256),
-        ("vae_stride", 16),
-        ("vae_embed_dim", 16),
-        ("buffer_size", 64),
-        ("quant_bits", 6),
-    ):
-        sub.add_argument(f"--{flag}", type=int, default=default)
-
-
-def check_model_flags(args: argparse.Namespace) -> None:
-    """ValueError naming the flag for a size that no model has."""
-    from models.quantizer import gaussian_tables
-
-    gaussian_tables(args.quant_bits)
-    at_least(args, repeats=1, batch_size=1, img_size=1, vae_stride=1, vae_embed_dim=1, buffer_size=1)
+    print(f"\n{title}")
+    for name, cells in [("", columns), *rows]:
+        print(f"{name:<{first_width}}" + "".join(f"{cell:>{width}}" for cell in cells))

@@ -1,78 +1,61 @@
-"""`python -m tools.bench quantizer`: nearest level by binary search against an argmin over a (..., K) tensor of distances."""
+"""`python -m tools.bench quantizer`: nearest level by binary search against an argmin over distances (..., K)."""
 
-import argparse
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from tools.bench.counting import OpCounter, add_command, print_table, timed
+from models.quantizer import MAX_BITS, GaussianQuantizer, quantize
+from tools.bench.counting import OpCounter, print_table, ratio_row, timed
+from tools.bench.options import REPEATS, BenchOptions
 from util import dist
-from util.cli import at_least
+from util.options import ArgumentError, option
+
+MAX_GIB = 8  # of memory for the baseline's distance tensors
+
+
+@dataclass
+class Options(BenchOptions):
+    """What is quantized, and to how many levels."""
+
+    repeats: int = option(20, REPEATS, lowest=1)
+    bits: int = option(6, f"1 to {MAX_BITS}", lowest=1, highest=MAX_BITS)
+    range: float = option(5.0, "the quantizer covers [-range, range]", lowest=1e-6)
+    shape: tuple[int, ...] = option((64, 16, 16, 16), "of the latents", nargs="+", lowest=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        needed = 2 * 4 * 2**self.bits * torch.Size(self.shape).numel() / 2**30
+        if needed > MAX_GIB:
+            raise ArgumentError("shape", f"the distance tensors would take {needed:.0f} GiB; lower bits or shape")
 
 
 def quantize_by_distance(x: Tensor, values: Tensor, min_value: float, max_value: float) -> Tensor:
-    """The reference: index of the nearest of `values` (K,) by an argmin over a (..., K) tensor of distances; x of any shape -> int64."""
+    """The baseline: index of the nearest of `values` (K,) by an argmin over distances (..., K); x (...) -> int64."""
     x = ((x - min_value) / (max_value - min_value) * 6.0 - 3.0).clamp(-3.0, 3.0)
     return (x.unsqueeze(-1) - values).abs().argmin(-1)
 
 
-def bench_quantizer(args: argparse.Namespace) -> None:
-    """Both ways on the same latents: time, largest tensor, equal indices."""
-    from models.quantizer import GaussianQuantizer, quantize
-
-    device = dist.pick_device(args.device)
-    tables = GaussianQuantizer(args.bits, -args.range, args.range).to(device)
-    values = tables.reconstruction_values
-    x = torch.randn(*args.shape, generator=torch.Generator("cpu").manual_seed(0)).to(device)
-
-    def plain() -> Tensor:
-        return quantize_by_distance(x, values, -args.range, args.range)
-
-    def ours() -> Tensor:
-        return quantize(x, values, -args.range, args.range)
-
-    found, largest = [], []
-    for function in (plain, ours):
+def run(options: Options) -> None:
+    """Time, largest tensor and equality of the indices for the same latents."""
+    device = dist.pick_device(options.device)
+    tables = GaussianQuantizer(options.bits, -options.range, options.range).to(device)
+    latents = torch.randn(*options.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    arguments = latents, tables.reconstruction_values, -options.range, options.range
+    ways, indices, largest = [partial(quantize_by_distance, *arguments), partial(quantize, *arguments)], [], []
+    for way in ways:
         with OpCounter() as counter:
-            found.append(function())
-        largest.append(counter.largest_bytes)
-    seconds = timed([plain, ours], args.repeats, device)
-    same = (found[0] == found[1]).double().mean().item()
-    shape = "(" + ", ".join(map(str, args.shape)) + ")"
+            indices.append(way())
+        largest.append(counter.largest_bytes / 2**20)
+    milliseconds = [1e3 * seconds for seconds in timed(ways, options.repeats, device)]
+    same = (indices[0] == indices[1]).double().mean().item()
     print_table(
-        f"Quantizing {shape} float32 latents at {2**args.bits} levels on {device}",
+        f"Quantizing {tuple(options.shape)} float32 latents at {2**options.bits} levels on {device}",
         ["distances", "bucketize", "ratio"],
         [
-            (
-                "median time, ms",
-                [f"{1e3 * seconds[0]:.3f}", f"{1e3 * seconds[1]:.3f}", f"{seconds[0] / seconds[1]:.1f}x"],
-            ),
-            ("largest tensor made, MiB", [f"{b / 2**20:.2f}" for b in largest] + [f"{largest[0] / largest[1]:.1f}x"]),
+            ratio_row("median time, ms", *milliseconds, ".3f"),
+            ratio_row("largest tensor made, MiB", *largest, ".2f"),
             ("equal indices", ["", f"{same:.4%}", ""]),
         ],
     )
-
-
-def check(args: argparse.Namespace) -> None:
-    """ValueError naming the flag for what can be refused before any work."""
-    from models.quantizer import gaussian_tables
-
-    gaussian_tables(args.bits)
-    at_least(args, repeats=1, range=1e-6)
-    if min(args.shape) < 1:
-        raise ValueError(f"--shape takes sizes of at least 1, got {args.shape}")
-    needed = 2 * 4 * 2**args.bits * torch.Size(args.shape).numel() / 2**30
-    if needed > 8:
-        raise ValueError(f"the distance tensors would take {needed:.0f} GiB; lower --bits or --shape")
-
-
-def register(commands: argparse._SubParsersAction) -> None:
-    """Add the sub-command."""
-    from models.quantizer import MAX_BITS
-
-    sub = add_command(
-        commands, "quantizer", bench_quantizer, check, "nearest level: binary search against a distance tensor", 20
-    )
-    sub.add_argument("--bits", type=int, default=6, help=f"1 to {MAX_BITS}")
-    sub.add_argument("--range", type=float, default=5.0, help="the quantizer covers [-range, range]")
-    sub.add_argument("--shape", type=int, nargs="+", default=[64, 16, 16, 16], help="of the latents")

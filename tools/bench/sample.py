@@ -1,101 +1,52 @@
-"""`python -m tools.bench sample`: the sampler against the plain way of doing the same, which is kept here as the reference."""
+"""`python -m tools.bench sample`: the sampler against a baseline; with --study a part of it by itself.
 
-import argparse
+head     64 tokens through the per-dimension head, without (the baseline) and with a key-value cache
+deep     large's depth at a narrow width, 256 iterations, one image: operations that the host dispatches, and host syncs
+growth   time against iterations, batch and tokens, each with the exponent of a power law fitted to it
+reuse    FLOPs and time of features and guidance reused, and of the confidence order (effect on images: demo.samplers)
+"""
+
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tools.bench.counting import (
-    Counts,
-    add_command,
-    add_model_flags,
-    build_model,
-    check_model_flags,
-    count,
-    fake_mode,
-    print_table,
-    timed,
-)
+from models.sampling.compiled import launches_per_step
+from models.sampling.orders import random_orders
+from models.sampling.schedules import CFG_SCHEDULES
+from models.tokenbridge import TokenBridge
+from tools.bench.baselines import baseline_head, sample_baseline
+from tools.bench.counting import OpCounter, Row, count, fake_mode, print_table, ratio_row, timed
+from tools.bench.options import ModelOptions
 from util import dist
-from util.cli import at_least
+from util.options import option
+
+COLUMNS = ["baseline", "ours", "ratio"]
 
 
-def pick(x: Tensor, chosen: Tensor, each: int) -> Tensor:
-    """x (B, T, D) where chosen (B, T) is True, `each` of them in every row: (B, each, D). A boolean index, so the host waits."""
-    picked = x[chosen]
-    torch._check(picked.shape[0] == len(x) * each)  # what fake tensors cannot know
-    return picked.view(len(x), each, x.shape[-1])
+@dataclass
+class Options(ModelOptions):
+    """The sampler's settings."""
 
+    num_iter: int = option(8, "sampling steps", lowest=1)
+    cfg: float = option(3.0, "guidance scale; 1 means none")
+    cfg_schedule: str = option("linear", choices=CFG_SCHEDULES)
+    study: str = option("whole", "a part by itself, see above", choices=("whole", "head", "deep", "growth", "reuse"))
 
-def plain_features(
-    model: torch.nn.Module, values: Tensor, masked: Tensor, num_masked: int, class_embedding: Tensor
-) -> Tensor:
-    """The reference backbone: values (B, L, C), masked (B, L) bool, class_embedding (B, D) -> z (B, L, D) of *every* token."""
-    s, batch = model.buffer_size, len(values)
-    x = torch.cat([class_embedding.unsqueeze(1).expand(-1, s, -1), model.z_proj(values)], dim=1)  # (B, S+L, D)
-    x = model.z_proj_ln(x + model.encoder_pos_embed_learned)
-    kept = torch.cat([masked.new_zeros(batch, s), masked], dim=1).logical_not()  # (B, S+L)
-    x = pick(x, kept, x.shape[1] - num_masked)  # (B, S+V, D)
-    for block in model.encoder_blocks:
-        x = block(x)
-    x = model.decoder_embed(model.encoder_norm(x))
-    grid = model.mask_token.to(x.dtype).expand(batch, kept.shape[1], -1).clone()  # (B, S+L, D)
-    grid[kept] = x.flatten(0, 1)
-    x = grid + model.decoder_pos_embed_learned
-    for block in model.decoder_blocks:
-        x = block(x)
-    return model.decoder_norm(x)[:, s:] + model.output_pos_embed
-
-
-def plain_head(model: torch.nn.Module, z: Tensor) -> Tensor:
-    """The reference head at temperature 0: z (N, D) -> indices (N, C) in head order; dimension c runs positions 0..c anew."""
-    h = model.condition_proj(z)  # (N, H)
-    inputs, indices = [h + model.timesteps_embeddings[:, 0] if model.head_start == "official" else h], []
-    for c in range(model.num_channels):
-        x = torch.stack(inputs, dim=1) + model.channel_embed[:, : c + 1]  # (N, c+1, H)
-        conditioning = h.unsqueeze(1) + model.timesteps_embeddings[:, : c + 1]
-        features = model.head_forward(x, model.modulations(conditioning))
-        indices.append(model.channel_heads[c](features[:, -1]).argmax(-1))
-        if c < model.num_channels - 1:
-            inputs.append(model.token_embeddings[c](indices[-1]))
-    return torch.stack(indices, dim=1)
-
-
-@torch.no_grad()
-def sample_plain(
-    model: torch.nn.Module, orders: Tensor, labels: Tensor, num_iter: int, cfg: float, cfg_schedule: str
-) -> Tensor:
-    """The reference sampler at temperature 0: latents (B, C, H, W) as TokenBridge.sample_tokens gives them (SPEC 6).
-
-    Two passes of the whole backbone per step for guidance, all tokens decoded, the head without a cache.
-    """
-    from models.sampling.schedules import guidance_scale, unmasking_plan
-
-    model.eval()
-    batch, num_tokens = orders.shape
-    class_embedding, no_class = model.class_emb(labels), model.fake_latent.expand(batch, -1)  # (B, D)
-    values = torch.zeros(batch, num_tokens, model.token_dim, device=orders.device)
-    masked = torch.ones_like(orders, dtype=torch.bool)
-    for before, after, keep in unmasking_plan(num_iter, num_tokens):
-        if before == after:
-            continue
-        z = plain_features(model, values, masked, before, class_embedding)  # (B, L, D)
-        scale = guidance_scale(cfg, cfg_schedule, num_tokens, keep)
-        if scale != 1:
-            z_u = plain_features(model, values, masked, before, no_class)
-            z = z_u + scale * (z - z_u)
-        chosen = torch.zeros_like(masked).scatter_(1, orders[:, after:before], True)
-        indices = plain_head(model, pick(z, chosen, before - after).flatten(0, 1))  # (B*M, C)
-        values[chosen] = model.dequantize(indices[:, model.to_natural_order])
-        masked = masked & ~chosen
-    return model.unpatchify(values)
+    @property
+    def guidance(self) -> tuple[int, float, str]:
+        """(steps, guidance scale, its schedule), as `TokenBridge.sample_tokens` takes them."""
+        return self.num_iter, self.cfg, self.cfg_schedule
 
 
 class HeadPositions:
-    """How many positions the head's last norm has seen: what a token costs, in units of one pass through the head."""
+    """Number of positions that pass the head's last norm: the cost of a token in units of one pass through the head."""
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: TokenBridge):
         self.total = 0
         self.handle = model.channel_norm.register_forward_pre_hook(self._add)
 
@@ -104,119 +55,166 @@ class HeadPositions:
 
 
 def samplers(
-    model: torch.nn.Module, orders: Tensor | None, labels: Tensor, num_iter: int, cfg: float, cfg_schedule: str
+    model: TokenBridge, orders: Tensor | None, labels: Tensor, num_iter: int, cfg: float, cfg_schedule: str
 ) -> list[Callable[[], Tensor]]:
-    """The plain way and ours, as functions without arguments. orders None: random ones (fake tensors have no values to check)."""
-    from models.sampling.orders import random_orders
-
+    """Baseline and ours, as functions without arguments. orders None: random ones (fake tensors have no values)."""
     drawn = random_orders(len(labels), model.num_tokens, device=labels.device) if orders is None else orders
     return [
-        lambda: sample_plain(model, drawn, labels, num_iter, cfg, cfg_schedule),
-        lambda: model.sample_tokens(len(labels), num_iter, cfg, cfg_schedule, labels, 0.0, orders),
+        partial(sample_baseline, model, drawn, labels, num_iter, cfg, cfg_schedule),
+        partial(model.sample_tokens, len(labels), num_iter, cfg, cfg_schedule, labels, 0.0, orders),
     ]
 
 
 def count_samplers(
-    build: Callable[[], torch.nn.Module],
-    batch_size: int,
-    num_iter: int,
-    cfg: float,
-    cfg_schedule: str,
-    device: torch.device,
-    precision: str = "fp32",
-) -> list[tuple[Counts, float]]:
-    """For the plain way and ours: counts of one batch, and head positions per token; on fake tensors. `build` makes the model."""
-    found = []
+    build: Callable[[], TokenBridge], images: int, guidance: tuple, device: torch.device, precision: str = "fp32"
+) -> list[tuple[OpCounter, float]]:
+    """Of baseline and ours: counts of one batch, and head positions per token; on fake tensors."""
+    counted = []
     with fake_mode(), device, dist.autocast(device, precision):
         model = build().eval()
-        labels = torch.zeros(batch_size, dtype=torch.long, device=device)
-        for function in samplers(model, None, labels, num_iter, cfg, cfg_schedule):
+        labels = torch.zeros(images, dtype=torch.long, device=device)
+        for function in samplers(model, None, labels, *guidance):
             positions = HeadPositions(model)
-            found.append((count(function, arm_at=model.z_proj), positions.total / (batch_size * model.num_tokens)))
+            counted.append((count(function, arm_at=model.z_proj), positions.total / (images * model.num_tokens)))
             positions.handle.remove()
-    return found
+    return counted
 
 
-def bench_sample(args: argparse.Namespace) -> None:
-    """Counts of the plain way and ours side by side; unless --dry, time and the share of equal tokens too."""
-    if args.study != "whole":
-        from tools.bench import sample_study as bench_sample_study
+def seeded(options: Options, images: int, device: torch.device) -> tuple[TokenBridge, Tensor, Tensor]:
+    """The model in eval mode, orders (B, L) and labels (B,) of the seed."""
+    torch.manual_seed(options.seed)
+    model = options.build_model().to(device).eval()
+    orders = random_orders(images, model.num_tokens, torch.Generator().manual_seed(options.seed)).to(device)
+    return model, orders, torch.arange(images, device=device) % model.class_num
 
-        return bench_sample_study.run(args)
-    device = dist.pick_device(args.device)
-    precision = dist.pick_precision(args.precision, device)
-    counts = count_samplers(
-        lambda: build_model(args), args.batch_size, args.num_iter, args.cfg, args.cfg_schedule, device, precision
-    )
-    (plain, plain_positions), (ours, our_positions) = counts
 
-    def row(name: str, a: float, b: float, form: str) -> tuple[str, list[str]]:
-        return name, [format(a, form), format(b, form), f"{a / b:.2f}x" if b else "-"]
+def run(options: Options) -> None:
+    """The study of --study."""
+    STUDIES[options.study](options, dist.pick_device(options.device))
 
+
+def study_whole(options: Options, device: torch.device) -> None:
+    """Counts of both; unless --dry, time and the share of equal tokens too."""
+    precision, images = dist.pick_precision(options.precision, device), options.batch_size
+    counted = count_samplers(options.build_model, images, options.guidance, device, precision)
+    (baseline, baseline_positions), (ours, our_positions) = counted
     rows = [
-        row("TFLOP per image", plain.flops / 1e12 / args.batch_size, ours.flops / 1e12 / args.batch_size, ".4g"),
-        row("head positions per token", plain_positions, our_positions, ".0f"),
-        row("dispatched ops", plain.ops, ours.ops, "d"),
-        row("dispatched ops but for views", plain.ops - plain.views, ours.ops - ours.views, "d"),
-        row("host syncs in the loop", plain.num_syncs, ours.num_syncs, "d"),
+        ratio_row("TFLOP per image", baseline.flops / 1e12 / images, ours.flops / 1e12 / images, ".4g"),
+        ratio_row("head positions per token", baseline_positions, our_positions, ".0f"),
+        *dispatch_rows(baseline, ours),
     ]
-    if not args.dry:
-        rows += timed_samplers(args, device, precision, row)
-    guidance = f"cfg {args.cfg:g} {args.cfg_schedule}" if args.cfg != 1 else "no guidance"
-    print_table(
-        f"Sampling {args.model}: {args.batch_size} image(s), {args.num_iter} iterations, {guidance}, temperature 0, {precision} on {device}",
-        ["plain", "ours", "ratio"],
-        rows,
-    )
-    if args.dry:
+    if not options.dry:
+        rows += timed_samplers(options, device, precision)
+    guidance = f"cfg {options.cfg:g} {options.cfg_schedule}" if options.cfg != 1 else "no guidance"
+    steps = f"{images} image(s), {options.num_iter} iterations, {guidance}, temperature 0"
+    print_table(f"Sampling {options.model}: {steps}, {precision} on {device}", COLUMNS, rows)
+    if options.dry:
         print("counted on fake tensors; nothing was computed (--dry)")
 
 
-def timed_samplers(
-    args: argparse.Namespace, device: torch.device, precision: str, row: Callable
-) -> list[tuple[str, list[str]]]:
-    """Run both ways with the same orders: rows for the seconds per image and the share of equal tokens."""
-    from models.sampling.orders import random_orders
-
-    torch.manual_seed(args.seed)
-    model = build_model(args).to(device).eval()
-    orders = random_orders(args.batch_size, model.num_tokens, torch.Generator("cpu").manual_seed(args.seed)).to(device)
-    labels = torch.arange(args.batch_size, device=device) % model.class_num
-    with dist.autocast(device, precision):
-        functions = samplers(model, orders, labels, args.num_iter, args.cfg, args.cfg_schedule)
-        drawn: list[Tensor] = [orders, orders]
-        ways = [lambda i=i, function=function: drawn.__setitem__(i, function()) for i, function in enumerate(functions)]
-        seconds = timed(ways, args.repeats, device, warm_up=0 if device.type == "cpu" else 1, ours=1)
-        plain, ours = (model.quantize(latents)[0] for latents in drawn)
-    same = (plain == ours).double().mean().item()
-    if same < 1 and precision == "fp32" and device.type == "cpu":
-        raise RuntimeError(f"the two samplers disagree: {same:.2%} of the tokens are equal")
+def dispatch_rows(baseline: OpCounter, ours: OpCounter) -> list[Row]:
+    """Rows of operations and host syncs."""
     return [
-        row("seconds per image", seconds[0] / args.batch_size, seconds[1] / args.batch_size, ".3f"),
-        ("equal tokens", ["", f"{same:.2%}", ""]),
+        ratio_row("dispatched ops", baseline.ops, ours.ops, "d"),
+        ratio_row("dispatched ops (excluding views)", baseline.work, ours.work, "d"),
+        ratio_row("host syncs in the loop", baseline.num_syncs, ours.num_syncs, "d"),
     ]
 
 
-def check(args: argparse.Namespace) -> None:
-    """ValueError naming the flag for what can be refused before any work."""
-    check_model_flags(args)
-    at_least(args, num_iter=1)
+def timed_samplers(options: Options, device: torch.device, precision: str) -> list[Row]:
+    """Rows for the seconds per image and the share of equal tokens, with the same orders for both."""
+    model, orders, labels = seeded(options, options.batch_size, device)
+    latents: dict[int, Tensor] = {}
+    with dist.autocast(device, precision):
+        functions = samplers(model, orders, labels, *options.guidance)
+        ways = [lambda i=i, way=way: latents.update({i: way()}) for i, way in enumerate(functions)]
+        seconds = timed(ways, options.repeats, device, warm_up=0 if device.type == "cpu" else 1, ours=1)
+        indices = [model.quantize(latents[i])[0] for i in range(2)]
+    same = (indices[0] == indices[1]).double().mean().item()
+    if same < 1 and precision == "fp32" and device.type == "cpu":
+        raise RuntimeError(f"the two samplers disagree: {same:.2%} of the tokens are equal")
+    per_image = [s / options.batch_size for s in seconds]
+    return [ratio_row("seconds per image", *per_image, ".3f"), ("equal tokens", ["", f"{same:.2%}", ""])]
 
 
-def register(commands: argparse._SubParsersAction) -> None:
-    """Add the sub-command."""
-    from models.sampling.schedules import CFG_SCHEDULES
+def study_head(options: Options, device: torch.device) -> None:
+    """Seconds of both heads on the same 64 features; their indices must be equal."""
+    model, _, _ = seeded(options, 1, device)
+    generator = torch.Generator().manual_seed(options.seed)
+    z = torch.randn(64, model.mask_token.shape[-1], generator=generator).to(device)
+    noise = torch.zeros(64, model.num_channels, device=device)
+    with torch.no_grad():
+        ways = [lambda: baseline_head(model, z), lambda: model.channel_sample(z, noise, 0.0)[0]]
+        baseline, ours = (way() for way in ways)
+        if not torch.equal(baseline, ours):
+            raise RuntimeError(f"the two heads disagree in {(baseline != ours).double().mean():.2%} of the indices")
+        seconds = timed(ways, max(3, options.repeats), device, warm_up=0)
+    title = f"Head of {options.model}: 64 tokens, temperature 0, fp32 on {device}; equal indices"
+    print_table(title, COLUMNS, [ratio_row("seconds", *seconds, ".3f")])
 
-    sub = add_command(
-        commands, "sample", bench_sample, check, "sampling: the plain way against TokenBridge.sample_tokens", 1
-    )
-    sub.add_argument("--num_iter", type=int, default=8, help="sampling steps")
-    sub.add_argument("--cfg", type=float, default=3.0, help="guidance scale; 1 means none")
-    sub.add_argument("--cfg_schedule", default="linear", choices=CFG_SCHEDULES)
-    sub.add_argument(
-        "--study",
-        default="whole",
-        choices=("whole", "head", "deep", "growth", "reuse"),
-        help="a part by itself, see tools/bench/sample_study.py",
-    )
-    add_model_flags(sub)
+
+def study_deep(options: Options, device: torch.device) -> None:
+    """Operations of the whole loop, and host syncs; graphs that a step of --compile launches."""
+    sides = {f"{side}_embed_dim": 32 for side in ("encoder", "decoder", "channel")}
+    sides |= {f"{side}_num_heads": 2 for side in ("encoder", "decoder")} | {"channel_heads": 2}
+    torch.manual_seed(options.seed)
+    model = TokenBridge(**sides, encoder_depth=16, decoder_depth=16, channel_depth=4).to(device).eval()
+    orders = random_orders(1, model.num_tokens, torch.Generator().manual_seed(options.seed)).to(device)
+    ways = samplers(model, orders, torch.tensor([1], device=device), 256, options.cfg, options.cfg_schedule)
+    rows = dispatch_rows(*(count(way, arm_at=model.z_proj) for way in ways))
+    rows.append(("graph launches a step, --compile", ["-", str(launches_per_step(model.num_channels)), "-"]))
+    title = f"Depth 16 + 16 + 4, width 32, 256 iterations, 1 image, cfg {options.cfg:g}, temperature 0 on {device}"
+    print_table(title, COLUMNS, rows)
+
+
+def study_growth(options: Options, device: torch.device) -> None:
+    """Median seconds of one batch as one setting grows and the others stay."""
+    torch.manual_seed(options.seed)
+    for name, values in {"iterations": (4, 8, 16, 32), "batch": (1, 2, 4), "tokens": (64, 144, 256)}.items():
+        seconds = []
+        for value in values:
+            side = math.isqrt(value) if name == "tokens" else 8
+            model = options.build_model(img_size=options.vae_stride * side).to(device).eval()
+            images, steps = value if name == "batch" else 1, value if name == "iterations" else 8
+            labels = torch.zeros(images, dtype=torch.long)
+            way = partial(model.sample_tokens, images, steps, options.cfg, options.cfg_schedule, labels, 0.0)
+            seconds.append(timed([way], options.repeats, device)[0])
+        title = f"{options.model}, seconds against {name} (otherwise 1 image, 8 iterations, 64 tokens) on {device}"
+        print_table(title, [str(v) for v in values], [("seconds", [f"{s:.3f}" for s in seconds])])
+        print(f"fitted: seconds ~ {name}^{np.polyfit(np.log(values), np.log(seconds), 1)[0]:.2f}")
+
+
+REUSE = {
+    "exact, random order": {},
+    "reuse_features 2": dict(reuse_features=2),
+    "reuse_features 4": dict(reuse_features=4),
+    "reuse_guidance 2": dict(reuse_guidance=2),
+    "reuse_guidance 4": dict(reuse_guidance=4),
+    "both 2": dict(reuse_features=2, reuse_guidance=2),
+    "order confidence": dict(order="confidence"),
+}
+
+
+def study_reuse(options: Options, device: torch.device) -> None:
+    """FLOPs per image on fake tensors, and seconds unless --dry, of every setting of REUSE beside the exact sampler."""
+    images = options.batch_size
+
+    def sample(model: TokenBridge, settings: dict) -> Tensor:
+        labels = torch.zeros(images, dtype=torch.long)
+        return model.sample_tokens(images, *options.guidance, labels, 1.0, **settings)
+
+    with fake_mode(), torch.no_grad():
+        model = options.build_model().eval()
+        flops = [count(partial(sample, model, settings)).flops / images for settings in REUSE.values()]
+    columns, cells = ["TFLOP/image", "fewer"], [[f"{f / 1e12:.4g}", f"{flops[0] / f:.2f}x"] for f in flops]
+    if not options.dry:
+        model, _, _ = seeded(options, 1, device)
+        ways = [partial(sample, model, settings) for settings in REUSE.values()]
+        seconds = [s / images for s in timed(ways, options.repeats, device, warm_up=0)]
+        columns += ["s/image", "faster"]
+        cells = [[*c, f"{s:.2f}", f"{seconds[0] / s:.2f}x"] for c, s in zip(cells, seconds, strict=True)]
+    settings = f"{options.num_iter} iterations, cfg {options.cfg:g} {options.cfg_schedule}, temperature 1, on {device}"
+    print_table(f"{options.model}: {images} image(s), {settings}", columns, list(zip(REUSE, cells, strict=True)))
+
+
+STUDIES = {"whole": study_whole, "head": study_head, "deep": study_deep, "growth": study_growth, "reuse": study_reuse}
