@@ -9,10 +9,8 @@ the steps trained. The file that is written is one that --resume takes for --sam
 Letters: K averages in the snapshots, N wanted lengths.
 """
 
-import argparse
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,9 +21,8 @@ from torch import Tensor
 from training.ema import SIGMA_RELS, PowerEma, power_exponent
 from training.sharding import to_host
 from util import dist
-from util.checkpoint import CheckpointWriter, atomic_save, load_file, resolve
-from util.cli import check_writable, make_parser
-from util.log import get_logger, run_cli
+from util.checkpoint import CheckpointWriter, atomic_save, load_file
+from util.log import get_logger
 
 logger = get_logger()
 
@@ -171,7 +168,7 @@ class SnapshotWriter(CheckpointWriter):
         atomic_save(content, snapshot_path(self.folder, content["step"]))
 
 
-# ------------------------------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------------------------------------- adding up
 
 
 def add_up(files: Sequence[Path], run: str, weights: np.ndarray, like: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -236,41 +233,3 @@ def reconstruct(source: Path, sigma_rel: float, step: int | None = None) -> dict
         "step": step,
         "fit": {"sigma_rel": sigma_rel, "residual": float(residual), "snapshots": len(files)},
     }
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__)
-    parser.add_argument("run", help="the folder of a training with --posthoc_ema_freq, or one of its checkpoints")
-    parser.add_argument(
-        "--sigma_rel",
-        type=float,
-        required=True,
-        help="wanted length: the profile's standard deviation over the steps trained",
-    )
-    parser.add_argument(
-        "--step", type=int, default=None, help="step of the snapshot at which the average ends; default: the last"
-    )
-    parser.add_argument("--output", default="", help="file to write; default: RUN/ema-SIGMA_REL-STEP.pth")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, check, fit, write. ValueError or OSError for bad input."""
-    args = build_parser().parse_args(argv)
-    power_exponent(args.sigma_rel)  # refused before a file is read
-    source = resolve(args.run)
-    if args.output and (Path(args.output).suffix != ".pth" or Path(args.output).exists()):
-        why = "exists already" if Path(args.output).exists() else "does not end in .pth"
-        raise ValueError(f"{args.output} (--output) {why}: choose another name")
-    content = reconstruct(source, args.sigma_rel, args.step)
-    output = Path(args.output) if args.output else source.parent / f"ema-{args.sigma_rel:g}-{content['step']:08d}.pth"
-    check_writable(output.parent, "--output")
-    atomic_save(content, output)
-    print(
-        f"sigma_rel {args.sigma_rel:g} at step {content['step']} from {content['fit']['snapshots']} snapshots: relative error of the "
-        f"profile {content['fit']['residual']:.3g}; wrote {output}"
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(run_cli(main))

@@ -12,12 +12,10 @@ from tools.plot import draw, main, read_columns, smooth
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A log of 10 steps, one of them skipped, details at every fifth, its last line cut short."""
-    lines = [
-        {"step": i, "lr": i * 1e-4, "loss": 4 - i / 10, "grad_norm": 1.0 + i}
-        | ({"loss_per_dim": [3.0, 1.0]} if i % 5 == 0 else {})
-        for i in range(1, 11)
-    ]
+    """A log of 10 steps, one of them skipped, details at every fifth, its last line incomplete."""
+    lines = [{"step": i, "lr": i * 1e-4, "loss": 4 - i / 10, "grad_norm": 1.0 + i} for i in range(1, 11)]
+    for line in lines[4::5]:
+        line["loss_per_dim"] = [3.0, 1.0]
     lines[3] = {"step": 4, "lr": 4e-4, "skipped": True}
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 11, "lo')
     return tmp_path
@@ -30,14 +28,13 @@ def test_columns(run: Path) -> None:
     assert np.isnan(c["loss_per_dim"][:3]).all() and c["loss_per_dim"][3].tolist() == [3.0, 1.0]
 
 
-def test_smoothing_by_hand() -> None:
-    assert smooth(np.array([1.0, 3.0, 5.0, 7.0]), 2).tolist() == [1, 2, 4, 6]
-    assert smooth(np.array([1.0, 3.0, 5.0, 7.0]), 9).tolist() == [1, 2, 3, 4]
+@pytest.mark.parametrize("width, expected", [(2, [1, 2, 4, 6]), (9, [1, 2, 3, 4])])
+def test_smoothing_by_hand(width: int, expected: list[float]) -> None:
+    assert smooth(np.array([1.0, 3.0, 5.0, 7.0]), width).tolist() == expected
 
 
 def test_the_curves_are_those_of_the_log(run: Path) -> None:
-    figure = draw([run], width=1)
-    loss, rate, norm, dims = figure.axes
+    loss, rate, norm, dims = draw([run], width=1).axes
     assert loss.lines[0].get_ydata().tolist() == pytest.approx(read_columns(run)["loss"].tolist())
     assert rate.lines[0].get_ydata()[-1] == pytest.approx(1e-3) and norm.lines[0].get_ydata()[-1] == pytest.approx(11)
     assert [line.get_ydata().tolist() for line in dims.lines] == [[3, 3], [1, 1]]
@@ -59,21 +56,18 @@ def test_what_is_no_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("later", "said"),
-    [(3.4, "healthy at all 2 of 3 places"), (3.0, "step 7: loss 3.350, a healthy run has 3.00 +- 0.1")],
+    ("later", "said"), [(3.4, "loss as expected at 2 of 3 steps"), (3.0, "step 7: loss 3.350, expected 3.00 +- 0.1")]
 )
-def test_a_band_tells_healthy_runs(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, later: float, said: str
-) -> None:
-    """Means of two steps by hand: (3.9 + 3.8) / 2 = 3.85 at step 2, (3.4 + 3.3) / 2 = 3.35 at step 7; step 20 is not reached yet."""
-    band = dict(steps=[2, 7, 20], loss=[3.8, later, 1.0], width=2, tolerance=0.1)
-    (tmp_path / "band.json").write_text(json.dumps(band))
-    main([str(run), "--expected", str(tmp_path / "band.json")])
+def test_the_expected_range(run: Path, capsys: pytest.CaptureFixture, later: float, said: str) -> None:
+    """Means of two steps by hand: 3.85 at step 2, (3.4 + 3.3) / 2 = 3.35 at step 7; step 20 is not reached yet."""
+    expected = dict(steps=[2, 7, 20], loss=[3.8, later, 1.0], width=2, tolerance=0.1)
+    (run / "expected.json").write_text(json.dumps(expected))
+    main([str(run), "--expected", str(run / "expected.json")])
     assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"steps": []}'])
-def test_what_is_no_band(run: Path, tmp_path: Path, text: str) -> None:
-    (tmp_path / "band.json").write_text(text)
-    with pytest.raises(ValueError, match="band.json .*--expected"):
-        main([str(run), "--expected", str(tmp_path / "band.json")])
+def test_what_is_no_expected_range(run: Path, text: str) -> None:
+    (run / "expected.json").write_text(text)
+    with pytest.raises(ValueError, match="expected.json .*--expected"):
+        main([str(run), "--expected", str(run / "expected.json")])

@@ -13,9 +13,10 @@ import generation
 import main_tokenbridge
 from tests.helpers import REPO, run_processes, skip_unless_shardable, tiny_vae
 from tools import inspect
+from tools.posthoc_ema import main
 from training import run as engine_train
 from training.ema import SIGMA_RELS, PowerEma, power_exponent
-from training.posthoc_ema import SnapshotWriter, add_up, fit, inner_product, main, snapshot_files
+from training.posthoc_ema import SnapshotWriter, add_up, fit, inner_product, snapshot_files
 
 # ------------------------------------------------------------------------------------------------------- the fit
 
