@@ -1,14 +1,15 @@
-"""The paper's ablations on the demo's digits: small, honest, with several seeds and their spread.
+"""The paper's ablations on the demo's digits, small, with several seeds and their spread.
 
-  python -m demo.ablations head       per-dimension autoregressive head against predicting all dimensions of a token at once
+  python -m demo.ablations head       per-dimension autoregressive head against all dimensions of a token at once
   python -m demo.ablations bits       3, 4 and 6 bits per latent dimension
   python -m demo.ablations order      dimensions in frequency order against the reverse
   python -m demo.ablations all
 
-Every run is the demo's model, trained shorter on the demo's cache (made first if it is not there), and judged by three figures: bits per dimension of
-held-out digits (cross-entropy of masked tokens, fixed masks), the share of samples that a classifier takes for their class, and the Fréchet
-distance between samples and training digits on that classifier's features, its 45 pairwise margins. Runs that are done are kept: the same command
-continues, and ablations share them. Writes OUT/ablations/<ablation>.json and prints the table.
+Every run is the demo's model, trained for fewer steps on the demo's cache (made first if missing). Three figures are
+compared: bits per dimension of held-out digits (cross-entropy of masked tokens, fixed masks), class accuracy of
+generated digits (SVM), and the Fréchet distance between generated and training digits on that classifier's features,
+its 45 pairwise margins. Ablations share runs; rerunning skips finished runs and resumes the interrupted one. Writes
+OUT/ablations/<ablation>.json and prints the table.
 """
 
 import json
@@ -27,7 +28,7 @@ import main_tokenbridge
 from dataset.folders import ImageFolderDataset
 from dataset.images import atomic_write
 from demo import digits
-from demo.run import Size, build_stages, run_stages
+from demo.run import DEMO, TRAINING, build_stages, run_stages
 from evaluation.metrics import FeatureStatistics, fid
 from generation import Pipeline, load
 from models.sampling.orders import random_orders
@@ -36,10 +37,11 @@ from models.vae import AutoencoderKL
 from util.cli import at_least, check_writable, make_parser
 from util.files import write_json
 from util.log import get_logger, run_cli
+from util.presets import load_preset
 
 logger = get_logger()
 
-# Variant -> flags of main_tokenbridge.py that make it. "reversed order" is told by the VAE's file, which holds the channel order.
+# Variant -> flags of main_tokenbridge.py. "reversed order" has a VAE file of its own, which holds the channel order.
 VARIANTS = {
     "base": [],
     "parallel head": ["--head", "parallel"],
@@ -55,18 +57,13 @@ ABLATIONS = {
     "order": ("reversed order", "base"),
 }
 FIGURES = {"bits_per_dim": -1, "accuracy": +1, "frechet": -1}  # which direction is better
-MASK_RATIO_MIN = 0.3  # the demo's
+MASK_RATIO_MIN = load_preset("digits").flags["mask_ratio_min"]
 SAMPLING = dict(cfg=2.0, temperature=0.9, num_iter=12)  # the demo's
 
 
-def prepare(out: Path) -> None:
-    """The demo's digits, VAE and cache, made by its own stages if they are not there; and the VAE's copy with the channel order reversed."""
-    stages = [
-        stage
-        for stage in build_stages(out, out, Size())
-        if stage.name in ("digits", "train VAE", "reconstruct", "cache")
-    ]
-    run_stages(stages, out)
+def prepare(out: Path, sizes: dict[str, int]) -> None:
+    """The demo's digits, VAE and cache, made by its own stages if missing; a VAE with reversed channel order."""
+    run_stages(build_stages(out, out, sizes)[:4], out)
     content = torch.load(out / "vae" / "vae.pth", weights_only=True)
     content["config"]["channel_order"] = content["config"]["channel_order"][::-1]
     (out / "ablations").mkdir(exist_ok=True)
@@ -76,72 +73,26 @@ def prepare(out: Path) -> None:
 def train(variant: str, seed: int, steps: int, batch_size: int, out: Path, folder: Path) -> Pipeline:
     """A trained model of this variant, EMA weights, with its VAE; resumes an interrupted run."""
     vae = out / "ablations" / "vae-reversed.pth" if variant == "reversed order" else out / "vae" / "vae.pth"
-    main_tokenbridge.main(
-        [
-            str(x)
-            for x in (
-                "--model",
-                "tokenbridge_digits",
-                "--img_size",
-                digits.SIZE,
-                "--class_num",
-                10,
-                "--buffer_size",
-                8,
-                "--vae_path",
-                vae,
-                "--use_cached",
-                "--cached_path",
-                out / "cache",
-                "--no_flip",
-                "--batch_size",
-                batch_size,
-                "--epochs",
-                100_000,
-                "--max_steps",
-                steps,
-                "--lr",
-                1e-3,
-                "--min_lr",
-                2e-5,
-                "--warmup_epochs",
-                0,
-                "--ema_rate",
-                0.99,
-                "--grad_clip",
-                1,
-                "--attn_dropout",
-                0,
-                "--proj_dropout",
-                0,
-                "--mask_ratio_min",
-                MASK_RATIO_MIN,
-                "--save_last_freq",
-                5,
-                "--log_freq",
-                100,
-                "--num_workers",
-                0,
-                "--device",
-                "cpu",
-                "--seed",
-                seed,
-                "--output_dir",
-                folder,
-                "--resume",
-                folder,
-                *VARIANTS[variant],
-            )
-        ]
-    )
+    values = {"vae_path": vae, "cached_path": out / "cache", "output_dir": folder, "resume": folder}
+    values |= {
+        "batch_size": batch_size,
+        "max_steps": steps,
+        "seed": seed,
+        "ema_rate": 0.99,
+        "save_last_freq": 5,
+        "epochs": 100_000,
+    }
+    flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    main_tokenbridge.main([*TRAINING.split()[1:], *flags, *VARIANTS[variant]])
     return load(folder, vae, device="cpu")
 
 
 @torch.no_grad()
 def bits_per_dim(model: TokenBridge, vae: AutoencoderKL, root: Path, rounds: int = 8) -> float:
-    """Cross-entropy in bits per dimension of the masked tokens of root/<class>/*.png; posterior means, `rounds` fixed masks per image.
+    """Cross-entropy in bits per dimension of the masked tokens of root/<class>/*.png.
 
-    Mask ratios are evenly spaced quantiles of the training distribution; every variant sees the same masks.
+    Latents are posterior means, with `rounds` fixed masks per image. Mask ratios are evenly
+    spaced quantiles of the training distribution; every variant gets the same masks.
     """
     data = ImageFolderDataset(root, digits.SIZE, flip=False)
     images, labels = torch.stack([data.load(i) for i in range(len(data))]), torch.tensor(data.labels)
@@ -155,95 +106,80 @@ def bits_per_dim(model: TokenBridge, vae: AutoencoderKL, root: Path, rounds: int
     return statistics.mean(losses) / math.log(2)
 
 
-def margins(judge: SVC, pixels: np.ndarray) -> np.ndarray:
+def margins(classifier: SVC, pixels: np.ndarray) -> np.ndarray:
     """The classifier's 45 pairwise margins (N, 45) of pixel features (N, 64)."""
-    judge.decision_function_shape = "ovo"
-    return judge.decision_function(pixels)
+    classifier.decision_function_shape = "ovo"
+    return classifier.decision_function(pixels)
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Fréchet distance of two clouds of features (N, D)."""
-    found = []
-    for x in (a, b):
-        one = FeatureStatistics(x.shape[1])
-        one.update(torch.from_numpy(x))
-        found.append(one.as_dict())
-    return fid(*found)
+    """Fréchet distance of two sets of features (N, D)."""
+    both = [FeatureStatistics(x.shape[1]) for x in (a, b)]
+    for part, x in zip(both, (a, b), strict=True):
+        part.update(torch.from_numpy(x))
+    return fid(*(part.as_dict() for part in both))
 
 
-def judged(pipeline: Pipeline, num_images: int, seed: int, train_root: Path, folder: Path) -> tuple[float, float]:
-    """(accuracy, Fréchet distance) of num_images samples, as many of each class."""
-    labels = [i * 10 // num_images for i in range(num_images)]
-    images = pipeline.generate(labels, seed=seed, batch_size=50, **SAMPLING)
-    return judge_images(images, labels, train_root, folder)
-
-
-def judge_images(
+def score_images(
     images: Sequence[Image.Image], labels: Sequence[int], train_root: Path, folder: Path
 ) -> tuple[float, float]:
-    """(accuracy, Fréchet distance); the images are written to `folder`, since the classifier reads files."""
+    """(class accuracy, Fréchet distance); the images are written to `folder`, since the classifier reads files."""
     files = [folder / f"{number:06d}.png" for number in range(len(images))]
     for file, image in zip(files, images, strict=True):
         atomic_write(image, file)
-    judge, (real, _) = digits.fit_judge(train_root), digits.read_part(train_root)
-    made = np.stack([digits.features(file) for file in files])
-    return digits.accuracy(judge, files, labels), frechet(margins(judge, made), margins(judge, real))
+    classifier, (real, _) = digits.fit_classifier(train_root), digits.read_part(train_root)
+    generated = np.stack([digits.features(file) for file in files])
+    distance = frechet(margins(classifier, generated), margins(classifier, real))
+    return digits.accuracy(classifier, files, labels), distance
 
 
 def run_variant(variant: str, seed: int, steps: int, batch_size: int, num_images: int, out: Path) -> dict:
-    """The figures of one run, read from its result.json if it is done."""
+    """The figures of one run, read from its result.json if it is finished."""
     folder = out / "ablations" / f"{variant.replace(' ', '-')}-{steps}x{batch_size}-seed{seed}"
     result = folder / f"result-{num_images}.json"
     if result.is_file():
         return json.loads(result.read_text())
     pipeline = train(variant, seed, steps, batch_size, out, folder)
     bits = bits_per_dim(pipeline.model, pipeline.vae, out / "digits" / "val")
-    accuracy, distance = judged(pipeline, num_images, seed, out / "digits" / "train", folder / "samples")
-    figures = {
-        "variant": variant,
-        "seed": seed,
-        "steps": steps,
-        "bits_per_dim": bits,
-        "accuracy": accuracy,
-        "frechet": distance,
-    }
+    labels = [i * 10 // num_images for i in range(num_images)]  # as many of each class
+    images = pipeline.generate(labels, seed=seed, batch_size=50, **SAMPLING)
+    accuracy, distance = score_images(images, labels, out / "digits" / "train", folder / "samples")
+    figures = {"variant": variant, "seed": seed, "steps": steps}
+    figures |= {"bits_per_dim": bits, "accuracy": accuracy, "frechet": distance}
     write_json(result, figures)
-    logger.info(
-        "%s, seed %d: %.3f bits per dimension, accuracy %.1f%%, Fréchet distance %.3f",
-        variant,
-        seed,
-        bits,
-        100 * accuracy,
-        distance,
-    )
+    text = f"{bits:.3f} bits per dimension, class accuracy {accuracy:.1%}, Fréchet distance {distance:.3f}"
+    logger.info("%s, seed %d: %s", variant, seed, text)
     return figures
 
 
 def verdict(worse: Sequence[float], better: Sequence[float], direction: int) -> str:
-    """Whether `better` beats `worse`: the mean over seeds of their difference against its standard deviation (a seed shares data order and masks)."""
+    """Whether `better` beats `worse`: the mean over seeds of their difference against its standard deviation.
+
+    Runs of one seed share the order of the data and the masks, so they are compared with each other.
+    """
     gains = [direction * (b - w) for w, b in zip(worse, better, strict=True)]
     if len(gains) < 2:
         return "undecided (one seed)"
-    mean, spread = statistics.mean(gains), statistics.stdev(gains)
-    return "undecided (within the spread)" if abs(mean) <= spread else "holds" if mean > 0 else "does not hold"
+    mean = statistics.mean(gains)
+    if abs(mean) <= statistics.stdev(gains):
+        return "undecided (within the spread)"
+    return "holds" if mean > 0 else "does not hold"
 
 
 def summary(ablation: str, runs: dict[str, list[dict]]) -> dict:
-    """Mean and standard deviation over seeds of every figure, and the paper's sign for each neighbouring pair of variants."""
+    """Mean and standard deviation over seeds of every figure; the paper's sign for neighbouring variants."""
+    values = {variant: {name: [run[name] for run in runs[variant]] for name in FIGURES} for variant in runs}
     table = {
         variant: {
-            name: [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
-            for name in FIGURES
-            for values in [[run[name] for run in runs[variant]]]
+            name: [statistics.mean(x), statistics.stdev(x) if len(x) > 1 else None] for name, x in figures.items()
         }
-        for variant in runs
+        for variant, figures in values.items()
     }
+    compared = [name for name in FIGURES if (ablation, name) != ("bits", "bits_per_dim")]
     variants = ABLATIONS[ablation]
     signs = {
         f"{better} better than {worse}": {
-            name: verdict([r[name] for r in runs[worse]], [r[name] for r in runs[better]], direction)
-            for name, direction in FIGURES.items()
-            if not (ablation == "bits" and name == "bits_per_dim")
+            name: verdict(values[worse][name], values[better][name], FIGURES[name]) for name in compared
         }
         for worse, better in zip(variants, variants[1:], strict=False)
     }
@@ -253,18 +189,18 @@ def summary(ablation: str, runs: dict[str, list[dict]]) -> dict:
 def print_summary(found: dict) -> None:
     """The table and the verdicts, for people."""
     print(f"\n{found['ablation']} (base: {found['base']}; mean ± standard deviation over seeds)")
-    print(f"{'':<16}{'bits/dim, held out':>22}{'accuracy':>20}{'Fréchet distance':>22}")
+    print(f"{'':<16}{'bits/dim, held out':>22}{'class accuracy':>20}{'Fréchet distance':>22}")
     for variant, figures in found["table"].items():
         cells = [f"{mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}") for mean, spread in figures.values()]
         print(f"{variant:<16}{cells[0]:>22}{cells[1]:>20}{cells[2]:>22}")
     for pair, verdicts in found["signs"].items():
         print(f"{pair}: " + ", ".join(f"{name} {text}" for name, text in verdicts.items()))
     if found["ablation"] == "bits":
-        print("bits per dimension of different quantizers are different codes' lengths and are not compared")
+        print("bits per dimension of different quantizers are lengths of different codes and are not compared")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the wanted ablations, print their tables. ValueError for bad input."""
+def main(argv: Sequence[str] | None = None, sizes: dict[str, int] = DEMO) -> None:
+    """Run the ablations, print their tables; `sizes` of the demo's stages. ValueError for bad input."""
     parser = make_parser(__doc__)
     parser.add_argument("ablation", choices=[*ABLATIONS, "all"])
     parser.add_argument("--seeds", type=int, default=3, help="runs per variant")
@@ -277,14 +213,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     at_least(args, seeds=1, steps=1, batch_size=1, num_images=20)
     out = check_writable(args.output_dir, "--output_dir").resolve()
-    prepare(out)
-    wanted = list(ABLATIONS) if args.ablation == "all" else [args.ablation]
-    variants = list(dict.fromkeys(variant for ablation in wanted for variant in ABLATIONS[ablation]))
-    runs: dict[str, list[dict]] = {variant: [] for variant in variants}
-    for seed in range(args.seeds):  # seed by seed, so that what is done early compares all variants
-        for variant in variants:
+    prepare(out, sizes)
+    ablations = list(ABLATIONS) if args.ablation == "all" else [args.ablation]
+    runs: dict[str, list[dict]] = {variant: [] for ablation in ablations for variant in ABLATIONS[ablation]}
+    for seed in range(args.seeds):  # seed by seed, so that the first results compare all variants
+        for variant in runs:
             runs[variant].append(run_variant(variant, seed, args.steps, args.batch_size, args.num_images, out))
-    for ablation in wanted:
+    for ablation in ablations:
         found = summary(ablation, {variant: runs[variant] for variant in ABLATIONS[ablation]})
         write_json(out / "ablations" / f"{ablation}.json", found)
         print_summary(found)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from demo.ablations import SAMPLING, judge_images
+from demo.ablations import SAMPLING, score_images
 from generation import Pipeline, load
 from util.cli import at_least, check_writable, make_parser
 from util.files import write_json
@@ -57,7 +57,7 @@ def study(
             figures = {"seconds": time.perf_counter() - started}
             exact = exact or images
             folder = out / "samplers" / name.replace(" ", "-").replace(",", "")
-            figures["accuracy"], figures["frechet"] = judge_images(images, labels, out / "digits" / "train", folder)
+            figures["accuracy"], figures["frechet"] = score_images(images, labels, out / "digits" / "train", folder)
             figures["equal"] = statistics.mean(a.tobytes() == b.tobytes() for a, b in zip(images, exact, strict=True))
             for key, value in figures.items():
                 results[name].setdefault(key, []).append(value)

@@ -1,0 +1,1 @@
+"""The demo on handwritten digits, its web page and its studies."""
