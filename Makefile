@@ -1,6 +1,7 @@
 # make toy       every stage of the demo at toy size, about a minute
 # make demo      the whole pipeline on handwritten digits, CPU only
 # make test      the tests (make test-all: the slow ones too)
+# make lint      ruff, and the rule of imports among folders and files
 # make extras    install what is optional: web demo, notebook
 # make clean     delete what the demo wrote
 
@@ -22,7 +23,10 @@ test-all: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed
-	$(BIN)/python -m pip install --quiet ruff==0.17.6 && $(BIN)/python -m ruff check .
+	$(BIN)/python -m pip install --quiet ruff==0.17.6 import-linter==2.17
+	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest -n 0 -q --noconftest tests/util/test_layers.py
 
 extras: .venv/installed
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements-extra.txt || $(BIN)/python -m pip install -r requirements-extra.txt

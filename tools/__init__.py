@@ -1,0 +1,1 @@
+"""Command lines beside the main scripts: `python -m tools.NAME`."""

@@ -1,4 +1,4 @@
-"""What a package needs beside its code: requirements and imports agree, the container file is lint-free, nothing unpickles, types are written down."""
+"""Requirements and imports agree, nothing unpickles, functions have types, the container file is lint-free."""
 
 import ast
 import re
@@ -13,27 +13,22 @@ import yaml
 
 from tests.helpers import REPO
 
-FOLDERS = ("checkpoints", "dataset", "demo", "evaluation", "generation", "models", "tools", "training", "util")
-SOURCES = [*REPO.glob("*.py"), *(path for folder in FOLDERS for path in (REPO / folder).rglob("*.py"))]
+PACKAGES = sorted(path.parent for path in REPO.glob("[a-z]*/__init__.py") if path.parent.name != "tests")
+SOURCES = [*REPO.glob("*.py"), *(path for folder in PACKAGES for path in folder.rglob("*.py"))]
+TREES = {path.relative_to(REPO).as_posix(): ast.parse(path.read_text()) for path in SOURCES}
 # import name -> name in the requirements
-PACKAGES = {
-    "PIL": "pillow",
-    "sklearn": "scikit-learn",
-    "skimage": "scikit-image",
-    "yaml": "pyyaml",
-    "torch_fidelity": "torch-fidelity",
-}
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-image", "yaml": "pyyaml"}
+DISTRIBUTIONS |= {"torch_fidelity": "torch-fidelity"}
 
 
-def named(requirements: str) -> set[str]:
-    return {
-        re.match(r"[\w-]+", line)[0] for line in (REPO / requirements).read_text().splitlines() if re.match(r"\w", line)
-    }
+def lines(name: str) -> list[str]:
+    """The requirements in a file."""
+    return [line for line in (REPO / name).read_text().splitlines() if re.match(r"\w", line)]
 
 
-def imports(path: Path) -> Iterator[str]:
+def imports(tree: ast.AST) -> Iterator[str]:
     """Top-level names of all imports in a file, those within functions too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -41,49 +36,38 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def test_every_import_is_required_somewhere() -> None:
-    ours = {path.stem for path in REPO.glob("*.py")} | set(FOLDERS)
-    allowed = named("requirements.txt") | named("requirements-extra.txt")
-    for path in SOURCES:
-        for name in set(imports(path)) - ours - set(sys.stdlib_module_names):
-            assert PACKAGES.get(name, name) in allowed, f"{path.name} imports {name}, which no requirements file names"
+    ours = {path.stem for path in REPO.glob("*.py")} | {folder.name for folder in PACKAGES}
+    assert {"models", "util", "demo", "tools", "training", "generation"} <= ours
+    required = {re.match(r"[\w-]+", line)[0] for line in lines("requirements.txt") + lines("requirements-extra.txt")}
+    for path, tree in TREES.items():
+        for name in set(imports(tree)) - ours - set(sys.stdlib_module_names):
+            assert DISTRIBUTIONS.get(name, name) in required, f"{path} imports {name}: no requirements file names it"
 
 
-def test_requirements_have_a_lowest_version() -> None:
-    for name in ("requirements.txt", "requirements-extra.txt"):
-        for line in (REPO / name).read_text().splitlines():
-            if re.match(r"\w", line):
-                assert ">=" in line, f"{name}: {line}"
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-extra.txt"])
+def test_requirements_have_a_lowest_version(name: str) -> None:
+    assert lines(name) and all(">=" in line for line in lines(name))
 
 
 def test_nothing_unpickles() -> None:
-    """torch.load only with weights_only=True, np.load never with allow_pickle=True, no pickle module."""
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load"):
-                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                assert (
-                    given.get("weights_only") == "True"
-                    if "torch" in ast.unparse(node.func)
-                    else given.get("allow_pickle") == "False"
-                ), f"{path.name}:{node.lineno}"
-        assert not {"pickle", "dill", "cloudpickle"} & set(imports(path)), path.name
+    """torch.load only with weights_only=True, np.load only with allow_pickle=False, no pickle module."""
+    needed = {"torch.load": ("weights_only", "True"), "np.load": ("allow_pickle", "False")}
+    needed["numpy.load"] = needed["np.load"]
+    for path, tree in TREES.items():
+        assert not {"pickle", "dill", "cloudpickle"} & set(imports(tree)), path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and (rule := needed.get(ast.unparse(node.func))):
+                keywords = [(keyword.arg, ast.unparse(keyword.value)) for keyword in node.keywords]
+                assert rule in keywords, f"{path}:{node.lineno}"
 
 
 def test_public_functions_have_types() -> None:
-    for path in SOURCES:
-        tree = ast.parse(path.read_text())
-        functions = [n for n in tree.body if isinstance(n, ast.FunctionDef)]
-        functions += [
-            f for c in tree.body if isinstance(c, ast.ClassDef) for f in c.body if isinstance(f, ast.FunctionDef)
-        ]
-        for f in functions:
-            if not f.name.startswith("_"):
-                arguments = [
-                    a for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs) if a.arg not in ("self", "cls")
-                ]
-                assert f.returns is not None and all(a.annotation is not None for a in arguments), (
-                    f"{path.name}:{f.lineno} {f.name}"
-                )
+    for path, tree in TREES.items():
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        for f in (node for part in (tree, *classes) for node in part.body if isinstance(node, ast.FunctionDef)):
+            arguments = [a for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)]
+            untyped = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+            assert f.name.startswith("_") or f.returns is not None and not untyped, f"{path}:{f.lineno} {f.name}"
 
 
 def test_citation() -> None:
