@@ -1,17 +1,19 @@
-"""scripts/: read by bash and shellcheck, run at toy size; the SLURM launcher with stand-ins for SLURM's own commands."""
+"""scripts/: read by bash and shellcheck, run at toy size; the SLURM launcher with stand-ins for SLURM's commands."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.helpers import REPO, run_processes
-from tests.training.test_resume import STEPS, flags, log_of  # noqa: F401 (flags is a fixture)
+from tests.helpers import REPO, run_processes, tiny_vae
 from util.checkpoint import load_latest
 
 SCRIPTS = sorted((REPO / "scripts").glob("*.sh"))
@@ -21,6 +23,27 @@ FAKE_SLURM = {
     "scontrol": 'case $1 in show) echo localhost ;; *) echo "$@" >> "$FAKE_SLURM/asked" ;; esac',
     "scancel": 'kill -USR1 "$(cat "$FAKE_SLURM/step")"',
 }
+
+
+TRAINING = (
+    "--model tokenbridge_digits --img_size 32 --class_num 2 --buffer_size 4 --batch_size 4 --warmup_epochs 1 --lr 1e-3"
+    " --epochs 100 --num_workers 0 --device cpu --seed 3 --log_freq 1 --save_last_freq 1000"
+    " --save_every_steps 1000 --max_steps 200"
+)
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Callable[..., list[str]]:
+    """flags(name=value, ...): a training of 12 images, 3 steps per epoch, up to 200 steps, a checkpoint at the end."""
+    path = tmp_path_factory.mktemp("vae") / "vae.pth"
+    vae = tiny_vae(embed_dim=4, ch_mult=(1, 1, 2, 2))
+    torch.save({"model": vae.state_dict(), "config": vae.config}, path)
+    files = ["--vae_path", str(path), "--data_path", str(image_root)]
+    return lambda **changes: [
+        *TRAINING.split(),
+        *files,
+        *(part for name, value in changes.items() for part in (f"--{name}", str(value))),
+    ]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -39,86 +62,61 @@ def test_a_missing_folder_is_refused(script: str, arguments: list[str]) -> None:
     assert result.returncode == 2 and "error: usage:" in result.stderr
 
 
-def launch(script: str, arguments: list[str], log: Path, **environment: str) -> subprocess.Popen:
-    """The script with one process per node; `arguments` without --output_dir and --resume, which it sets itself."""
-    kept = [part for i, part in enumerate(arguments) if not {"--output_dir", "--resume"} & {part, arguments[i - 1]}]
-    environment = (
-        os.environ
-        | {"PYTHON": sys.executable, "PROCESSES": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        | environment
-    )
+def launch(script: str, out: Path, arguments: list[str], log: Path, **environment: str) -> subprocess.Popen:
+    """The script with one process per node; it sets --output_dir and --resume itself."""
+    one = {"PYTHON": sys.executable, "PROCESSES": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", REPO / "scripts" / script, out, *arguments]
     with log.open("a") as file:
-        return subprocess.Popen(
-            ["bash", REPO / "scripts" / script, arguments[arguments.index("--output_dir") + 1], *kept],
-            cwd=REPO,
-            stdout=file,
-            stderr=file,
-            env=environment,
-        )
+        return subprocess.Popen(command, cwd=REPO, stdout=file, stderr=file, env=os.environ | one | environment)
 
 
-def wait_for_steps(folder: Path, count: int, process: subprocess.Popen, log: Path) -> None:
-    while not (folder / "log.jsonl").exists() or len((folder / "log.jsonl").read_text().splitlines()) < count:
+def stop_after_steps(process: subprocess.Popen, how: signal.Signals, out: Path, log: Path) -> int:
+    """Send the signal after three steps; the script ends with code 0. Returns the checkpoint's step."""
+    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 3:
         assert process.poll() is None, log.read_text()[-3000:]
         time.sleep(0.01)
+    process.send_signal(how)
+    assert process.wait(120) == 0, log.read_text()[-3000:]
+    step = load_latest(str(out))[1]["step"]
+    assert 3 <= step < 200
+    return step
 
 
 @pytest.mark.slow
-def test_one_node_stopped_and_continued(flags, tmp_path: Path) -> None:  # noqa: ANN001, F811
+def test_one_node_stopped_and_resumed(flags: Callable[..., list[str]], tmp_path: Path) -> None:
     """SIGTERM to the script while it trains: a checkpoint and exit code 0; the same command finishes the run."""
     out, log = tmp_path / "run", tmp_path / "log.txt"
-    arguments = flags(out, log_freq=1, save_every_steps=1000, save_last_freq=1000, max_steps=200)
-    process = launch("train_node.sh", arguments, log)
-    wait_for_steps(out, 3, process, log)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 0, log.read_text()[-3000:]
-    step = load_latest(str(out))[1]["step"]
-    assert 3 <= step < 200 and f"stopped by a signal after step {step}" in log.read_text()
-    assert launch("train_node.sh", flags(out, max_steps=step + 3), log).wait(120) == 0
+    step = stop_after_steps(launch("train_node.sh", out, flags(), log), signal.SIGTERM, out, log)
+    assert f"stopped by a signal after step {step}" in log.read_text()
+    assert launch("train_node.sh", out, flags(max_steps=step + 3), log).wait(120) == 0
     assert load_latest(str(out))[1]["step"] == step + 3
 
 
 @pytest.mark.slow
-def test_slurm_tells_it_to_stop_and_it_queues_itself_again(flags, tmp_path: Path) -> None:  # noqa: ANN001, F811
+def test_slurm_signals_and_the_job_requeues_itself(flags: Callable[..., list[str]], tmp_path: Path) -> None:
     fake, out, log = tmp_path / "slurm", tmp_path / "run", tmp_path / "log.txt"
     fake.mkdir()
     for name, text in FAKE_SLURM.items():
         (fake / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (fake / name).chmod(0o755)
-    environment = dict(
-        PATH=f"{fake}:{os.environ['PATH']}",
-        FAKE_SLURM=str(fake),
-        SLURM_SUBMIT_DIR=str(REPO),
-        SLURM_JOB_NODELIST="localhost",
-        SLURM_JOB_NUM_NODES="1",
-        SLURM_JOB_ID="17",
-        PORT="0",
-    )
-    process = launch(
-        "train_slurm.sh",
-        flags(out, log_freq=1, save_every_steps=1000, save_last_freq=1000, max_steps=200),
-        log,
-        **environment,
-    )
-    wait_for_steps(out, 3, process, log)
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(120) == 0, log.read_text()[-3000:]
-    step = load_latest(str(out))[1]["step"]
-    assert 3 <= step < 200 and (fake / "asked").read_text() == "requeue 17\n"
-    assert launch("train_slurm.sh", flags(out, max_steps=step + 3), log, **environment).wait(120) == 0
-    # done: not again
-    assert load_latest(str(out))[1]["step"] == step + 3 and (fake / "asked").read_text() == "requeue 17\n"
+    job = dict(SUBMIT_DIR=str(REPO), JOB_NODELIST="localhost", JOB_NUM_NODES="1", JOB_ID="17")
+    environment = {f"SLURM_{name}": value for name, value in job.items()}
+    environment |= dict(PATH=f"{fake}:{os.environ['PATH']}", FAKE_SLURM=str(fake), PORT="0")
+    process = launch("train_slurm.sh", out, flags(), log, **environment)
+    step = stop_after_steps(process, signal.SIGUSR1, out, log)
+    assert (fake / "asked").read_text() == "requeue 17\n"
+    assert launch("train_slurm.sh", out, flags(max_steps=step + 3), log, **environment).wait(120) == 0
+    assert load_latest(str(out))[1]["step"] == step + 3
+    assert (fake / "asked").read_text() == "requeue 17\n"  # finished: not again
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_after_a_kill_and_the_run_goes_on(flags, tmp_path: Path) -> None:  # noqa: ANN001, F811
-    """kill -9 of rank 1: torchrun starts both again, and they continue from the checkpoint by themselves."""
-    arguments = [
-        "--max_restarts=2",
-        REPO / "tests" / "processes" / "run_elastic.py",
-        *flags(tmp_path / "run", batch_size=2),
-    ]
-    result = run_processes(arguments, nproc=2, timeout=600, env={"PYTHONPATH": str(REPO)})
+def test_torchrun_restarts_after_a_kill_and_the_run_resumes(flags: Callable[..., list[str]], tmp_path: Path) -> None:
+    """kill -9 of rank 1: torchrun starts both again, and they resume from the checkpoint by themselves."""
+    out, script = tmp_path / "run", REPO / "tests" / "processes" / "run_elastic.py"
+    changes = dict(batch_size=2, max_steps=24, save_last_freq=2, save_every_steps=2, output_dir=out, resume=out)
+    result = run_processes(["--max_restarts=2", script, *flags(**changes)], nproc=2, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "resumed from" in result.stderr and load_latest(str(tmp_path / "run"))[1]["step"] == STEPS
-    assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, STEPS + 1))
+    assert "resumed from" in result.stderr and load_latest(str(out))[1]["step"] == 24
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 25))
