@@ -13,9 +13,10 @@ from pathlib import Path
 
 from training.ema import power_exponent
 from training.posthoc_ema import reconstruct
-from util.checkpoint import atomic_save, resolve
+from util.checkpoint import atomic_save, find_file
 from util.cli import check_writable, make_parser
 from util.log import run_cli
+from util.options import flag_names
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,11 +31,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, check, fit, write. ValueError or OSError for bad input."""
-    args = build_parser().parse_args(argv)
+def run(args: argparse.Namespace) -> None:
+    """Check, fit, write."""
     power_exponent(args.sigma_rel)  # refused before a file is read
-    source, output = resolve(args.run), Path(args.output)
+    source, output = find_file(args.run), Path(args.output)
     if args.output and (output.suffix != ".pth" or output.exists()):
         why = "exists already" if output.exists() else "does not end in .pth"
         raise ValueError(f"{args.output} (--output) {why}: choose another name")
@@ -48,6 +48,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"sigma_rel {args.sigma_rel:g} at step {content['step']} from {fit['snapshots']} snapshots: "
         f"relative error of the profile {fit['residual']:.3g}; wrote {output}"
     )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse and run. ValueError or OSError for bad input."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    with flag_names(parser):
+        run(args)
 
 
 if __name__ == "__main__":
