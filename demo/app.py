@@ -216,17 +216,12 @@ def generate_tab(gr: "gr", settings: list, generate: object) -> tuple:
 def edit_tab(gr: "gr", settings: list, inpaint: object, result: "gr.Image", count: "gr.Slider") -> None:
     """The tab that regenerates what is painted over."""
     take = gr.Button("Take the last result", elem_id="take")
-    editor = gr.ImageEditor(
-        label="paint over what is to be regenerated",
-        type="numpy",
-        sources=("upload",),
-        transforms=(),
-        brush=gr.Brush(default_size=24, colors=["#ff4081"], color_mode="fixed"),
-        layers=False,
-        format="png",
-        canvas_size=(SHOWN_PIXELS * 2, SHOWN_PIXELS * 2),
-        elem_id="editor",
+    brush, size = (
+        gr.Brush(default_size=24, colors=["#ff4081"], color_mode="fixed"),
+        (SHOWN_PIXELS * 2, SHOWN_PIXELS * 2),
     )
+    options = dict(type="numpy", sources=("upload",), transforms=(), layers=False, format="png", elem_id="editor")
+    editor = gr.ImageEditor(label="paint over what is to be regenerated", brush=brush, canvas_size=size, **options)
     draw = gr.Button("Regenerate the painted part", variant="primary", elem_id="draw")
     edited = result_image(gr, "result", "edited")
     line = gr.Textbox(show_label=False, interactive=False, elem_id="edit-line")
@@ -287,16 +282,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     page = build_page(Studio(pipeline, names or class_names(path)), f"TokenBridge: {args.resume}")
     if args.host not in ("127.0.0.1", "localhost", "::1"):
         logger.warning("--host %s: other machines can reach the page, and there is no password", args.host)
-    page.queue(default_concurrency_limit=1).launch(
-        server_name=args.host,
-        server_port=args.port,
-        share=False,
-        quiet=True,
-        ssr_mode=False,
-        footer_links=[],
-        theme=gr.themes.Base(font=["system-ui"], font_mono=["monospace"]),
-        prevent_thread_lock=True,
-    )
+    theme = gr.themes.Base(font=["system-ui"], font_mono=["monospace"])
+    options = dict(share=False, quiet=True, ssr_mode=False, footer_links=[], prevent_thread_lock=True)
+    page.queue(default_concurrency_limit=1)
+    page.launch(server_name=args.host, server_port=args.port, theme=theme, **options)
     print(f"open http://{args.host}:{args.port} in a browser; Ctrl-C ends it", flush=True)
     page.block_thread()
 

@@ -69,10 +69,8 @@ def token_mask(mask: Picture, size: int, grid: int) -> Tensor:
     if tuple(chosen.shape) == (size, size):
         chosen = chosen.view(grid, size // grid, grid, size // grid).any(3).any(1)  # (H, W)
     if tuple(chosen.shape) != (grid, grid):
-        raise ArgumentError(
-            "mask",
-            f"the mask is {tuple(chosen.shape)[::-1]}, it must have the image's {size} x {size} pixels or {grid} x {grid} tokens",
-        )
+        expected = f"the image's {size} x {size} pixels or {grid} x {grid} tokens"
+        raise ArgumentError("mask", f"the mask is {tuple(chosen.shape)[::-1]}, it must have {expected}")
     if not chosen.any():
         raise ArgumentError("mask", "the mask chooses nothing: white pixels are regenerated")
     return chosen.flatten()

@@ -72,7 +72,7 @@ class GenerationStep:
 
     @torch.no_grad()
     def pixels(self) -> Tensor:
-        """uint8 (B, 3, S, S), grey where a token is masked; each call decodes the batch once. ValueError as `decode`."""
+        """uint8 (B, 3, S, S), grey where a token is masked; each call decodes the batch. ValueError as `decode`."""
         images = decode(self.vae, self.state.latents, self.numbers)
         if self.state.num_masked == 0:
             return images
@@ -218,17 +218,12 @@ class Pipeline:
         settings, numbers = self.settings(**options), range(len(classes))
         edit = make_edit(self.model, self.vae, init, mask)
         states = start_sampling(self.model, classes, numbers, settings, edit=edit)
-        return self._steps(states, numbers, settings.precision)
 
-    def _steps(
-        self, states: Iterator[SamplerState], numbers: Sequence[int], precision: str
-    ) -> Iterator[GenerationStep]:
-        while True:
-            with dist.autocast(self.device, precision):  # left while the caller has control
-                state = next(states, None)
-            if state is None:
-                return
-            yield GenerationStep(numbers, state, self.vae)
+        def next_state() -> SamplerState | None:
+            with dist.autocast(self.device, settings.precision):  # left while the caller has control
+                return next(states, None)
+
+        return (GenerationStep(numbers, state, self.vae) for state in iter(next_state, None))
 
 
 def load(

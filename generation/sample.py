@@ -113,14 +113,15 @@ def parse_classes(text: str, class_num: int, argument: str) -> list[int]:
 
 
 class StepFrames:
-    """Collects images of the unmasking, `count` per image, evenly spaced over the steps; the last one is the result."""
+    """Collects frames of the unmasking, `count` per image, evenly spaced over the steps; the last one is the result."""
 
     def __init__(self, num_iter: int, count: int):
         count = min(count, num_iter)
         self.steps = {math.ceil(num_iter * (i + 1) / count) - 1 for i in range(count)}
         self.frames: dict[int, list[Tensor]] = {}
 
-    def __call__(self, step: GenerationStep) -> None:
+    def add(self, step: GenerationStep) -> None:
+        """Decode the step's batch if a frame is due."""
         if step.step in self.steps and step.numbers[0] < SHOWN_STEPS_IMAGES:
             for number, image in zip(step.numbers, step.pixels().cpu(), strict=True):
                 self.frames.setdefault(number, []).append(image)
@@ -143,32 +144,21 @@ def write_images(
     seeds: Sequence[int] | None = None,
     edit: Edit | None = None,
     show_steps: int = 0,
-    after_step: Callable[[], object] = lambda: None,
+    after_step: Callable[[], object],
 ) -> None:
     """Write this process's share of the images as output/000000.png and so on, their unmasking to output/steps."""
-    frames = StepFrames(settings.num_iter, show_steps) if show_steps else None
+    model, vae, device = pipeline.model, pipeline.vae, pipeline.device
+    frames = StepFrames(settings.num_iter, show_steps)
 
     def on_step(step: GenerationStep) -> None:
         after_step()
-        if frames is not None:
-            frames(step)
+        frames.add(step)
 
-    indices = range(dist.rank(), len(labels), dist.world_size())
-    for numbers, images in generate_batches(
-        pipeline.model,
-        pipeline.vae,
-        labels,
-        indices,
-        settings,
-        pipeline.device,
-        on_step=on_step,
-        seeds=seeds,
-        edit=edit,
-    ):
+    indices, options = range(dist.rank(), len(labels), dist.world_size()), dict(on_step=on_step, seeds=seeds, edit=edit)
+    for numbers, images in generate_batches(model, vae, labels, indices, settings, device, **options):
         for number, image in zip(numbers, images, strict=True):
             save_png(output / f"{number:06d}.png", image)
-        if frames is not None:
-            frames.write(output / "steps")
+        frames.write(output / "steps")
     dist.barrier()
 
 

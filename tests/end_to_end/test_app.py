@@ -1,4 +1,4 @@
-"""The web demo: what its buttons call, bad input, and the page in a headless browser (slow; Chromium and selenium needed)."""
+"""The web demo: what its buttons call, bad input, and the page in a headless browser (slow; needs Chromium, selenium)."""
 
 import io
 import re
@@ -160,7 +160,7 @@ def wait_for(what: Callable[[], object], seconds: float = 60):  # noqa: ANN201
 
 
 @pytest.mark.slow
-def test_the_page_in_a_browser(studio: Studio, page: str, browser, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+def test_the_page_in_a_browser(studio, page, browser, monkeypatch):  # noqa: ANN001, ANN201
     """Choose a class and seed, generate, take the result, paint, regenerate. Pixels are compared with the pipeline's."""
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.by import By
