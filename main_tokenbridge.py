@@ -6,19 +6,20 @@ sample     python main_tokenbridge.py --sample --resume OUT --classes 207,360 --
 """
 
 import argparse
+import itertools
 import math
 import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 
+import torch
+
 from checkpoints import download
 from checkpoints.build import build_model, load_generator_weights, read_checkpoint
 from dataset.record import read_record
 from dataset.training_set import DataOptions
-from evaluation.metrics import IS_SPLITS
-from evaluation.scores import Evaluator, sweep_values
-from evaluation.store import SAVE_IMAGES
+from evaluation.scores import EvaluationOptions, Evaluator
 from generation.pipeline import Pipeline, generation_settings
 from generation.sample import SampleOptions, sample
 from models import MODELS
@@ -197,12 +198,6 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("generation and evaluation")
     group.add_argument("--num_iter", type=int, default=256, help="sampling steps")
     group.add_argument(
-        "--num_images",
-        type=int,
-        default=50000,
-        help="images in all, spread evenly over the classes; with --sample 4 per class",
-    )
-    group.add_argument(
         "--cfg",
         type=float,
         nargs="+",
@@ -219,7 +214,6 @@ def build_parser() -> argparse.ArgumentParser:
         default=1.0,
         help="several with --evaluate and --online_eval: all pairs with --cfg",
     )
-    group.add_argument("--eval_bsz", type=int, default=64, help="images per process generated together")
     group.add_argument(
         "--online_eval",
         action="store_true",
@@ -228,41 +222,11 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--eval_freq", type=int, default=40, help="--online_eval: after epochs 0, N, 2N, ... (0-based) and at the end"
     )
-    add_evaluation_flags(parser)
+    add_options(parser, EvaluationOptions, "evaluation")
     add_sampler_flags(parser)
     add_options(parser, SampleOptions, "for --sample only")
     add_process_flags(parser, seed=1)
     return parser
-
-
-def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
-    """What --evaluate compares the images with, and what it keeps."""
-    group = parser.add_argument_group("evaluation")
-    group.add_argument(
-        "--fid_stats",
-        default="fid_stats/adm_in256_stats.npz",
-        help="the real images: npz of statistics (ADM's, or of python -m tools.fid_stats), npz of images (arr_0), or a folder of images",
-    )
-    group.add_argument(
-        "--pr_reference",
-        default=None,
-        help="real images for precision, recall and KID, if --fid_stats holds none: an npz or a folder as there",
-    )
-    group.add_argument(
-        "--inception_weights", default=None, help="torch-fidelity's Inception weights; default: its download"
-    )
-    group.add_argument(
-        "--no_download",
-        action="store_true",
-        help="refuse a published file that is missing (weights, VAE, references, Inception) instead of fetching it",
-    )
-    group.add_argument(
-        "--save_images",
-        default="none",
-        choices=SAVE_IMAGES,
-        help="keep the images of --evaluate; npz is the format of ADM's evaluator",
-    )
-    group.add_argument("--fid_infinity", action="store_true", help="also extrapolate FID to infinitely many images")
 
 
 def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
@@ -370,10 +334,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if args.peak_tflops is not None and not (args.peak_tflops > 0 and math.isfinite(args.peak_tflops)):
         raise ValueError(f"--peak_tflops must be a positive number, got {args.peak_tflops}")
-    if (args.evaluate or args.online_eval) and args.num_images < IS_SPLITS:
-        raise ValueError(
-            f"--num_images {args.num_images}: the Inception Score needs at least {IS_SPLITS} images, one per split"
-        )
+    if args.evaluate or args.online_eval:
+        read_options(EvaluationOptions, args).check_enough_images()
     if (
         args.save_images != "none"
         and not args.evaluate
@@ -400,6 +362,42 @@ def check_sample_arguments(args: argparse.Namespace) -> None:
     for name in ("interpolate", "init", "mask", "show_steps"):
         if getattr(args, name):
             raise ValueError(f"--{name} changes --sample only; give --sample too, or leave it out")
+
+
+def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator:
+    """What --evaluate and --online_eval need, read and checked."""
+    return Evaluator.prepare(
+        read_options(EvaluationOptions, args),
+        generation_settings(args, device),
+        device,
+        args.output_dir,
+        img_size=args.img_size,
+        num_workers=args.num_workers,
+        model=args.model,
+        vae_path=str(args.vae_path),
+    )
+
+
+def sweep_values(args: argparse.Namespace) -> list[tuple[float, float]]:
+    """All pairs (guidance scale, temperature) of --cfg and --temperature; the flags then hold the first of each, one number.
+
+    ValueError if several are given where only one makes sense.
+    """
+    values = {
+        name: list(dict.fromkeys(value)) if isinstance(value := getattr(args, name), list) else [value]
+        for name in ("cfg", "temperature")
+    }
+    for name, several in values.items():
+        modes = ["evaluate", "online_eval"] + (["sample"] if name == "cfg" else [])
+        if len(several) > 1 and (args.sample and name != "cfg" or not any(getattr(args, mode) for mode in modes)):
+            raise ValueError(f"--{name} takes several values with {' and '.join(f'--{mode}' for mode in modes)} only")
+        for value in several:
+            if not math.isfinite(value):
+                raise ValueError(f"--{name} must be finite, got {value}")
+            if name == "temperature" and value < 0:
+                raise ValueError(f"--temperature must be at least 0, got {value}")
+        setattr(args, name, several[0])
+    return list(itertools.product(values["cfg"], values["temperature"]))
 
 
 @flag_names(build_parser(), bits="quant_bits", quant_levels="quant_bits")
@@ -437,7 +435,9 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
             load_generator_weights(model, content, source, args.weights)
             model = model.to(device)
         if args.evaluate:
-            Evaluator.prepare(args, device).run(model, vae, source, pairs)
+            evaluator = make_evaluator(args, device)
+            about = {"vae_path": args.vae_path, "weights": args.weights, "preset": preset}
+            evaluator.run(model, vae, pairs, checkpoint=source, **about)
         elif args.sample:
             settings, count = generation_settings(args, device), args.num_images if "num_images" in given else None
             sample(
@@ -461,7 +461,7 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
                 source,
                 device,
                 optimizer_settings,
-                (lambda: partial(Evaluator.prepare(args, device).during_training, pairs)) if args.online_eval else None,
+                (lambda: partial(make_evaluator(args, device).during_training, pairs)) if args.online_eval else None,
             )
             log_lines(differences)  # again, where somebody looks after a long run
     finally:

@@ -32,7 +32,7 @@ from dataset.images import to_uint8
 from dataset.latent_statistics import frequency_order, latent_scale
 from dataset.loader import GlobalBatchSampler, build_loader
 from engine_tokenbridge import optimizer_step
-from evaluation.metrics import psnr
+from evaluation.image_metrics import psnr
 from models.latent_space import DiagonalGaussian
 from models.vae import AutoencoderKL
 from training.lr_sched import learning_rate

@@ -1,163 +1,188 @@
-"""What reconstruction.py prints and draws: the table with the published numbers beside ours, a CSV, rate against distortion, worst and median images."""
+"""What evaluations print and draw: scores in words, tables, CSV files, plots; those of sweeps and of reconstruction.py."""
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from evaluation.metrics import columns
 from util.files import replacing
 
-# Published by (bits, range); None is the VAE alone. ImageNet, KL-16, 256 px.
-PUBLISHED_FID = {
-    None: 1.11,
-    (3, 5.0): 3.69,
-    (4, 5.0): 1.33,
-    (5, 5.0): 1.12,
-    (6, 5.0): 1.11,
-    (6, 4.0): 1.13,
-    (6, 3.0): 1.22,
-    (6, 2.0): 2.26,
-}
 
-PUBLISHED_INCEPTION_SCORE = {(6, 5.0): 305.0}
-PUBLISHED_RFID = {None: 0.53}
+class Column(NamedTuple):
+    """A column of a text table: its title, the key of a row, the value's format and the cell's alignment and width."""
+
+    title: str
+    key: str
+    form: str
+    width: str
+
+
+def text_line(row: dict, table: Iterable[Column]) -> str:
+    """One line of a table; "-" where the row has no value."""
+    values = ((row.get(column.key), column) for column in table)
+    return "".join(f"{'-' if value is None else format(value, c.form):{c.width}}" for value, c in values)
+
+
+def title_line(table: Iterable[Column]) -> str:
+    """The line of the titles."""
+    return "".join(f"{column.title:{column.width}}" for column in table)
+
+
+def write_csv(path: Path, rows: Iterable[dict], keys: Sequence[str]) -> None:
+    """The rows' values of these keys, written atomically."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, keys, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
+
+
+# ---- sweeps of --evaluate
+
+
+def scores_in_words(record: dict) -> str:
+    """The scores that were computed, with the standard deviations that there are, on one line."""
+    words = []
+    for key, title in columns().items():
+        if title and record[key] is not None:
+            spread = record.get(f"{key}_std")
+            words.append(f"{title} {record[key]:.4g}" + ("" if spread is None else f" +- {spread:.2g}"))
+    return "  ".join(words)
+
+
+def sweep_table(records: Sequence[dict]) -> str:
+    """One line per setting, a star at the lowest FID."""
+    best = min(record["fid"] for record in records)
+    table = [Column("cfg", "cfg", "g", ">7"), Column("temperature", "temperature", "g", ">13")]
+    table += [Column(title, key, ".4g", ">11") for key, title in columns().items() if title]
+    stars = ("  *" if record["fid"] == best else "" for record in records)
+    return "\n".join([title_line(table), *(text_line(r, table) + star for r, star in zip(records, stars, strict=True))])
+
+
+def write_sweep(records: Sequence[dict], output: Path) -> None:
+    """eval_sweep.csv, and eval_sweep.png: FID and Inception Score against guidance, a line per temperature.
+
+    If cfg is fixed, against temperature.
+    """
+    names = ["cfg", "temperature", *columns(), "num_images", "num_iter", "seed"]
+    write_csv(output / "eval_sweep.csv", records, names)
+    from matplotlib.figure import Figure  # slow to import
+
+    varied, fixed = ("cfg", "temperature") if len({r["cfg"] for r in records}) > 1 else ("temperature", "cfg")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, key in zip(figure.subplots(1, 2), ("fid", "inception_score"), strict=True):
+        for value in dict.fromkeys(record[fixed] for record in records):
+            points = sorted((r[varied], r[key]) for r in records if r[fixed] == value)
+            axes.plot(*zip(*points, strict=True), marker="o", label=f"{fixed} {value:g}")
+        axes.set(xlabel={"cfg": "guidance scale"}.get(varied, varied), ylabel=columns()[key])
+        axes.legend()
+    with replacing(output / "eval_sweep.png") as file:
+        figure.savefig(file, dpi=120, format="png")
+
+
+# ---- reconstruction.py
+
+# Published by (bits, range); None is the VAE alone. ImageNet, KL-16, 256 px.
+PUBLISHED = {
+    "published_fid": {
+        None: 1.11,
+        (3, 5.0): 3.69,
+        (4, 5.0): 1.33,
+        (5, 5.0): 1.12,
+        (6, 5.0): 1.11,
+        (6, 4.0): 1.13,
+        (6, 3.0): 1.22,
+        (6, 2.0): 2.26,
+    },
+    "published_inception_score": {(6, 5.0): 305.0},
+    "published_rfid": {None: 0.53},
+}
 PUBLISHED_IS_ABOUT = {
     "published_fid": "FID of 50 reconstructed training images of each class against ADM's statistics, "
     "adm_in256_stats.npz, pixels truncated",
     "published_inception_score": "about 305, of the same images",
     "published_rfid": "FID of the validation images against their originals, VAE alone",
 }
-
-# Column title, key of a row, format, width; shown where a row has a value, or always
-TABLE = (
-    ("PSNR dB", "psnr", ".2f", 9),
-    ("SSIM", "ssim", ".4f", 9),
-    ("FID", "fid", ".3f", 11),
-    ("published*", "published_fid", ".2f", 12),
-    ("IS", "inception_score", ".2f", 9),
-    ("published*", "published_inception_score", ".0f", 12),
-    ("rFID", "rfid", ".3f", 11),
-    ("published+", "published_rfid", ".2f", 12),
-    ("LPIPS", "lpips", ".4f", 9),
-    ("clamped", "clamped_share", ".4%", 11),
-    ("bits/image", "bits_per_image", ".0f", 12),
-    ("entropy", "entropy_bits_per_image", ".0f", 9),
+FOOTNOTES = (
+    "* published, ImageNet, KL-16, 256 px: 50 reconstructed training images of each class against ADM's statistics; "
+    "IS about 305",
+    "+ published, ImageNet, KL-16, 256 px: the validation images against their originals, VAE alone",
 )
-ALWAYS = ("psnr", "ssim", "rfid", "inception_score", "clamped_share", "bits_per_image", "entropy_bits_per_image")
+TABLE = (
+    Column("PSNR dB", "psnr", ".2f", ">9"),
+    Column("SSIM", "ssim", ".4f", ">9"),
+    Column("FID", "fid", ".3f", ">11"),
+    Column("published*", "published_fid", ".2f", ">12"),
+    Column("IS", "inception_score", ".2f", ">9"),
+    Column("published*", "published_inception_score", ".0f", ">12"),
+    Column("rFID", "rfid", ".3f", ">11"),
+    Column("published+", "published_rfid", ".2f", ">12"),
+    Column("LPIPS", "lpips", ".4f", ">9"),
+    Column("clamped", "clamped_share", ".4%", ">11"),
+    Column("bits/image", "bits_per_image", ".0f", ">12"),
+    Column("entropy", "entropy_bits_per_image", ".0f", ">9"),
+)
+NAME, LEVELS_USED = Column("", "name", "", "<22"), Column("indices used", "levels_used", "", ">14")
+IF_COMPUTED = ("fid", "lpips", *PUBLISHED)  # columns that only appear if some row has a value
 CSV_KEYS = (
-    "name",
-    "quantizer",
-    "bits",
-    "range",
-    "pixels",
-    "psnr",
-    "ssim",
-    "lpips",
-    "fid",
-    "published_fid",
-    "inception_score",
-    "inception_score_std",
-    "published_inception_score",
-    "rfid",
-    "published_rfid",
-    "clamped_share",
-    "bits_per_image",
-    "entropy_bits_per_image",
-    "entropy_mean",
-    "entropy_lowest",
-    "entropy_highest",
-    "indices_used",
+    *("name", "quantizer", "bits", "range", "pixels", "psnr", "ssim", "lpips", "fid", "published_fid"),
+    *("inception_score", "inception_score_std", "published_inception_score", "rfid", "published_rfid"),
+    *("clamped_share", "bits_per_image", "entropy_bits_per_image"),
+    *("entropy_mean", "entropy_lowest", "entropy_highest", "indices_used"),
 )
 
 
 def published_figures(pair: tuple[int, float] | None, comparable: bool) -> dict[str, float | None]:
-    """The published figures of a row, (bits, range) or None for the VAE alone; None where there is none, or ours are
-    not comparable.
-    """
-    tables = {
-        "published_fid": PUBLISHED_FID,
-        "published_inception_score": PUBLISHED_INCEPTION_SCORE,
-        "published_rfid": PUBLISHED_RFID,
-    }
-    return {key: values.get(pair) if comparable else None for key, values in tables.items()}
+    """The published figures of (bits, range), None being the VAE alone; all None if ours are not comparable."""
+    return {key: values.get(pair) if comparable else None for key, values in PUBLISHED.items()}
 
 
-def table(rows: Sequence[dict]) -> str:
-    """The rows as text, published figures beside ours where they are comparable; LPIPS and FID only where they were
-    computed.
-    """
-    published = any(row.get(key) is not None for row in rows for key in PUBLISHED_IS_ABOUT)
-    columns = [
-        column
-        for column in TABLE
-        if column[1] in ALWAYS
-        or published
-        and column[1] == "fid"
-        or any(row.get(column[1]) is not None for row in rows)
-    ]
-
-    def cell(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    lines = [f"{'':<22}" + "".join(f"{title:>{width}}" for title, _, _, width in columns) + f"{'indices used':>14}"]
+def reconstruction_table(rows: Sequence[dict]) -> str:
+    """The rows as text, published figures beside ours if they are comparable; LPIPS and FID only if computed."""
+    known = {key for row in rows for key in IF_COMPUTED if row.get(key) is not None}
+    published = bool(known & PUBLISHED.keys())
+    shown = {"fid", *known} if published else known
+    table = [NAME, *(c for c in TABLE if c.key not in IF_COMPUTED or c.key in shown), LEVELS_USED]
+    lines = [title_line(table)]
     for row in rows:
-        used = "-" if row["bits"] is None else f"{row['indices_used']}/{2 ** row['bits']}"
-        lines.append(
-            f"{row['name']:<22}"
-            + "".join(f"{cell(row.get(key), form):>{width}}" for _, key, form, width in columns)
-            + f"{used:>14}"
-        )
-    if published:
-        lines.append(
-            "* published, ImageNet, KL-16, 256 px: 50 reconstructed training images of each class against ADM's statistics; "
-            "IS about 305"
-        )
-        lines.append("+ published, ImageNet, KL-16, 256 px: the validation images against their originals, VAE alone")
-    return "\n".join(lines)
+        used = None if row["bits"] is None else f"{row['indices_used']}/{2 ** row['bits']}"
+        lines.append(text_line(row | {"levels_used": used}, table))
+    return "\n".join([*lines, *(FOOTNOTES if published else ())])
 
 
-def write_csv(path: Path, rows: Sequence[dict], pixels: str) -> None:
-    """One line per variant; pixels: how their values became bytes. The entropies of the single dimensions are in
-    results.json.
-    """
-    text = io.StringIO()
-    out = csv.DictWriter(text, CSV_KEYS, extrasaction="ignore")
-    out.writeheader()
-    for row in rows:
+def write_reconstruction_csv(path: Path, rows: Sequence[dict], pixels: str) -> None:
+    """One line per variant; pixels: how values became bytes. Entropies of single dimensions are in results.json only."""
+
+    def line(row: dict) -> dict:
         entropies = row["entropy_per_dimension"]
-        about = ("entropy_mean", "entropy_lowest", "entropy_highest")
-        out.writerow(
-            row
-            | {"pixels": pixels}
-            | (
-                dict(zip(about, (sum(entropies) / len(entropies), min(entropies), max(entropies)), strict=True))
-                if entropies
-                else {}
-            )
-        )
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
+        if not entropies:
+            return row | {"pixels": pixels}
+        about = {"entropy_lowest": min(entropies), "entropy_highest": max(entropies)}
+        return row | {"pixels": pixels, "entropy_mean": sum(entropies) / len(entropies)} | about
+
+    write_csv(path, map(line, rows), CSV_KEYS)
 
 
 def draw_rate_distortion(path: Path, rows: Sequence[dict]) -> None:
-    """PSNR, and FID and rFID where they are known, over the entropy of the indices in bits per image: a line per
-    quantizer and range, the VAE alone dashed.
+    """PSNR, and FID and rFID if known, over the entropy of the indices in bits per image.
+
+    A line per quantizer and range; the VAE alone is dashed.
     """
     from matplotlib.figure import Figure  # slow to import
 
     alone, quantized = rows[0], [row for row in rows if row["bits"] is not None]
     titles = {"psnr": "PSNR, dB", "fid": "FID", "rfid": "rFID"}
-    keys = {key: title for key, title in titles.items() if key == "psnr" or alone.get(key) is not None}
-    figure = Figure(figsize=(4.8 * len(keys), 3.8), layout="constrained")
-    for axes, (key, title) in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys.items(), strict=True):
-        for name in dict.fromkeys((row["quantizer"], row["range"]) for row in quantized):
-            points = sorted(
-                (row["entropy_bits_per_image"], row[key], row["bits"])
-                for row in quantized
-                if (row["quantizer"], row["range"]) == name
-            )
-            label = f"±{name[1]:g}" + ("" if name[0] == "gaussian" else f", {name[0]}")
-            axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=label)
+    titles = {key: title for key, title in titles.items() if key == "psnr" or alone.get(key) is not None}
+    figure = Figure(figsize=(4.8 * len(titles), 3.8), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles.items(), strict=True):
+        for kind, half_width in dict.fromkeys((row["quantizer"], row["range"]) for row in quantized):
+            line = [row for row in quantized if (row["quantizer"], row["range"]) == (kind, half_width)]
+            points = sorted((row["entropy_bits_per_image"], row[key], row["bits"]) for row in line)
+            label = f"±{half_width:g}" + ("" if kind == "gaussian" else f", {kind}")
+            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], marker="o", label=label)
             for x, y, bits in points:
                 axes.annotate(f"{bits}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
         axes.axhline(alone[key], color="gray", linestyle="--", label="VAE alone")
@@ -168,7 +193,7 @@ def draw_rate_distortion(path: Path, rows: Sequence[dict]) -> None:
 
 
 def worst_and_median(scores: dict[int, float], count: int) -> tuple[list[int], list[int]]:
-    """Image numbers with the lowest scores, worst first, and those around the median, `count` of each (fewer if there are not so many)."""
+    """Image numbers with the lowest scores, worst first, and those around the median; at most `count` of each."""
     order = sorted(scores, key=lambda number: (scores[number], number))
     middle = max(0, (len(order) - count) // 2)
     return order[:count], order[middle : middle + count]

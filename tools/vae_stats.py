@@ -26,7 +26,7 @@ from checkpoints import download
 from dataset import latent_statistics as statistics
 from dataset.folders import BAD_IMAGE_CHOICES, ImageFolderDataset
 from dataset.images import to_uint8
-from evaluation.metrics import psnr
+from evaluation.image_metrics import psnr
 from models.latent_space import VaeDescription, description_path
 from models.quantizer import MAX_BITS, TableQuantizer
 from models.quantizer_tables import QUANTIZERS, build_quantizer

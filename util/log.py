@@ -34,6 +34,11 @@ def log_lines(lines: Iterable[str]) -> None:
         get_logger().info("%s", line)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its class where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def run_cli(main: Callable[[], object]) -> int:
     """Run an entry point: 0, or 2 after `error: ...` for bad input (ValueError, OSError).
 

@@ -13,7 +13,6 @@ import main_cache
 from checkpoints.build import load_generator_weights
 from dataset.images import read_image
 from evaluation.scores import Evaluator
-from generation.pipeline import generation_settings
 from main_tokenbridge import main
 from models.tokenbridge import TokenBridge
 from models.vae_loading import load_vae
@@ -468,8 +467,8 @@ def test_checkpoints_and_evaluations_are_due_as_published(
         def __call__(self, model, vae, *, settings, step, weights, **more) -> None:  # noqa: ANN001
             scored.append((step, settings.cfg, settings.temperature, weights))
 
-    def prepare(args, device) -> Evaluator:  # noqa: ANN001
-        return Recorder(args, device, generation_settings(args, device), None, None, tmp_path, {})
+    def prepare(options, settings, device, output_dir, **_) -> Evaluator:  # noqa: ANN001
+        return Recorder(options, settings, device, None, None, tmp_path, {})
 
     monkeypatch.setattr(Evaluator, "prepare", prepare)
     monkeypatch.setattr(

@@ -27,10 +27,11 @@ import main_tokenbridge
 import models
 from checkpoints import build as engine_load
 from checkpoints.download import PUBLISHED
+from evaluation import scores
 from models.tokenbridge import TokenBridge
-from tests.evaluation.test_evaluation import FewColours, reference
-from tests.evaluation.test_fid_stats import Colours
 from tests.helpers import REPO, photographs, tiny_vae, write_image_folder
+from tests.stand_ins import Colours, FewColours, small_reference
+from tools import fid_stats
 
 DOCUMENTS = {path: path.read_text() for path in (REPO / "README.md", *sorted((REPO / "docs").glob("*.md")))}
 README = DOCUMENTS[REPO / "README.md"]
@@ -157,9 +158,9 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     for table in (models.MODELS, engine_load.MODELS):
         for name, builder in sizes.items():
             monkeypatch.setitem(table, name, builder)
-    monkeypatch.setattr("evaluation.scores.InceptionFeatures", lambda *_: FewColours())
-    monkeypatch.setattr("evaluation.scores.load_references", lambda *_, **__: reference())
-    monkeypatch.setattr("evaluation.reference.InceptionFeatures", lambda *_: Colours())
+    monkeypatch.setattr(scores, "InceptionFeatures", FewColours)
+    monkeypatch.setattr(scores, "load_references", lambda *_, **__: small_reference())
+    monkeypatch.setattr(fid_stats, "InceptionFeatures", Colours)
 
     def toy(module: str, argv: list[str]) -> list[str]:
         flags = TOY.get(f"{module}.py" if f"{module}.py" in TOY else module, "")

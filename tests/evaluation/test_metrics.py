@@ -1,109 +1,32 @@
-"""evaluation/metrics.py and dataset/latent_statistics.py: PSNR, SSIM, FID, sFID, Inception Score, precision, recall, KID against scikit-image, SciPy, NumPy and
-torch-fidelity. test_fid_stats.py has the reference files."""
+"""evaluation/metrics.py: FID, Inception Score, precision, recall, KID against SciPy, NumPy and torch-fidelity."""
 
 from collections.abc import Callable
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from PIL import Image
 from scipy.linalg import sqrtm
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-from dataset.latent_statistics import frequency_order, latent_scale, low_frequency_share
 from evaluation import metrics
+from evaluation.inception import InceptionFeatures
 from evaluation.metrics import (
-    FEATURE_DIM,
-    SPATIAL_DIM,
     FeatureStatistics,
-    InceptionFeatures,
     InceptionScoreSums,
-    fetch_inception_weights,
     fid,
     fid_infinity,
-    find_inception_weights,
     inception_score,
     kid,
     precision_recall,
-    psnr,
-    ssim,
 )
-from tests.helpers import Explosive, photographs
+from tests.stand_ins import as_tensor, crops, damaged, stats_of, write_folder
 from tools.bench.evaluation import write_random_inception
 from util.dist import float32_precision
 
 CPU = torch.device("cpu")
-
-
-def crops(number: int, size: int, seed: int) -> Tensor:
-    """uint8 (N, 3, S, S) from the real photographs."""
-    rng, photos = np.random.default_rng(seed), photographs()
-    images = []
-    for i in range(number):
-        top, left = rng.integers(427 - size), rng.integers(640 - size)
-        images.append(np.array(photos[i % 2][top : top + size, left : left + size]))
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-
-
-def damaged(images: Tensor, strength: float, seed: int = 0) -> Tensor:
-    """Images with Gaussian noise of that many grey levels, uint8."""
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
-    return (images.float() + strength * noise).round().clamp(0, 255).to(torch.uint8)
-
-
-@pytest.fixture(scope="module")
-def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_inception(tmp_path_factory.mktemp("inception") / "weights.pth")
-
-
-# ------------------------------------------------------------------------------------------------------------- PSNR, SSIM
-
-
-def test_psnr_is_scikit_images() -> None:
-    a = crops(4, 48, seed=1)
-    b = damaged(a, 12.0)
-    expected = [peak_signal_noise_ratio(x, y, data_range=255) for x, y in zip(a.numpy(), b.numpy(), strict=True)]
-    np.testing.assert_allclose(psnr(a, b).numpy(), expected, rtol=1e-6)
-
-
-def test_psnr_of_equal_images_is_finite() -> None:
-    a = crops(2, 16, seed=1)
-    assert psnr(a, a).tolist() == [100.0, 100.0]
-    one_pixel = a.clone()
-    one_pixel[:, 0, 0, 0] ^= 1
-    assert (psnr(a, one_pixel) < 100).all()
-
-
-@pytest.mark.parametrize("height, width", [(64, 64), (11, 11), (40, 23)])
-def test_ssim_is_scikit_images(height: int, width: int) -> None:
-    a = crops(20, 64, seed=2)[..., :height, :width]  # more than one chunk
-    b = torch.cat([damaged(a[:10], 5.0), damaged(a[10:], 40.0)])
-    b[0], b[1] = 0, 255  # flat images have no variance at all
-    expected = [
-        structural_similarity(
-            x, y, channel_axis=0, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-        )
-        for x, y in zip(a.numpy(), b.numpy(), strict=True)
-    ]
-    found = ssim(a, b)
-    assert found.shape == (20,)
-    np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
-
-
-def test_ssim_of_equal_images_is_one_and_small_ones_are_refused() -> None:
-    a = crops(2, 32, seed=3)
-    np.testing.assert_allclose(ssim(a, a).numpy(), 1.0, atol=1e-7)
-    with pytest.raises(ValueError, match="at least 11 pixels"):
-        ssim(a[..., :10], a[..., :10])
-
-
-# ------------------------------------------------------------------------------------------------------------- FID
 
 
 def random_features(number: int, dim: int, seed: int, shift: float = 0.0) -> np.ndarray:
@@ -137,7 +60,7 @@ def test_statistics_merge_sums_every_part(monkeypatch: pytest.MonkeyPatch) -> No
     mean = torch.from_numpy(x).double().mean(0)
     shift = other.mean - mean
     sums = iter([other.count, other.mean * other.count, other.scatter + other.count * torch.outer(shift, shift)])
-    monkeypatch.setattr("evaluation.metrics.all_reduce_sum", lambda tensor: tensor + next(sums))
+    monkeypatch.setattr(metrics, "all_reduce_sum", lambda tensor: tensor + next(sums))
     merged = mine.merge()
     assert next(sums, None) is None and merged.count == 30
     np.testing.assert_allclose(merged.mu, x.mean(0, dtype=np.float64), rtol=1e-12, atol=1e-12)
@@ -151,12 +74,6 @@ def test_a_process_without_images_merges_as_nothing(monkeypatch: pytest.MonkeyPa
     np.testing.assert_allclose(statistics.merge().sigma, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-10)
     with pytest.raises(ValueError, match="at least two images"):
         _ = FeatureStatistics(4).merge().sigma
-
-
-def stats_of(x: np.ndarray) -> dict[str, np.ndarray]:
-    statistics = FeatureStatistics(x.shape[1])
-    statistics.update(torch.from_numpy(x))
-    return statistics.as_dict()
 
 
 def test_fid_is_the_formula() -> None:
@@ -210,7 +127,7 @@ def test_precision_and_recall_of_separated_equal_and_nested_clouds() -> None:
 
 def test_precision_and_recall_are_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     """In chunks of rows as in one matrix: the share of points within a ball to the third neighbour of a point of the other cloud."""
-    monkeypatch.setattr("evaluation.metrics.PRC_CHUNK", 7)
+    monkeypatch.setattr(metrics, "PRC_CHUNK", 7)
     a, b = (torch.from_numpy(random_features(n, 6, seed=n, shift=0.3)).double() for n in (40, 55))
 
     def share_within(x: Tensor, y: Tensor) -> float:
@@ -254,9 +171,6 @@ def test_inception_score_of_known_logits() -> None:
     assert mean == pytest.approx(5.0, rel=1e-9) and std == 0
     with pytest.raises(ValueError, match="at least 10 images"):
         inception_score(uniform[:9])
-
-
-# ------------------------------------------------------------------------------------------ precision of the arithmetic
 
 
 def allowed_tf32() -> set[object]:
@@ -324,100 +238,17 @@ def test_tf32_for_all_backends_does_not_reach_the_scores() -> None:
         torch.backends.fp32_precision = before
 
 
-# ------------------------------------------------------------------------------------------------------------- Inception
-
-
-def offline(*args: object, **kwargs: object) -> None:
-    raise URLError("no route")
-
-
-def test_inception_weights_are_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To torch-fidelity's own place, with the hash in its name checked; a file that is there is taken without a network."""
-    asked = []
-
-    def download(url: str, target: str, hash_prefix: str, progress: bool) -> None:
-        asked.append((url.rsplit("/", 1)[1], hash_prefix))
-        Path(target).write_bytes(b"weights")
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    first, second = fetch_inception_weights(None), fetch_inception_weights(None)
-    assert first == second == tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
-    assert asked == [(first.name, "6726825d")]
-
-
-def test_inception_weights_absent_or_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FileNotFoundError, match="none.pth.*--inception_weights"):
-        find_inception_weights(str(tmp_path / "none.pth"))
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(
-        FileNotFoundError, match="download https://.*--inception_weights.*the download failed: .*no route"
-    ):
-        InceptionFeatures(None, CPU)
-    monkeypatch.setattr(
-        torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("a download that was ruled out")
-    )
-    with pytest.raises(FileNotFoundError, match="no Inception weights at"):
-        fetch_inception_weights(None, download=False)
-    cached = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    cached.touch()
-    assert find_inception_weights(None) == cached
-
-    torch.save({"fc.weight": torch.zeros(1008, 2048)}, tmp_path / "other.pth")
-    torch.save([Explosive(tmp_path / "ran")], tmp_path / "code.pth")
-    (tmp_path / "text.pth").write_text("not weights")
-    for name in ("other.pth", "code.pth", "text.pth"):
-        with pytest.raises(
-            ValueError, match=rf"{name} \(--inception_weights\) does not hold torch-fidelity's Inception weights"
-        ):
-            InceptionFeatures(str(tmp_path / name), CPU)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_truncated_inception_weights(tmp_path: Path, inception_weights: Path) -> None:
-    cut = tmp_path / "cut.pth"
-    with inception_weights.open("rb") as file:
-        cut.write_bytes(file.read(5_000_000))
-    with pytest.raises(ValueError, match=r"cut\.pth \(--inception_weights\)"):
-        InceptionFeatures(str(cut), CPU)
-
-
-def test_inception_features_are_torch_fidelitys(inception_weights: Path) -> None:
-    """The extractor, fed in two batches, gives what torch-fidelity's own network gives at once; batches merge to numpy's statistics."""
-    images = crops(5, 40, seed=7)
-    ours = InceptionFeatures(str(inception_weights), CPU)
-    parts = [ours(part) for part in images.split(3)]
-    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(inception_weights))
-    pool, logits = network(images)
-    assert pool.std(0).mean() > 1e-3  # the images do differ under these weights
-    torch.testing.assert_close(torch.cat([p["2048"] for p in parts]), pool, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(torch.cat([p["logits_unbiased"] for p in parts]), logits, rtol=1e-4, atol=1e-4)
-    assert pool.shape == (5, FEATURE_DIM) and logits.shape == (5, 1008)
-    maps = {}
-    network.Mixed_6d.register_forward_hook(lambda module, inputs, output: maps.update(mixed_6=output))
-    network(images)
-    spatial = torch.cat([p["spatial"] for p in parts])
-    assert maps["mixed_6"].shape == (5, 768, 17, 17) and spatial.shape == (5, SPATIAL_DIM)
-    # TensorFlow's layout, as ADM's evaluator flattens it
-    expected = maps["mixed_6"].permute(0, 2, 3, 1)[..., :7].flatten(1)
-    torch.testing.assert_close(spatial, expected, rtol=1e-4, atol=1e-4)
-    assert expected.std(0).mean() > 1e-3
-
-
 @pytest.mark.slow
-def test_scores_are_torch_fidelitys(tmp_path: Path, inception_weights: Path) -> None:
+def test_scores_are_torch_fidelitys(tmp_path: Path) -> None:
     """All scores of a small real set equal torch_fidelity.calculate_metrics on the same PNG files."""
-    original = crops(12, 40, seed=8)
+    original, weights = as_tensor(crops(12, 40, seed=8)), write_random_inception(tmp_path / "weights.pth")
     changed = damaged(original, 30.0)
     for name, images in (("original", original), ("changed", changed)):
-        (tmp_path / name).mkdir()
-        for i, image in enumerate(images):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i:02d}.png")
+        write_folder(tmp_path / name, images.permute(0, 2, 3, 1).numpy())
     expected = torch_fidelity.calculate_metrics(
         input1=str(tmp_path / "changed"),
         input2=str(tmp_path / "original"),
+        samples_find_deep=True,
         cuda=False,
         batch_size=12,
         isc=True,
@@ -427,39 +258,16 @@ def test_scores_are_torch_fidelitys(tmp_path: Path, inception_weights: Path) -> 
         feature_extractor="inception-v3-compat",
         kid_subset_size=12,
         verbose=False,
-        feature_extractor_weights_path=str(inception_weights),
+        feature_extractor_weights_path=str(weights),
         save_cpu_ram=True,
         cache=False,
     )
-    extractor = InceptionFeatures(str(inception_weights), CPU)
-    real, made = extractor(original), extractor(changed)
+    extractor, in_order = InceptionFeatures(str(weights), CPU), [*range(0, 12, 2), *range(1, 12, 2)]
+    real, made = extractor(original[in_order]), extractor(changed[in_order])
     mean, std = inception_score(made["logits_unbiased"])
     assert mean == pytest.approx(expected["inception_score_mean"], rel=1e-5)
     assert std == pytest.approx(expected["inception_score_std"], rel=1e-4, abs=1e-6)
-    assert fid(stats_of(made["2048"].numpy()), stats_of(real["2048"].numpy())) == pytest.approx(
-        expected["frechet_inception_distance"], rel=1e-3
-    )
+    distance = fid(stats_of(made["2048"]), stats_of(real["2048"]))
+    assert distance == pytest.approx(expected["frechet_inception_distance"], rel=1e-3)
     assert kid(made["2048"], real["2048"])[0] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-3)
     assert precision_recall(made["2048"], real["2048"]) == (expected["precision"], expected["recall"])
-
-
-# ------------------------------------------------------------------------------------------------------------- latents
-
-
-def test_latent_scale_is_one_over_std() -> None:
-    latents = 4.3 * torch.randn(50, 4, 8, 8, generator=torch.Generator().manual_seed(0)) + 1.0
-    assert latent_scale(latents) == pytest.approx(1 / latents.numpy().astype(np.float64).std(ddof=1), rel=1e-12)
-
-
-def test_frequency_order_finds_slow_channels() -> None:
-    """A gradient, a chequerboard and white noise: the order is gradient, noise, chequerboard, whatever mean and size they have."""
-    y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
-    gradient, board = (x + y) / 8, (-1) ** (x + y)
-    noise = torch.randn(20, 16, 16, generator=torch.Generator().manual_seed(0))
-    wave = torch.linspace(-1, 1, 20)[:, None, None]
-    latents = torch.stack([board * wave * 100, noise + 50, gradient * wave * 0.01], dim=1)  # (20, 3, 16, 16)
-    share = low_frequency_share(latents)
-    assert frequency_order(latents) == [2, 1, 0]
-    assert share[2] > 0.95 and share[0] < 1e-6
-    assert 0.1 < share[1] < 0.4  # white noise: the share of frequencies within the radius, about 0.2
-    assert frequency_order(latents[:, [2, 1, 0]]) == [0, 1, 2]

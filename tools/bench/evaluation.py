@@ -19,16 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from dataset.images import save_png
-from evaluation.metrics import (
-    FEATURE_DIM,
-    LOGITS_DIM,
-    SPATIAL_DIM,
-    FeatureStatistics,
-    InceptionFeatures,
-    fid,
-    inception_score,
-)
-from evaluation.reference import KEEP_FEATURES, Reference
+from evaluation.inception import FEATURE_DIM, LOGITS_DIM, SPATIAL_DIM, InceptionFeatures
+from evaluation.metrics import FeatureStatistics, Reference, fid, inception_score
+from evaluation.reference import KEEP_FEATURES
 from evaluation.scores import Scores
 from evaluation.store import batches_of
 from tools.bench.counting import print_table

@@ -1,0 +1,517 @@
+"""What the quantizer costs: images through VAE and quantizer and back, for several quantizers, and their figures.
+
+Each image is encoded once; every variant (the VAE alone, or one quantizer) decodes the same latents.
+
+Letters: B images of a batch, S their side, C latent channels, K levels, h x w the latent grid.
+"""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from checkpoints import download
+from dataset.folders import BAD_IMAGE_CHOICES, ImageFolderDataset
+from dataset.images import PIXELS, save_png, to_uint8
+from dataset.loader import build_loader
+from evaluation.image_metrics import SMALLEST_FOR_LPIPS, SMALLEST_FOR_SSIM, Lpips, find_alexnet_weights, psnr, ssim
+from evaluation.inception import InceptionFeatures, fetch_inception_weights
+from evaluation.metrics import IS_SPLITS, FeatureStatistics, InceptionScoreSums, Reference, Statistics, fid
+from evaluation.reference import load_reference
+from evaluation.report import published_figures
+from models.quantizer import MAX_BITS, TableQuantizer
+from models.quantizer_tables import QUANTIZERS, build_quantizer
+from models.vae import AutoencoderKL
+from util import dist
+from util.log import get_logger
+from util.options import ArgumentError, check_options, option
+from util.seeds import mixed_seed
+
+logger = get_logger()
+FITTED_IMAGES = 256  # Lloyd-Max levels are fitted to the latents of so many images
+ADM_STATS = download.PUBLISHED["stats"].target
+
+
+class ImageCount(int):
+    """A number of images, or "all"."""
+
+    def __new__(cls, text: str | int) -> "ImageCount":
+        return super().__new__(cls, sys.maxsize if text == "all" else text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionOptions:
+    """Which images and which quantizers, and what is measured."""
+
+    vae_path: str = option("pretrained_models/vae/kl16.ckpt", 'VAE checkpoint (weights under "model")')
+    vae_embed_dim: int | None = option(None, "latent channels, to be checked against the VAE's")
+    image_dir: str = option("./data/imagenet/train", "folder with <class>/<image>, or with train/<class>/<image>")
+    images_per_class: ImageCount = option(50, "the first so many images of each class, or all", lowest=1)
+    num_images: int | None = option(None, "at most so many images in all, spread evenly over the classes", lowest=1)
+    img_size: int = option(256, "side of the images, pixels", lowest=SMALLEST_FOR_SSIM)
+    output_dir: str = option("quantization_results", "where results.json and grid.png go")
+    bits: tuple[int, ...] = option(
+        6, f"bits per latent dimension, 1 to {MAX_BITS}; several make a sweep", nargs="+", lowest=1, highest=MAX_BITS
+    )
+    range: tuple[float, ...] = option(
+        5.0, "the quantizer covers [-range, range]; several make a sweep", nargs="+", above=0
+    )
+    quantizer: tuple[str, ...] = option(
+        "gaussian",
+        "where the levels come from, several to compare: the paper's, equal widths, or fitted to the images' latents",
+        nargs="+",
+        choices=QUANTIZERS,
+    )
+    save_images: bool = option(False, "also write every image quantized with the first pair to OUT/images/<class>/")
+    mode: bool = option(False, "decode the posterior's mean; default: a sample, as published")
+    batch_size: int = option(16, "images per process decoded together", lowest=1)
+    precision: str = option("fp32", "of the VAE; the quantizer is float32 always", choices=dist.PRECISIONS)
+    inception_weights: str | None = option(None, "torch-fidelity's Inception weights; default: its download folder")
+    fid_stats: str | None = option(
+        None,
+        "also the FID to these images' statistics (see python -m tools.fid_stats), not the originals'; "
+        f"default at {download.PUBLISHED_SIZE} px: {ADM_STATS}, fetched if it is missing; none for no such FID",
+    )
+    no_download: bool = option(False, "fetch no published file that is missing (VAE, statistics, Inception weights)")
+    pixels: str | None = option(
+        None,
+        "how reconstructions become bytes; default: truncate, as the published script, "
+        "where published figures stand beside, otherwise round",
+        choices=PIXELS,
+    )
+    lpips_weights: str | None = option(
+        None, "torchvision's AlexNet weights, for LPIPS; default: where torch keeps downloads"
+    )
+    no_rfid: bool = option(False, "no rFID and Inception Score even if the weights are there")
+    grid_images: int = option(8, "rows of grid.png, spread evenly over the classes; 0 for no grid", lowest=0)
+    on_bad_image: str = option("error", choices=BAD_IMAGE_CHOICES)
+    seed: int = 0
+    num_workers: int = 0
+    pin_mem: bool = False
+    fid_stats_given: bool = False  # whether fid_stats is the caller's choice, so that its absence is an error
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        for name, absent in (("fid_stats", (None, "none")), ("inception_weights", (None, ""))):
+            if self.no_rfid and getattr(self, name) not in absent:
+                raise ArgumentError(name, f"no_rfid and {name} contradict each other; leave one out")
+        if self.lpips_weights and self.img_size < SMALLEST_FOR_LPIPS:
+            size = f"LPIPS needs images of at least {SMALLEST_FOR_LPIPS} pixels, img_size is {self.img_size}"
+            raise ArgumentError("lpips_weights", size)
+
+    def resolved(self) -> "ReconstructionOptions":
+        """With the default reference and pixels filled in, and image_dir/train if that exists.
+
+        ArgumentError if image_dir holds val/ but no train/.
+        """
+        root, image_dir = Path(self.image_dir), self.image_dir
+        if (root / "train").is_dir():
+            image_dir = str(root / "train")
+            logger.info("%s (--image_dir) holds train/: the images are those of %s", root, image_dir)
+        elif (root / "val").is_dir():
+            raise ArgumentError("image_dir", f"{root} holds val/, which is no class: give {root / 'val'}")
+        given = self.fid_stats not in (None, "none")
+        default = ADM_STATS if self.img_size == download.PUBLISHED_SIZE and not self.no_rfid else None
+        fid_stats = default if self.fid_stats is None else self.fid_stats if given else None
+        options = replace(self, image_dir=image_dir, fid_stats=fid_stats, fid_stats_given=given)
+        return replace(options, pixels=self.pixels or ("truncate" if options.beside_published else "round"))
+
+    @property
+    def beside_published(self) -> bool:
+        """Whether the published figures stand beside ours: those of 256 px, against ADM's statistics."""
+        is_adms = self.fid_stats is not None and Path(self.fid_stats).name == Path(ADM_STATS).name
+        return is_adms and self.img_size == download.PUBLISHED_SIZE
+
+
+def several(value: object) -> list:
+    """The values of an option that takes one or several, each once."""
+    return list(dict.fromkeys(value)) if isinstance(value, (list, tuple)) else [value]
+
+
+# ---- images
+
+
+def first_of_each_class(labels: Sequence[int], images_per_class: int, num_images: int | None) -> list[int]:
+    """Numbers of the first `images_per_class` samples of each label; of these, `num_images` evenly spaced ones."""
+    counts: dict[int, int] = {}
+    chosen = []
+    for number, label in enumerate(labels):
+        counts[label] = counts.get(label, 0) + 1
+        if counts[label] <= images_per_class:
+            chosen.append(number)
+    return chosen if num_images is None else spread_evenly(chosen, num_images)
+
+
+def spread_evenly(items: Sequence, count: int) -> list:
+    """`count` items at equal distances, the first among them; all of them if there are not more."""
+    return list(items) if count >= len(items) else [items[i * len(items) // count] for i in range(count)]
+
+
+class NumberedImages(Dataset):
+    """An ImageFolderDataset's images by their number -> (image (3, S, S) in [-1, 1], number, readable).
+
+    A bad image is an error or, with on_bad_image "skip", left out; another in its place would be counted twice.
+    """
+
+    def __init__(self, folder: ImageFolderDataset):
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int, bool]:
+        try:
+            return self.folder.load(number), number, True
+        except ValueError as error:
+            self.folder.bad.report(error, self.folder.samples[number][0])
+            return torch.zeros(3, self.folder.img_size, self.folder.img_size), number, False
+
+
+def posterior_noise(seed: int, numbers: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Normal noise (B, C, h, w) on the CPU; row i depends on (seed, numbers[i]) alone."""
+    generators = (torch.Generator("cpu").manual_seed(mixed_seed(seed, number)) for number in numbers)
+    return torch.stack([torch.randn(*shape, generator=generator, device="cpu") for generator in generators])
+
+
+def finite(x: Tensor, numbers: Sequence[int], what: str, precision: str) -> Tensor:
+    """x (B, ...) itself; ValueError naming an image if its part of x is not finite."""
+    bad = (~torch.isfinite(x).flatten(1).all(1)).nonzero().flatten().tolist()
+    if not bad:
+        return x
+    message = f"the {what} of image {numbers[bad[0]]} (and {len(bad) - 1} more of its batch) are not finite"
+    if precision == "fp32":
+        raise ArgumentError("vae_path", f"{message}: the VAE is broken")
+    raise ArgumentError("precision", f"{message}: {precision} overflowed; use fp32")
+
+
+@dataclass
+class EncodedBatch:
+    """Some images and their latents."""
+
+    numbers: list[int]
+    originals: Tensor  # (B, 3, S, S) uint8
+    latents: Tensor  # (B, C, h, w) scaled
+
+
+@torch.no_grad()
+def encode_batches(
+    vae: AutoencoderKL,
+    folder: ImageFolderDataset,
+    numbers: Sequence[int],
+    options: ReconstructionOptions,
+    device: torch.device,
+    bad: list[int] | None = None,
+) -> Iterator[EncodedBatch]:
+    """The images with these numbers, encoded in batches; those that cannot be read are left out and added to `bad`."""
+    batches = [numbers[i : i + options.batch_size] for i in range(0, len(numbers), options.batch_size)]
+    for images, found, readable in build_loader(NumberedImages(folder), batches, options.num_workers, options.pin_mem):
+        if bad is not None:
+            bad += found[~readable].tolist()
+        if not readable.any():
+            continue
+        images, found = images[readable].to(device), found[readable].tolist()  # (B, 3, S, S)
+        with dist.autocast(device, options.precision):
+            posterior = vae.encode(images)
+        latents = posterior.mean.float()  # (B, C, h, w)
+        if not options.mode:
+            noise = posterior_noise(options.seed, found, latents.shape[1:]).to(device)
+            latents = latents + posterior.std.float() * noise
+        yield EncodedBatch(found, to_uint8(images), finite(vae.scale(latents), found, "latents", options.precision))
+
+
+# ---- variants
+
+
+@dataclass
+class Variant:
+    """One way to decode the latents: unquantized (quantizer None, "VAE alone"), or through a quantizer; with its sums."""
+
+    quantizer: TableQuantizer | None
+    index_counts: Tensor | None = None  # (C, K) int64: how often each index occurred in each dimension
+    num_clamped: Tensor | int = 0  # latents outside the quantizer's range
+    num_latents: int = 0
+    # image number -> PSNR, SSIM and, with weights, LPIPS
+    scores: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    statistics: FeatureStatistics | None = None
+    classes: InceptionScoreSums | None = None
+
+    @property
+    def pair(self) -> tuple[int, float] | None:
+        """(bits, range)."""
+        return None if self.quantizer is None else (self.quantizer.bits, self.quantizer.max_value)
+
+    @property
+    def name(self) -> str:
+        """The name of its row."""
+        if self.quantizer is None:
+            return "VAE alone"
+        kind = "" if self.quantizer.kind == "gaussian" else f", {self.quantizer.kind}"
+        return f"{self.quantizer.bits} bits, ±{self.quantizer.max_value:g}{kind}"
+
+    @torch.no_grad()
+    def decode(self, vae: AutoencoderKL, batch: EncodedBatch, options: ReconstructionOptions) -> Tensor:
+        """uint8 images (B, 3, S, S) of the batch's latents, which are counted if they are quantized."""
+        latents = batch.latents
+        if self.quantizer is not None:
+            indices = self.quantizer.quantize(latents)
+            levels = len(self.quantizer.reconstruction_values)
+            counts = torch.stack([torch.bincount(one.flatten(), minlength=levels) for one in indices.unbind(1)])
+            self.index_counts = counts if self.index_counts is None else self.index_counts + counts
+            self.num_clamped = self.num_clamped + (latents.abs() > self.quantizer.max_value).sum()
+            self.num_latents += latents.numel()
+            latents = self.quantizer.dequantize(indices)
+        with dist.autocast(latents.device, options.precision):
+            decoded = vae.decode(vae.unscale(latents))
+        return to_uint8(finite(decoded, batch.numbers, "pixels", options.precision), options.pixels)
+
+
+def decode_variants(
+    options: ReconstructionOptions, device: torch.device, latents: Tensor | None = None
+) -> list[Variant]:
+    """VAE alone first, then every kind of quantizer with every pair of bits and range.
+
+    latents: those that Lloyd-Max levels are fitted to.
+    """
+    fitted_to = None if latents is None else latents.numpy()
+    return [Variant(None)] + [
+        Variant(build_quantizer(kind, bits, -half_width, half_width, latents=fitted_to).to(device))
+        for kind in several(options.quantizer)
+        for bits in several(options.bits)
+        for half_width in several(options.range)
+    ]
+
+
+def latents_to_fit(
+    vae: AutoencoderKL,
+    folder: ImageFolderDataset,
+    chosen: Sequence[int],
+    options: ReconstructionOptions,
+    device: torch.device,
+) -> Tensor:
+    """Scaled latents (N, C, h, w) of at most FITTED_IMAGES of the chosen images, on the CPU; rank 0 computes them."""
+    found, problem = [], None
+    sampled = replace(options, batch_size=1, precision="fp32", mode=False, num_workers=0)
+    try:
+        if dist.is_main():
+            numbers = spread_evenly(chosen, FITTED_IMAGES)
+            found = [batch.latents.cpu() for batch in encode_batches(vae, folder, numbers, sampled, device)]
+    except (ValueError, OSError) as error:
+        problem = error
+    dist.agree(problem)
+    latents = dist.broadcast_from_main(torch.cat(found) if found else None)
+    if latents is None:
+        raise ArgumentError("image_dir", f"{options.image_dir}: no image to fit the quantizer lloyd to can be read")
+    return latents
+
+
+# ---- what is measured
+
+
+@dataclass
+class Measures:
+    """The networks and the reference of the scores; without one of them, the reason why."""
+
+    extractor: InceptionFeatures | None = None
+    lpips: Lpips | None = None
+    reference: Reference | None = None  # of --fid_stats
+    no_rfid: str | None = None
+    no_lpips: str | None = None
+    no_fid: str | None = None
+
+    @classmethod
+    def load(cls, options: ReconstructionOptions, device: torch.device) -> "Measures":
+        """What can be loaded. What was asked for by path and is absent or broken is an error."""
+        measures = cls()
+        measures._load_extractor(options, device)
+        measures._load_lpips(options, device)
+        measures._load_reference(options)
+        return measures
+
+    def _load_extractor(self, options: ReconstructionOptions, device: torch.device) -> None:
+        if options.no_rfid:
+            self.no_rfid = "--no_rfid was given"
+            return
+        try:
+            fetch_inception_weights(options.inception_weights, download=not options.no_download)
+        except ValueError as error:
+            if options.inception_weights or options.fid_stats_given:
+                raise
+            self.no_rfid = str(error)
+        else:
+            self.extractor = InceptionFeatures(options.inception_weights, device)
+
+    def _load_lpips(self, options: ReconstructionOptions, device: torch.device) -> None:
+        if options.img_size < SMALLEST_FOR_LPIPS:
+            self.no_lpips = f"it needs {SMALLEST_FOR_LPIPS} pixels"
+            return
+        try:
+            weights = find_alexnet_weights(options.lpips_weights)
+            import lpips  # noqa: F401  (optional)
+        except (ArgumentError, ImportError) as error:
+            if options.lpips_weights:
+                raise ArgumentError("lpips_weights", str(error)) from error
+            self.no_lpips = str(error)
+        else:
+            self.lpips = Lpips(str(weights), device)
+
+    def _load_reference(self, options: ReconstructionOptions) -> None:
+        path = options.fid_stats
+        if self.extractor is None or path is None:
+            self.no_fid = self.no_rfid or "no --fid_stats"
+            return
+        try:
+            download.provide(path, "--fid_stats", options.no_download)
+        except (OSError, ValueError) as error:  # ValueError: another process could not
+            if options.fid_stats_given:
+                raise
+            self.no_fid = str(error)
+            return
+        self.reference = load_reference(path, self.extractor, options.img_size, batch_size=options.batch_size)
+        published = download.PUBLISHED["stats"].git_blob
+        if options.beside_published and download.file_hash(path, published) != published and dist.is_main():
+            other = "has another content than ADM's published file"
+            logger.warning("%s (--fid_stats) %s: FID is not comparable with the published figures", path, other)
+
+
+@dataclass
+class Outcome:
+    """What one pass over this process's images gives besides the variants' sums."""
+
+    done: list[int] = field(default_factory=list)  # numbers of the images that were read
+    bad: list[int] = field(default_factory=list)  # and of those that could not be
+    originals: FeatureStatistics | None = None
+    # number -> original, VAE alone, first pair; uint8 (3, S, S)
+    pictures: dict[int, list[Tensor]] = field(default_factory=dict)
+
+
+def reconstruct(
+    vae: AutoencoderKL,
+    variants: Sequence[Variant],
+    folder: ImageFolderDataset,
+    chosen: Sequence[int],
+    shown: Sequence[int],
+    options: ReconstructionOptions,
+    device: torch.device,
+    measures: Measures,
+) -> Outcome:
+    """Fill `variants` from this process's share of the chosen images; pictures are kept of those `shown`."""
+    extractor, out = measures.extractor, Outcome()
+    places = {number: place for place, number in enumerate(chosen)}  # it decides the split of the Inception Score
+    if extractor is not None:
+        out.originals = FeatureStatistics(extractor.dim)
+        for variant in variants:
+            variant.statistics = FeatureStatistics(extractor.dim)
+            variant.classes = InceptionScoreSums(len(chosen)) if len(chosen) >= IS_SPLITS else None
+    local = chosen[dist.rank() :: dist.world_size()]
+    batches = encode_batches(vae, folder, local, options, device, out.bad)
+    for batch in tqdm(batches, total=-(-len(local) // options.batch_size), disable=not dist.is_main(), unit="batch"):
+        out.done += batch.numbers
+        if extractor is not None:
+            out.originals.update(extractor(batch.originals)["2048"])
+        versions = [batch.originals]
+        for variant in variants:
+            images = variant.decode(vae, batch, options)
+            scores = [psnr(images, batch.originals), ssim(images, batch.originals)]
+            scores += [measures.lpips(images, batch.originals)] if measures.lpips is not None else []
+            per_image = zip(*(values.tolist() for values in scores), strict=True)
+            variant.scores.update(zip(batch.numbers, per_image, strict=True))
+            if extractor is not None:
+                found = extractor(images)
+                variant.statistics.update(found["2048"])
+                if variant.classes is not None:
+                    variant.classes.update([places[n] for n in batch.numbers], found["logits_unbiased"])
+            if len(versions) < 3:  # original, VAE alone, first pair
+                versions.append(images)
+        for i, number in enumerate(batch.numbers):
+            if options.save_images:
+                name = Path(folder.samples[number][0]).relative_to(options.image_dir)
+                name = name if name.suffix == ".png" else f"{name}.png"
+                save_png(Path(options.output_dir) / "images" / name, versions[2][i])
+            if number in shown:
+                out.pictures[number] = [version[i].cpu() for version in versions]
+    return out
+
+
+def gathered(local: dict[int, object]) -> dict[int, object]:
+    """All processes' {image number: value}, in image order."""
+    everything = {number: value for part in dist.gather_objects(local) for number, value in part.items()}
+    return {number: everything[number] for number in sorted(everything)}
+
+
+RATE_KEYS = ("indices_used", "clamped_share", "bits_per_image", "entropy_bits_per_image", "entropy_per_dimension")
+
+
+def _rates(variant: Variant, num_images: int, num_channels: int, device: torch.device) -> dict:
+    """Bits per image as stored, and the entropy of the indices; over all processes."""
+    levels = len(variant.quantizer.reconstruction_values)
+    counts = variant.index_counts
+    if counts is None:  # a process without images
+        counts = torch.zeros(num_channels, levels, dtype=torch.int64, device=device)
+    counts = dist.all_reduce_sum(counts)
+    totals = torch.tensor([int(variant.num_clamped), variant.num_latents], device=device)
+    clamped, latents = dist.all_reduce_sum(totals).tolist()
+    p = counts.double() / counts.sum(1, keepdim=True)  # (C, K)
+    entropy = -torch.xlogy(p, p).sum(1) / math.log(2)  # (C,) bits
+    tokens = latents / num_images / num_channels  # of an image
+    per_image = (variant.quantizer.bits * num_channels * tokens, float(entropy.sum()) * tokens)
+    used = int((counts.sum(0) > 0).sum())
+    return dict(zip(RATE_KEYS, (used, clamped / latents, *per_image, entropy.tolist()), strict=True))
+
+
+def summarise(
+    variant: Variant,
+    num_images: int,
+    num_channels: int,
+    device: torch.device,
+    originals: Statistics | None,
+    reference: Reference | None,
+    comparable: bool,
+) -> dict:
+    """A variant's figures over all processes' images; every process must call it. rFID, FID and IS are on rank 0 only.
+
+    originals: statistics of the images' own features, for rFID. comparable: with the published figures.
+    """
+    scores = list(zip(*gathered(variant.scores).values(), strict=True))
+    means = [math.fsum(values) / len(values) for values in scores] + [None] * (3 - len(scores))
+    kind = None if variant.quantizer is None else variant.quantizer.kind
+    bits, half_width = variant.pair or (None, None)
+    figures = {"name": variant.name, "bits": bits, "range": half_width, "quantizer": kind}
+    figures |= dict(zip(("psnr", "ssim", "lpips"), means, strict=True))
+    figures |= dict.fromkeys(("rfid", "fid", "inception_score", "inception_score_std", *RATE_KEYS))
+    figures |= published_figures(variant.pair, comparable and kind in (None, "gaussian"))
+    if variant.quantizer is not None:
+        figures |= _rates(variant, num_images, num_channels, device)
+    if originals is None:
+        return figures
+    statistics = variant.statistics.merge().as_dict()
+    if variant.classes is not None:
+        variant.classes.merge()
+    if dist.is_main():  # an eigenvalue problem: seconds on all cores
+        figures["rfid"] = fid(statistics, originals)
+        figures["fid"] = None if reference is None else fid(statistics, reference.pool)
+        if variant.classes is not None:
+            figures["inception_score"], figures["inception_score_std"] = variant.classes.score()
+    return figures
+
+
+def pictures_of(
+    vae: AutoencoderKL,
+    quantizer: TableQuantizer,
+    folder: ImageFolderDataset,
+    numbers: Sequence[int],
+    options: ReconstructionOptions,
+    device: torch.device,
+) -> Tensor:
+    """uint8 (M, 3, S, S): original | VAE alone | quantized, of the images with these numbers, one after the other."""
+    pictures, variants = {}, [Variant(None), Variant(quantizer)]
+    once = replace(options, num_workers=0)
+    for batch in encode_batches(vae, folder, list(dict.fromkeys(numbers)), once, device):
+        versions = [batch.originals, *(variant.decode(vae, batch, options) for variant in variants)]
+        pictures |= {number: [v[i].cpu() for v in versions] for i, number in enumerate(batch.numbers)}
+    return torch.stack([picture for number in numbers for picture in pictures[number]])
