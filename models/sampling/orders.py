@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from util.options import ArgumentError
+
 
 def random_orders(
     batch: int, num_tokens: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
@@ -72,7 +74,10 @@ def token_orders(kind: str, permutations: Tensor, grid: int) -> Tensor:
     """
     if kind not in SEQUENCES:
         return permutations
-    sequence = torch.tensor(SEQUENCES[kind](grid), device=permutations.device)  # (L,) first revealed first
+    tokens = SEQUENCES[kind](grid)
+    if sorted(tokens) != list(range(grid * grid)):
+        raise ArgumentError("order", f"order {kind} does not list each of the {grid * grid} tokens once")
+    sequence = torch.tensor(tokens, device=permutations.device)  # (L,) first revealed first
     places = torch.arange(len(sequence), device=permutations.device).expand_as(permutations)
     if kind == "halton":
         places = (places + permutations[:, :1]) % len(sequence)

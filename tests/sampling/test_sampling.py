@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.sampling.orders import SEQUENCES, token_orders
 from models.sampling.schedules import guidance_scale, keep_masked, unmasking_plan
 from models.tokenbridge import TokenBridge
 from tests.helpers import RecordOps, golden_arrays, golden_json, tiny_model
@@ -386,3 +387,17 @@ def test_no_host_sync_in_the_loop_with_labels_and_orders():
 def test_errors(change, message):
     with pytest.raises(ValueError, match=message):
         greedy(tiny_model(), **change)
+
+
+@pytest.mark.parametrize("grid", [1, 2, 3, 4, 5, 16])
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_every_sequence_is_a_permutation(name: str, grid: int) -> None:
+    permutation = torch.arange(grid * grid).unsqueeze(0)
+    assert torch.equal(token_orders(name, permutation, grid).sort(1).values, permutation)
+
+
+@pytest.mark.parametrize("tokens", [[0, 0, 1, 2], [0, 1, 2], [0, 1, 2, 4], [0, 1, 2, 3, 3]])
+def test_a_sequence_that_is_no_permutation(tokens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SEQUENCES, "wrong", lambda grid: tokens)
+    with pytest.raises(ValueError, match="order wrong does not list each of the 4 tokens once"):
+        token_orders("wrong", torch.arange(4).unsqueeze(0), 2)
