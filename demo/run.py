@@ -77,7 +77,7 @@ def run_stages(stages: Sequence[Stage], out: Path) -> list[dict]:
         key = {"command": command, "after": before}
         found = json.loads(record.read_text()) if record.exists() else {}
         same = all(found.get(name) == value for name, value in key.items())
-        skipped = same and "finished" in found
+        skipped = same and "result" in found  # (records of earlier versions have none)
         title = f"[{number}/{len(stages)}] {stage.name}"
         if skipped:
             print(f"{title}: finished before ({found['seconds']:.0f} s): {found['result']}", flush=True)

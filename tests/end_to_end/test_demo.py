@@ -79,6 +79,10 @@ def test_finished_stages_are_skipped_and_an_interrupted_one_runs_again(tmp_path:
     assert recorded.runs == ["a", "b", "c", "c"] and (tmp_path / "c" / "half").exists()  # resumed
     assert [row["skipped"] for row in rows] == [True, True, False] and all(row["seconds"] >= 0 for row in rows)
     assert all(row["skipped"] for row in recorded.run()) and recorded.runs == ["a", "b", "c", "c"]
+    old = tmp_path / "stages" / "3-c.json"  # as earlier versions wrote it
+    old.write_text(old.read_text().replace('"result"', '"figure"'))
+    recorded.run()
+    assert recorded.runs == ["a", "b", "c", "c", "c"]
 
 
 def test_another_command_runs_the_stage_and_all_after_it_from_nothing(tmp_path: Path) -> None:
