@@ -6,7 +6,7 @@ Letters: B images of a batch, S their side in pixels, L tokens, C latent channel
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dataset.images import to_pil, to_uint8
 from generation.editing import Edit, Picture, make_edit
 from generation.loading import load_model
-from models.sampling.loop import SamplerState
+from models.sampling.loop import SamplerState, sample_steps
 from models.sampling.options import SamplerOptions
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
@@ -35,10 +35,6 @@ class GenerationSettings(SamplerOptions):
     seed: int = 0
     batch_size: int = 64
     precision: str = "fp32"
-
-    def sampler_options(self) -> dict[str, object]:
-        """The fields of SamplerOptions, by name."""
-        return {field.name: getattr(self, field.name) for field in fields(SamplerOptions)}
 
 
 def generation_settings(args: object, device: torch.device) -> GenerationSettings:
@@ -111,14 +107,11 @@ def start_sampling(
     edit: Edit | None = None,
 ) -> Iterator[SamplerState]:
     """The sampler's states for one batch; arguments as for `generate_batches`. They are checked at the call."""
+    settings.check(model.token_dim)
+    class_embedding = model.class_embeddings([labels[i] for i in numbers])  # (B, D)
+    own_seeds = [mixed_seed(settings.seed, i) if seeds is None else seeds[i] for i in numbers]
     editing = {} if edit is None else {"init": edit.latents, "regenerate": edit.regenerate}
-    return model.sample_steps(
-        len(numbers),
-        class_embedding=model.class_embeddings([labels[i] for i in numbers]),
-        seeds=[mixed_seed(settings.seed, i) if seeds is None else seeds[i] for i in numbers],
-        **editing,
-        **settings.sampler_options(),
-    )
+    return sample_steps(model, class_embedding, settings, seeds=own_seeds, **editing)
 
 
 @torch.no_grad()
