@@ -1,4 +1,4 @@
-"""Models by name: `MODELS["tokenbridge_large"](img_size=256, quant_levels=64)` -> TokenBridge. Sizes from SPEC 4."""
+"""Models by name: `MODELS["tokenbridge_large"](img_size=256, quant_levels=64)` -> TokenBridge (docs/spec.md 4)."""
 
 from collections.abc import Callable
 from functools import partial

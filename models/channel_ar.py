@@ -1,4 +1,4 @@
-"""The per-dimension autoregressive head (SPEC 5): p(token) = product over c of p(index_c | earlier dimensions, z).
+"""The per-dimension autoregressive head (docs/spec.md 5): p(token) = product over c of p(index_c | earlier ones, z).
 
 A token has K^C values, too many for one softmax; its dimensions are predicted one after another, from low to high
 frequency, by a small causal transformer whose sequence is the C dimensions of *one* token. "Head order" is that
@@ -103,7 +103,7 @@ class ChannelAR(nn.Module):
         self.channel_heads = nn.ModuleList(nn.Linear(dim, self.num_levels) for _ in range(self.num_channels))
 
     def zero_channel_modulation(self) -> None:
-        """Zero the last Linear of every adaLN, so that each block starts as the identity (SPEC 5, initialisation)."""
+        """Zero the last Linear of every adaLN, so that each block starts as the identity (docs/spec.md 5)."""
         for layers in self.modulation_layers:
             nn.init.zeros_(layers[1].weight)
             nn.init.zeros_(layers[1].bias)
@@ -200,7 +200,7 @@ class ChannelAR(nn.Module):
         """For decoding: the input of position 0 (N, H) and each layer's modulation of all positions, from z (N, D)."""
         h = self.condition_proj(z)  # (N, H)
         conditioning = h.unsqueeze(1) + self.timesteps_embeddings  # (N, C, H)
-        start = conditioning[:, 0] if self.head_start == "official" else h  # SPEC 5, start token
+        start = conditioning[:, 0] if self.head_start == "official" else h  # docs/spec.md 5, start token
         return start + self.channel_embed[:, 0], self.modulations(conditioning)  # one matmul per layer
 
     def next_inputs(self) -> Tensor:

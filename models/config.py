@@ -19,7 +19,7 @@ class TokenBridgeConfig:
     """Sizes default to large. ArgumentError, which names the argument, for values that do not fit together.
 
     quant_levels: K, a power of two from 2 to 4096. channel_order: latent dimensions in the head's order; by default
-    KL-16's for 16 channels, otherwise the identity. head_start: what the *sampler* feeds the head first (SPEC 5).
+    KL-16's for 16 channels, otherwise the identity. head_start: first input of the head in *sampling* (docs/spec.md 5).
     head: "parallel" for the ablation that predicts the dimensions of a token at once.
     """
 

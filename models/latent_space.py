@@ -55,9 +55,9 @@ class DiagonalGaussian:
 class VaeDescription:
     """channels C and stride (pixels per latent position). scale_factor, shift: one number, or one per channel.
 
-    channel_order: latent dimensions from low to high frequency (SPEC 6), None where unknown. quant_bits, quant_min,
-    quant_max: the quantizer that suits the scaled latents, None where unknown. Raises ValueError for values that do not
-    fit together.
+    channel_order: latent dimensions from low to high frequency (docs/spec.md 6), None where unknown. quant_bits,
+    quant_min, quant_max: the quantizer that suits the scaled latents, None where unknown. ValueError for values that
+    do not fit together.
     """
 
     channels: int
@@ -103,8 +103,8 @@ class VaeDescription:
 KL16 = VaeDescription(
     16,
     16,
-    scale_factor=0.2325,  # 1/std of its latents on ImageNet (SPEC 2)
-    channel_order=[8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5],  # by frequency (SPEC 5)
+    scale_factor=0.2325,  # 1/std of its latents on ImageNet (docs/spec.md 2)
+    channel_order=[8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5],  # by frequency (docs/spec.md 5)
     quant_bits=6,
     quant_min=-5.0,
     quant_max=5.0,

@@ -87,7 +87,7 @@ class CausalAttention(nn.Module):
 
 
 class AdaLNBlock(nn.Module):
-    """Pre-norm transformer block, modulated by a conditioning vector (SPEC 5).
+    """Pre-norm transformer block, modulated by a conditioning vector (docs/spec.md 5).
 
     x += gate * f(LN(x) * (1 + scale) + shift), for f the attention and then the MLP. attn_dropout: rate on attention
     weights; proj_dropout: after the attention's projection, the MLP's activation and its second Linear.
@@ -118,7 +118,7 @@ class AdaLNBlock(nn.Module):
 
 
 class FinalModulation(nn.Module):
-    """LayerNorm without affine, then scale and shift (in this order) from the conditioning (SPEC 5)."""
+    """LayerNorm without affine, then scale and shift (in this order) from the conditioning (docs/spec.md 5)."""
 
     def __init__(self, dim: int):
         super().__init__()

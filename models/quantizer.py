@@ -1,4 +1,4 @@
-"""Post-training, dimension-wise quantizer (SPEC 3; paper section 3.1): each scalar of a latent becomes one of K levels.
+"""Post-training, dimension-wise quantizer (docs/spec.md 3; paper section 3.1): each scalar becomes one of K levels.
 
 Nothing is learned. The levels are those of a unit normal divided into K cells of equal probability, so a latent that is
 close to normal uses all indices about equally often. Other tables are in quantizer_tables.py.
@@ -36,7 +36,7 @@ def _normal_pdf(x: np.ndarray) -> np.ndarray:
 
 
 def gaussian_tables(bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Boundaries (K+1,) and reconstruction values (K,) for K = 2^bits, float64, strictly increasing (SPEC 3).
+    """Boundaries (K+1,) and reconstruction values (K,) for K = 2^bits, float64, strictly increasing (docs/spec.md 3).
 
     b_i is the i/K quantile of N(0, 1) clamped to +-3 (published; up to 9 bits) or of the normal truncated to +-3 (from
     10 bits on). r_i = E[x | b_i < x < b_{i+1}] = (pdf(b_i) - pdf(b_{i+1})) / (cdf(b_{i+1}) - cdf(b_i)), since the

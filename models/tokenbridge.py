@@ -1,4 +1,4 @@
-"""TokenBridge (SPEC 4, 6): a masked autoregressive transformer over quantized VAE latents, with a per-dimension head.
+"""TokenBridge (docs/spec.md 4, 6): a masked autoregressive transformer over quantized VAE latents.
 
 Training: a random 70-100 % of an image's tokens is masked; the encoder sees the rest, the decoder returns a vector z
 for each masked token, the head (channel_ar.py) turns z into C categorical distributions. Sampling (sampling/loop.py):
@@ -34,7 +34,7 @@ from util.options import ArgumentError
 
 
 def draw_mask_ratio(mask_ratio_min: float, uniform: float) -> float:
-    """Mask ratio in [mask_ratio_min, 1] from a number in [0, 1] (SPEC 4.5).
+    """Mask ratio in [mask_ratio_min, 1] from a number in [0, 1] (docs/spec.md 4.5).
 
     A normal (loc 1, scale 0.25) truncated to that interval, by its quantile function.
     """
@@ -50,12 +50,12 @@ def cpu_uniform(generator: torch.Generator | None = None) -> float:
 
 
 def num_masked_tokens(mask_ratio: float, num_tokens: int) -> int:
-    """ceil(L * ratio) (SPEC 4.5)."""
+    """ceil(L * ratio) (docs/spec.md 4.5)."""
     return math.ceil(num_tokens * mask_ratio)
 
 
 def mask_from_orders(orders: Tensor, num_masked: int) -> Tensor:
-    """Mask (B, L), True where masked: the first `num_masked` tokens of each order (SPEC 4.5)."""
+    """Mask (B, L), True where masked: the first `num_masked` tokens of each order (docs/spec.md 4.5)."""
     return torch.zeros_like(orders, dtype=torch.bool).scatter_(1, orders[:, :num_masked], True)
 
 
@@ -117,7 +117,7 @@ class TokenBridge(ChannelAR):
         self._initialize()
 
     def _initialize(self) -> None:
-        """Linear xavier-uniform with zero bias; class_emb N(0, 0.02); adaLN's last Linear zero (SPEC 5)."""
+        """Linear xavier-uniform with zero bias; class_emb N(0, 0.02); adaLN's last Linear zero (docs/spec.md 5)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -128,7 +128,7 @@ class TokenBridge(ChannelAR):
     # ---- latents and tokens
 
     def patchify(self, latents: Tensor) -> Tensor:
-        """(B, C, H, W) -> tokens (B, L, C), row-major over the grid (SPEC 4.1). ValueError for any other shape."""
+        """(B, C, H, W) -> tokens (B, L, C), row-major (docs/spec.md 4.1). ValueError for any other shape."""
         expected = (self.token_dim, self.grid_size, self.grid_size)
         if tuple(latents.shape[1:]) != expected:
             got = tuple(latents.shape[1:])
@@ -180,7 +180,7 @@ class TokenBridge(ChannelAR):
     def run_encoder(
         self, values: Tensor, visible: Tensor, class_embedding: Tensor, attended: Tensor | None = None
     ) -> Tensor:
-        """Encoder over S buffer slots and the visible tokens only (SPEC 4.2): (B, S+V, D).
+        """Encoder over S buffer slots and the visible tokens only (docs/spec.md 4.2): (B, S+V, D).
 
         values (B, V, C) dequantized, visible (B, V) their grid positions, class_embedding (B, D). attended (S+V,) bool:
         positions that are attended to, all when None.
@@ -193,7 +193,7 @@ class TokenBridge(ChannelAR):
         return self.encoder_norm(x)
 
     def run_decoder(self, x: Tensor, visible: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Decoder over the whole grid with `mask_token` at masked positions (SPEC 4.3): z (B, M or L, D).
+        """Decoder over the whole grid with `mask_token` at masked positions (docs/spec.md 4.3): z (B, M or L, D).
 
         x (B, S+V, D) from `run_encoder`, visible (B, V); targets (B, M): grid positions whose z is needed, all when
         None.
@@ -220,7 +220,7 @@ class TokenBridge(ChannelAR):
         generator: torch.Generator | None = None,
         return_metrics: bool = False,
     ) -> Tensor | TrainingDetails | tuple[Tensor, Tensor, Tensor]:
-        """Mean cross-entropy over all (masked token, dimension) pairs, a float32 scalar (SPEC 4, 5).
+        """Mean cross-entropy over all (masked token, dimension) pairs, a float32 scalar (docs/spec.md 4, 5).
 
         latents (B, C, H, W), scaled; labels (B,) in [0, class_num). mask (B, L), any dtype, nonzero = masked, the same
         count in every row, drawn when None. num_masked: that count; given with `mask` it is trusted, which spares a
@@ -251,7 +251,7 @@ class TokenBridge(ChannelAR):
         return TrainingDetails(loss, indices, z, logits) if return_details else loss
 
     def _training_classes(self, labels: Tensor, label_drop: Tensor | None, generator: torch.Generator | None) -> Tensor:
-        """Class embeddings (B, D) with `fake_latent` for dropped labels (SPEC 4.4)."""
+        """Class embeddings (B, D) with `fake_latent` for dropped labels (docs/spec.md 4.4)."""
         if label_drop is None and self.training and self.label_drop_prob > 0:
             device = self.fake_latent.device
             label_drop = torch.rand(len(labels), generator=generator, device=device) < self.label_drop_prob
@@ -287,7 +287,7 @@ class TokenBridge(ChannelAR):
         on_step: Callable[[int, int], None] | None = None,
         **more: object,
     ) -> Tensor:
-        """Generate `bsz` images' latents (B, C, H, W), still scaled, in `num_iter` steps (SPEC 6).
+        """Generate `bsz` images' latents (B, C, H, W), still scaled, in `num_iter` steps (docs/spec.md 6).
 
         labels: (B,) classes, or None to condition on `fake_latent`. orders: (B, L), each row a permutation, unmasked
         from its end; random when None. on_step(step, num_iter) is called after each step. more: what `sample_steps`

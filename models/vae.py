@@ -1,4 +1,4 @@
-"""KL autoencoder (SPEC 2). With its defaults it is KL-16: 256x256 images <-> 16 channels at stride 16.
+"""KL autoencoder (docs/spec.md 2). With its defaults it is KL-16: 256x256 images <-> 16 channels at stride 16.
 
 Letters: B batch, C latent channels, H and W image height and width, h = H/stride, w = W/stride.
 """

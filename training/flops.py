@@ -1,7 +1,8 @@
 """How much a training step computes, and how much the device could: for TFLOP/s and MFU (model FLOPs utilization).
 
-Closed formulas of SPEC 4 and 5, a multiply-add being two FLOPs; tests compare them with torch's counter. Norms, activations and
-everything else that is no matrix product are left out, as is usual for MFU; so is what checkpointing computes a second time.
+Closed formulas of docs/spec.md 4 and 5, a multiply-add being two FLOPs; tests compare them with torch's counter.
+Norms, activations and everything else that is no matrix product are left out, as is usual for MFU; so is what
+checkpointing computes a second time.
 """
 
 from models.config import TokenBridgeConfig

@@ -1,4 +1,4 @@
-"""The sampling loop (SPEC 6): reveals the tokens of a batch of images step by step.
+"""The sampling loop (docs/spec.md 6): reveals the tokens of a batch of images step by step.
 
 What happens at a step is known before anything runs: how many tokens are masked before and after it, the guidance
 scale, the temperature (schedules.py). So the loop has static shapes and never waits for the device. An order (B, L) is
@@ -136,7 +136,7 @@ def sample_steps(
     regenerate: Tensor | None = None,
     num_regenerate: int | None = None,
 ) -> Iterator[SamplerState]:
-    """Sample B images, one per row of class_embedding (B, D), and yield the state after every step (SPEC 6).
+    """Sample B images, one per row of class_embedding (B, D), and yield the state after every step (docs/spec.md 6).
 
     orders (B, L): given permutations instead of those of options.order. seeds: one per image, which depends on nothing
     else. init (B or 1, C, H, W) scaled latents and regenerate (B or 1, L) bool: only those tokens are sampled, the
@@ -234,7 +234,7 @@ def feature_source(model: SamplerModel, class_embedding: Tensor, options: Sample
 def guided_z(
     model: SamplerModel, values: Tensor, visible: Tensor, targets: Tensor, class_embedding: Tensor, scale: float
 ) -> Tensor:
-    """z (B, M, D) of the target tokens (B, M), guided: z_u + scale * (z_c - z_u) (SPEC 6); scale 1 skips z_u.
+    """z (B, M, D) of the target tokens (B, M), guided: z_u + scale * (z_c - z_u) (docs/spec.md 6); scale 1 skips z_u.
 
     values (B, V, C) of the visible tokens (B, V). Both passes run as one batch.
     """

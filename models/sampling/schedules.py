@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 # Share of the tokens that stays masked after `done` of `total` steps: 1 before the first, 0 after the last.
 MASK_SCHEDULES: dict[str, Callable[[int, int], float]] = {
-    "cosine": lambda done, total: math.cos(math.pi / 2 * done / total),  # published (SPEC 6)
+    "cosine": lambda done, total: math.cos(math.pi / 2 * done / total),  # published (docs/spec.md 6)
     "linear": lambda done, total: 1 - done / total,
     "square": lambda done, total: 1 - (done / total) ** 2,
     "cubic": lambda done, total: 1 - (done / total) ** 3,
@@ -17,7 +17,7 @@ TEMPERATURE_SCHEDULES = ("constant", "linear", "cosine")
 
 
 def keep_masked(step: int, num_iter: int, num_tokens: int, masked_now: int, schedule: str = "cosine") -> int:
-    """Number of tokens that stay masked after sampling step `step` (0-based) of `num_iter` (SPEC 6).
+    """Number of tokens that stay masked after sampling step `step` (0-based) of `num_iter` (docs/spec.md 6).
 
     floor(L * share) in float64, clipped to [1, masked_now - 1] so that every step but the last predicts at least one
     token and leaves at least one (with N > L, a step that finds a single masked token predicts none). Raises
@@ -31,7 +31,7 @@ def keep_masked(step: int, num_iter: int, num_tokens: int, masked_now: int, sche
 def unmasking_plan(num_iter: int, num_tokens: int, schedule: str = "cosine") -> list[tuple[int, int, int]]:
     """(masked before, masked after, `keep` for the guidance) of every step.
 
-    The last step leaves nothing masked, while its clipped keep, which the guidance uses, is 1 (SPEC 6).
+    The last step leaves nothing masked, while its clipped keep, which the guidance uses, is 1 (docs/spec.md 6).
     """
     plan, masked = [], num_tokens
     for step in range(num_iter):
@@ -47,8 +47,8 @@ def guidance_scale(
 ) -> float:
     """Classifier-free guidance scale of a step that leaves `keep` of L tokens masked; x = (L - keep) / L.
 
-    linear (published, SPEC 6): 1 + (cfg - 1) x. constant: cfg. cosine: 1 + (cfg - 1) (1 - cos(pi x)) / 2. interval: cfg
-    while x lies in `interval`, otherwise 1, which skips the unconditional pass. Raises ValueError for another schedule.
+    linear (published, docs/spec.md 6): 1 + (cfg - 1) x. constant: cfg. cosine: 1 + (cfg - 1) (1 - cos(pi x)) / 2.
+    interval: cfg while x lies in `interval`, otherwise 1, which skips the unconditional pass. ValueError for others.
     """
     revealed = (num_tokens - keep) / num_tokens
     if schedule == "linear":

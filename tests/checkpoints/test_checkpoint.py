@@ -1,4 +1,4 @@
-"""util/checkpoint.py (SPEC 7): files written whole or not at all, read without running code, refused with their name."""
+"""util/checkpoint.py (docs/spec.md 7): atomic writes, no code is run, errors name the file."""
 
 import argparse
 import math

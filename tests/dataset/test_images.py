@@ -27,7 +27,7 @@ def halve_with_box(pixels: np.ndarray, rows_first: bool) -> np.ndarray:
 
 
 def crop_rewritten(image: Image.Image, size: int, rows_first: bool) -> np.ndarray:
-    """SPEC 1 on arrays: halving by 2x2 means, bicubic by Pillow's own resize of the array, slicing."""
+    """docs/spec.md 1 on arrays: halving by 2x2 means, bicubic by Pillow's own resize of the array, slicing."""
     pixels = np.asarray(image)
     while min(pixels.shape[:2]) >= 2 * size:
         pixels = halve_with_box(pixels, rows_first)
@@ -73,7 +73,7 @@ def test_crop_against_a_rewrite(shape, size):
 
 @pytest.mark.parametrize(("shape", "steps"), [((131, 200), 1), ((259, 301), 2), ((127, 300), 0), ((1023, 517), 3)])
 def test_odd_sides_are_halved_by_floor_division(shape, steps):
-    """The sizes that resize is asked for, one after another, from SPEC 1 with size 64."""
+    """The sizes that resize is asked for, one after another, from docs/spec.md 1 with size 64."""
     asked = []
 
     class Spy:

@@ -1,4 +1,4 @@
-"""models/channel_ar.py, models/layers.py (SPEC 5): the head against one written out in float64, cached against
+"""models/channel_ar.py, models/layers.py (docs/spec.md 5): the head against one written out in float64, cached against
 uncached, the draws."""
 
 import math
@@ -29,7 +29,7 @@ def random_inputs(model: TokenBridge, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def plain_head(model: TokenBridge, z: Tensor, indices: Tensor, start: str) -> Tensor:
-    """SPEC 5 word by word, float64, one explicit attention matrix, no cache: logits (N, C, K) in head order."""
+    """docs/spec.md 5 word by word, float64, one explicit attention matrix, no cache: logits (N, C, K) in head order."""
     w = {key: value.double() for key, value in model.state_dict().items()}
     z = z.double()
     num_channels, width = indices.shape[1], w["condition_proj.bias"].shape[0]

@@ -1,4 +1,4 @@
-"""models/quantizer.py (SPEC 3): golden tables, independent quantiles and integrals, nearest value by brute force."""
+"""models/quantizer.py (docs/spec.md 3): golden tables, independent quantiles, nearest value by brute force."""
 
 import json
 import math

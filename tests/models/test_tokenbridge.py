@@ -1,5 +1,6 @@
-"""models/tokenbridge.py, models/__init__.py (SPEC 4, 5, 11): golden training passes, manifests, masking, labels,
-gradients, errors."""
+"""models/tokenbridge.py, models/__init__.py (docs/spec.md 4, 5, 11): golden training passes, manifests, masking,
+labels, gradients, errors.
+"""
 
 import copy
 import json
@@ -18,7 +19,7 @@ from models.sampling.orders import random_orders
 from models.tokenbridge import TokenBridge, TrainingDetails, draw_mask_ratio, mask_from_orders, num_masked_tokens
 from tests.helpers import fill_golden, golden_arrays, golden_json, golden_weight, tiny_batch, tiny_config, tiny_model
 
-# million parameters, SPEC 4
+# million parameters, docs/spec.md 4
 SIZES = {"tokenbridge_base": 218.02, "tokenbridge_large": 486.89, "tokenbridge_huge": 910.04}
 KL16_ORDER = [8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5]
 
@@ -178,7 +179,7 @@ def test_channel_mask_buffer():
 
 
 def test_initialisation():
-    """SPEC 5: by the spread of what was drawn and the exact zeros and ones."""
+    """docs/spec.md 5: by the spread of what was drawn and the exact zeros and ones."""
     torch.manual_seed(0)
     model = TokenBridge(
         **tiny_config(

@@ -1,4 +1,4 @@
-"""models/vae.py (SPEC 2): golden arrays and manifest of KL-16, the posterior, small layers by hand, strict loading."""
+"""models/vae.py (docs/spec.md 2): golden arrays and manifest of KL-16, posterior, small layers, strict loading."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Sampling (SPEC 6): golden images at temperature 0, schedules by hand, seeds, guidance, no host sync."""
+"""Sampling (docs/spec.md 6): golden images at temperature 0, schedules by hand, seeds, guidance, no host sync."""
 
 import math
 
@@ -89,7 +89,7 @@ def test_plan_by_hand():
 @pytest.mark.parametrize("num_tokens", [1, 4, 16, 256])
 @pytest.mark.parametrize("num_iter", MANY_N)
 def test_plan_by_brute_force(num_iter, num_tokens):
-    """SPEC 6 step by step with numpy's float64 cosine on a mask that is really emptied."""
+    """docs/spec.md 6 step by step with numpy's float64 cosine on a mask that is really emptied."""
     masked = np.ones(num_tokens, dtype=bool)
     for step, (before, after, keep) in enumerate(unmasking_plan(num_iter, num_tokens)):
         assert before == masked.sum()
