@@ -19,7 +19,7 @@ from checkpoints import download
 from checkpoints.build import build_model, load_generator_weights, read_checkpoint
 from dataset.record import read_record
 from dataset.training_set import DataOptions
-from evaluation.scores import EvaluationOptions, Evaluator
+from evaluation.evaluator import EvaluationOptions, Evaluator
 from generation.pipeline import Pipeline, generation_settings
 from generation.sample import SampleOptions, sample
 from models import MODELS

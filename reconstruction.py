@@ -33,9 +33,7 @@ from dataset.folders import ImageFolderDataset
 from dataset.images import save_grid
 from evaluation import report
 from evaluation.reconstruction import (
-    Measures,
     Outcome,
-    ReconstructionOptions,
     decode_variants,
     first_of_each_class,
     gathered,
@@ -46,6 +44,7 @@ from evaluation.reconstruction import (
     spread_evenly,
     summarise,
 )
+from evaluation.reconstruction_options import Measures, ReconstructionOptions
 from models.vae import AutoencoderKL
 from models.vae_loading import load_vae
 from util import dist

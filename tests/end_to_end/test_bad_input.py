@@ -84,7 +84,7 @@ def call(vae_file: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.Mon
     def no_work(*args: object, **kwargs: object) -> None:
         raise AssertionError("work was begun before the input was refused")
 
-    for name in ("training.run.train_one_epoch", "generation.sample.write_images", "evaluation.scores.evaluate"):
+    for name in ("training.run.train_one_epoch", "generation.sample.write_images", "evaluation.evaluator.evaluate"):
         monkeypatch.setattr(name, no_work)
     return lambda **changes: main(arguments(vae_file, pictures, tmp_path / "out", **changes))
 

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 import main_cache
 from checkpoints.build import load_generator_weights
 from dataset.images import read_image
-from evaluation.scores import Evaluator
+from evaluation.evaluator import Evaluator
 from main_tokenbridge import main
 from models.tokenbridge import TokenBridge
 from models.vae_loading import load_vae

@@ -27,7 +27,7 @@ import main_tokenbridge
 import models
 from checkpoints import build as engine_load
 from checkpoints.download import PUBLISHED
-from evaluation import scores
+from evaluation import evaluator
 from models.tokenbridge import TokenBridge
 from tests.helpers import REPO, photographs, tiny_vae, write_image_folder
 from tests.stand_ins import Colours, FewColours, small_reference
@@ -158,8 +158,8 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     for table in (models.MODELS, engine_load.MODELS):
         for name, builder in sizes.items():
             monkeypatch.setitem(table, name, builder)
-    monkeypatch.setattr(scores, "InceptionFeatures", FewColours)
-    monkeypatch.setattr(scores, "load_references", lambda *_, **__: small_reference())
+    monkeypatch.setattr(evaluator, "InceptionFeatures", FewColours)
+    monkeypatch.setattr(evaluator, "load_references", lambda *_, **__: small_reference())
     monkeypatch.setattr(fid_stats, "InceptionFeatures", Colours)
 
     def toy(module: str, argv: list[str]) -> list[str]:

@@ -17,12 +17,10 @@ import reconstruction
 from checkpoints import download
 from dataset.images import center_crop_adm, read_image, to_tensor, to_uint8
 from dataset.latent_statistics import latent_scale
-from evaluation import reconstruction as library
+from evaluation import reconstruction_options
 from evaluation.image_metrics import psnr, ssim
 from evaluation.metrics import Reference, fid
 from evaluation.reconstruction import (
-    Measures,
-    ReconstructionOptions,
     Variant,
     decode_variants,
     first_of_each_class,
@@ -31,6 +29,7 @@ from evaluation.reconstruction import (
     several,
     spread_evenly,
 )
+from evaluation.reconstruction_options import Measures, ReconstructionOptions
 from evaluation.report import published_figures, worst_and_median
 from models.quantizer import GaussianQuantizer
 from models.quantizer_tables import build_quantizer
@@ -354,8 +353,8 @@ def test_lpips_is_in_the_results(run: Callable, tmp_path: Path) -> None:
 def extractor(monkeypatch: pytest.MonkeyPatch) -> FewColours:
     """Stands in for Inception; the rest of the path is the real one."""
     found = FewColours()
-    monkeypatch.setattr(library, "fetch_inception_weights", lambda path, download: Path("weights.pth"))
-    monkeypatch.setattr(library, "InceptionFeatures", lambda path, device: found)
+    monkeypatch.setattr(reconstruction_options, "fetch_inception_weights", lambda path, download: Path("weights.pth"))
+    monkeypatch.setattr(reconstruction_options, "InceptionFeatures", lambda path, device: found)
     return found
 
 
@@ -363,7 +362,7 @@ def extractor(monkeypatch: pytest.MonkeyPatch) -> FewColours:
 def adm_stats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reference:
     """Stands in for ADM's statistics of ImageNet, in a folder of its own; the file is there."""
     reference = Reference(np.full(6, 100.0), 500 * np.eye(6))
-    monkeypatch.setattr(library, "load_reference", lambda *_, **__: reference)
+    monkeypatch.setattr(reconstruction_options, "load_reference", lambda *_, **__: reference)
     (tmp_path / "fid_stats").mkdir()
     (tmp_path / ADM_FILE).touch()
     monkeypatch.chdir(tmp_path)

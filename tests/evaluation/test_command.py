@@ -18,7 +18,7 @@ import torch_fidelity
 import main_tokenbridge
 from checkpoints import download
 from dataset.images import read_image
-from evaluation import metrics, scores
+from evaluation import evaluator, metrics
 from evaluation.inception import FEATURE_DIM
 from main_tokenbridge import main, sweep_values
 from tests.helpers import REPO, run_processes, tiny_model, tiny_vae, write_image_folder
@@ -62,14 +62,14 @@ def command(files: dict[str, Path], out: Path, **more: object) -> list[str]:
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Features and a reference that need no weights; everything else is the command's own."""
-    monkeypatch.setattr(scores, "InceptionFeatures", FewColours)
-    monkeypatch.setattr(scores, "load_references", lambda *_, **__: small_reference())
+    monkeypatch.setattr(evaluator, "InceptionFeatures", FewColours)
+    monkeypatch.setattr(evaluator, "load_references", lambda *_, **__: small_reference())
 
 
 @pytest.fixture
 def no_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Generating an image fails the test."""
-    monkeypatch.setattr(scores, "generate_batches", lambda *_: pytest.fail("an image was made"))
+    monkeypatch.setattr(evaluator, "generate_batches", lambda *_: pytest.fail("an image was made"))
 
 
 def records(out: Path) -> list[dict]:
@@ -107,7 +107,7 @@ def test_a_sweep(
     assert len(table.splitlines()) == 5 and table.count("*") == 1
     assert [float(row["cfg"]) for row in csv.DictReader((tmp_path / "eval_sweep.csv").open())] == [1, 1, 2.5, 2.5]
     assert read_image(tmp_path / "eval_sweep.png").width > 500
-    monkeypatch.setattr(scores, "generate_batches", lambda *_: pytest.fail("an image was made again"))
+    monkeypatch.setattr(evaluator, "generate_batches", lambda *_: pytest.fail("an image was made again"))
     main(command(files, tmp_path, cfg=2.5))
     assert records(tmp_path)[4]["fid"] == found[3]["fid"]
     with pytest.raises(pytest.fail.Exception, match="made again"):
@@ -194,7 +194,7 @@ def test_bad_flags_are_refused(flags: dict, message: str, files: dict[str, Path]
 def test_bad_references_are_refused_before_generation(
     arrays: dict | None, message: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scores, "InceptionFeatures", FewColours)
+    monkeypatch.setattr(evaluator, "InceptionFeatures", FewColours)
     (tmp_path / "empty").mkdir()
     stats = tmp_path / "empty" if arrays is None else write_stats(tmp_path / "bad.npz", **arrays)
     with pytest.raises((ValueError, OSError), match=message):
@@ -219,7 +219,7 @@ def test_precision_comes_from_a_second_reference(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]
 ) -> None:
     """--fid_stats of statistics alone and --pr_reference in ADM's format; without it the log names the way to it."""
-    monkeypatch.setattr(scores, "InceptionFeatures", Colours)
+    monkeypatch.setattr(evaluator, "InceptionFeatures", Colours)
     monkeypatch.setattr(metrics, "fid", lambda *_: 1.0)  # of 2048 dimensions: minutes
     batch = write_stats(tmp_path / "batch.npz", arr_0=crops(12, size=32), **adm_arrays())
     main(command(files, tmp_path / "out"))
@@ -252,8 +252,8 @@ def test_the_published_command_fetches_what_is_missing(tmp_path: Path, monkeypat
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(download, "fetch_all", fetch)
-    monkeypatch.setattr(scores, "InceptionFeatures", FewColours)
-    monkeypatch.setattr(scores, "load_references", lambda *_, **__: small_reference())
+    monkeypatch.setattr(evaluator, "InceptionFeatures", FewColours)
+    monkeypatch.setattr(evaluator, "load_references", lambda *_, **__: small_reference())
     flags = shlex.split(
         "--model tokenbridge_large --eval_bsz 256 --num_images 10 --num_iter 1 --cfg 3.1 --quant_bits 4 "
         "--cfg_schedule linear --temperature 0.96 --output_dir OUT "
@@ -266,7 +266,7 @@ def test_the_published_command_fetches_what_is_missing(tmp_path: Path, monkeypat
     main(flags)
     assert fetched == ["vae", "large", "stats"] and records(tmp_path / "OUT")[0]["num_images"] == 10
     fetch_weights = lambda path, download: fetched.append(("inception", download))  # noqa: E731
-    monkeypatch.setattr(scores, "fetch_inception_weights", fetch_weights)
+    monkeypatch.setattr(evaluator, "fetch_inception_weights", fetch_weights)
     main([*flags, "--no_download"])
     assert fetched[3:] == [("inception", False)]
 

@@ -52,7 +52,7 @@ def test_statistics_of_one_image_are_refused() -> None:
 
 
 def test_statistics_merge_sums_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes' statistics, here with the other one's sums handed in; test_evaluation.py does it with two real processes."""
+    """Two processes' statistics, here with the other one's sums handed in; test_command.py has two real ones."""
     x = random_features(30, 6, seed=4, shift=100.0)
     mine, other = FeatureStatistics(6), FeatureStatistics(6)
     mine.update(torch.from_numpy(x[:20]))

@@ -8,8 +8,8 @@ import torch
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
 from checkpoints.download import PRECISION_RECALL_HINT, file_hash
+from evaluation.evaluator import plain
 from evaluation.published import INCEPTION_SHA256, PR_REFERENCE, STATS_BLOB, comparison
-from evaluation.scores import plain
 from generation.pipeline import generation_settings
 from main_tokenbridge import build_parser, sweep_values
 from util import dist

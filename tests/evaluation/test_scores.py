@@ -1,4 +1,4 @@
-"""evaluation/scores.py and store.py: every image is scored once, resuming, saved images, guards."""
+"""evaluation/scores.py, store.py, evaluator.py: every image is scored once, resuming, saved images, guards."""
 
 import hashlib
 import json
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from dataset.images import read_image
-from evaluation import metrics, report, scores
+from evaluation import evaluator, metrics, report
+from evaluation.evaluator import spread_of_labels, store_key, vae_roundtrip
 from evaluation.metrics import METRICS, FeatureStatistics, Generated, Metric, Reference, fid, kid, precision_recall
-from evaluation.scores import Scores, evaluate, spread_of_labels, store_key, vae_roundtrip, warn_of_flaws
+from evaluation.scores import Scores, evaluate, warn_of_flaws
 from evaluation.store import EvalStore, batches_of, image_flaws
 from generation.pipeline import GenerationSettings
 from generation.sample import balanced_labels
@@ -219,7 +220,7 @@ def test_the_vae_check_warns_of_a_wrong_scale(
     images: Tensor, messages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vae = tiny_vae()
-    monkeypatch.setattr(scores, "ROUNDTRIP_PSNR", 0.0)  # random weights reproduce nothing
+    monkeypatch.setattr(evaluator, "ROUNDTRIP_PSNR", 0.0)  # random weights reproduce nothing
     latents = vae.encode(images[:8].float() / 127.5 - 1).mode().detach()
     vae.scale_factor = float(1 / latents.std())
     found = vae_roundtrip(vae, images, -5.0, 5.0)
@@ -228,7 +229,7 @@ def test_the_vae_check_warns_of_a_wrong_scale(
     found = vae_roundtrip(vae, images, -5.0, 5.0)
     assert found["latent_std"] == pytest.approx(30, rel=0.01) and found["out_of_range"] > 0.5
     assert "is --vae_path the model's VAE, and is its scale right?" in messages[0]
-    monkeypatch.setattr(scores, "ROUNDTRIP_PSNR", 90.0)
+    monkeypatch.setattr(evaluator, "ROUNDTRIP_PSNR", 90.0)
     vae.scale_factor /= 30
     vae_roundtrip(vae, images, -5.0, 5.0)
     assert len(messages) == 2
@@ -237,7 +238,7 @@ def test_the_vae_check_warns_of_a_wrong_scale(
 def test_images_are_those_of_the_pipeline(messages: list[str]) -> None:
     """The maker of --evaluate: uint8 images of the model; the VAE is checked with the first of them, once."""
     model, settings = tiny_model(), GenerationSettings(num_iter=1, seed=5, batch_size=4)
-    make_images = scores.ImageMaker(model, tiny_vae(), LABELS, settings, torch.device("cpu"))
+    make_images = evaluator.ImageMaker(model, tiny_vae(), LABELS, settings, torch.device("cpu"))
     assert make_images.roundtrip is None
     batch = make_images(range(8, 12))
     assert batch.shape == (4, 3, 64, 64) and batch.dtype == torch.uint8 and make_images.roundtrip["psnr"] > 0

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Iterator
 
 import main_tokenbridge
-from evaluation import scores
+from evaluation import evaluator
 from tests.stand_ins import FewColours, small_reference
 from util.log import run_cli
 
-rank, generate_batches, count = os.environ.get("RANK", "0"), scores.generate_batches, 0
+rank, generate_batches, count = os.environ.get("RANK", "0"), evaluator.generate_batches, 0
 
 
 def counted(*arguments: object) -> Iterator:
@@ -25,6 +25,6 @@ def counted(*arguments: object) -> Iterator:
     return generate_batches(*arguments)
 
 
-scores.generate_batches, scores.InceptionFeatures = counted, FewColours
-scores.load_references = lambda *_, **__: small_reference()
+evaluator.generate_batches, evaluator.InceptionFeatures = counted, FewColours
+evaluator.load_references = lambda *_, **__: small_reference()
 sys.exit(run_cli(main_tokenbridge.main))
