@@ -47,7 +47,7 @@ def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 def sample_levels(
     logits: Tensor, uniform: Tensor, temperature: float | Tensor, top_k: int = 0, top_p: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Levels (N,) from logits (N, K), and whether each had a distribution to be sampled from (no NaN, no overflow).
+    """Levels (N,) from logits (N, K), and a number each, `is_valid` only if it had a distribution to be sampled from.
 
     Argmax at temperature 0 or top_k 1; otherwise a sample of softmax(logits / temperature), restricted by `keep_top`:
     uniform (N,) in [0, 1) inverts the cumulative distribution, so the same image comes out of any batch, without a host
@@ -57,13 +57,18 @@ def sample_levels(
     is_number = not isinstance(temperature, Tensor)
     if top_k == 1 or (is_number and temperature == 0):
         highest, levels = logits.max(-1)
-        return levels, highest.abs() < math.inf  # False for NaN
+        return levels, highest
     if not (is_number and temperature == 1):
         logits = logits / temperature
     cumulative = keep_top(logits, top_k, top_p).softmax(-1).cumsum(-1)  # (N, K)
     total = cumulative[:, -1:]  # (N, 1), 1 up to rounding; NaN if a logit is
     levels = torch.searchsorted(cumulative, uniform.unsqueeze(1) * total, right=True)[:, 0]
-    return levels.clamp_(max=logits.shape[-1] - 1), total[:, 0] > 0
+    return levels.clamp_(max=logits.shape[-1] - 1), total[:, 0]
+
+
+def is_valid(numbers: Tensor) -> Tensor:
+    """Whether the numbers of `sample_levels` (any shape) are of distributions: False for NaN and overflow."""
+    return numbers.abs() < math.inf
 
 
 def spread_temperatures(temperature: float | Sequence[float], num_channels: int) -> list[float]:
@@ -224,8 +229,8 @@ class ChannelAR(nn.Module):
             results.append(sample_levels(logits, uniforms[:, c], temperatures[c], top_k, top_p))
             if c < self.num_channels - 1:
                 x = F.embedding(results[-1][0], tables[c])
-        indices, valid = (torch.stack(part, dim=1) for part in zip(*results, strict=True))  # (N, C)
-        return indices, valid.all(1)
+        indices, numbers = (torch.stack(part, dim=1) for part in zip(*results, strict=True))  # (N, C)
+        return indices, is_valid(numbers).all(1)
 
     def _sample_parallel(
         self, z: Tensor, uniforms: Tensor, temperatures: Sequence[float], top_k: int, top_p: float
@@ -234,5 +239,5 @@ class ChannelAR(nn.Module):
         logits = self.channel_logits(z, None)  # (N, C, K)
         columns = zip(logits.unbind(1), uniforms.unbind(1), temperatures, strict=True)
         results = [sample_levels(*column, top_k, top_p) for column in columns]
-        indices, valid = (torch.stack(part, dim=1) for part in zip(*results, strict=True))  # (N, C)
-        return indices, valid.all(1)
+        indices, numbers = (torch.stack(part, dim=1) for part in zip(*results, strict=True))  # (N, C)
+        return indices, is_valid(numbers).all(1)

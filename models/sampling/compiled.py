@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.channel_ar import sample_levels, spread_temperatures
+from models.channel_ar import is_valid, sample_levels, spread_temperatures
 from models.layers import LayerCache, Modulation, take
 from models.sampling.options import FeatureSource, SamplerModel
 from util.options import ArgumentError
@@ -136,7 +136,7 @@ class CompiledSampler:
         top_k: int,
         top_p: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One dimension: x (N, H) at `position` (1,) -> its indices, whether they are valid (N,), the next x.
+        """One dimension: x (N, H) at `position` (1,) -> its indices and their `is_valid` numbers (N,), the next x.
 
         keys_values (layers, 2, N, heads, C, head_dim) is filled in place; uniforms (N, C); temperatures (C,), None for
         argmax.
@@ -147,8 +147,8 @@ class CompiledSampler:
         tables, weight, bias = (part.index_select(0, position)[0] for part in weights)
         temperature = 0.0 if temperatures is None else temperatures.index_select(0, position)
         uniform = uniforms.index_select(1, position)[:, 0]
-        indices, valid = sample_levels(F.linear(features, weight, bias), uniform, temperature, top_k, top_p)
-        return indices, valid, F.embedding(indices, tables)
+        indices, numbers = sample_levels(F.linear(features, weight, bias), uniform, temperature, top_k, top_p)
+        return indices, numbers, F.embedding(indices, tables)
 
     def channel_sample(
         self, z: Tensor, uniforms: Tensor, temperature: float | Sequence[float], top_k: int = 0, top_p: float = 1.0
@@ -174,5 +174,5 @@ class CompiledSampler:
             arguments = (x, modulations, keys_values, position, uniforms, now, weights, top_k, top_p)
             *result, x = (part.clone() for part in self._launch(self._position, *arguments))  # graphs reuse outputs
             results.append(result)
-        indices, valid = (torch.stack(part, dim=1)[:count] for part in zip(*results, strict=True))  # (N, C)
-        return indices, valid.all(1)
+        indices, numbers = (torch.stack(part, dim=1)[:count] for part in zip(*results, strict=True))  # (N, C)
+        return indices, is_valid(numbers).all(1)

@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from models import channel_ar
-from models.channel_ar import sample_levels
+from models.channel_ar import is_valid, sample_levels
 from models.layers import CausalAttention
 from models.tokenbridge import TokenBridge
 from tests.helpers import tiny_batch, tiny_config, tiny_model
@@ -197,7 +197,7 @@ def cached_logits(model: TokenBridge, z: Tensor, indices: Tensor) -> Tensor:
 
     def forced(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
         seen.append(logits.clone())
-        return indices[:, len(seen) - 1], logits[:, 0].isfinite()
+        return indices[:, len(seen) - 1], logits[:, 0]
 
     original, channel_ar.sample_levels = channel_ar.sample_levels, forced
     try:
@@ -351,8 +351,8 @@ def test_impossible_levels_are_never_drawn():
     logits = torch.full((4096, 64), -math.inf)
     logits[:, 20:40] = torch.randn(4096, 20, generator=torch.Generator().manual_seed(0))
     for uniform in (torch.zeros(4096), torch.full((4096,), 1 - 2**-24)):
-        drawn, valid = sample_levels(logits, uniform, 1.0)
-        assert drawn.min() >= 20 and drawn.max() < 40 and valid.all()
+        drawn, numbers = sample_levels(logits, uniform, 1.0)
+        assert drawn.min() >= 20 and drawn.max() < 40 and is_valid(numbers).all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -360,7 +360,7 @@ def test_logits_without_a_distribution_are_not_valid(bad):
     logits = torch.zeros(2, 4)
     logits[1, 2] = bad
     for temperature in (0, 1.0):
-        assert sample_levels(logits, torch.tensor([0.5, 0.5]), temperature)[1].tolist() == [True, False]
+        assert is_valid(sample_levels(logits, torch.tensor([0.5, 0.5]), temperature)[1]).tolist() == [True, False]
 
 
 def test_half_precision_logits_are_drawn_in_float32():
