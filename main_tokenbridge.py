@@ -11,21 +11,18 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 
 import torch
 
 from checkpoints import download
-from checkpoints.build import build_model, load_generator_weights, read_checkpoint
+from checkpoints.build import StructureOptions, build_model, load_generator_weights, read_checkpoint
 from dataset.record import read_record
 from dataset.training_set import DataOptions
 from evaluation.evaluator import EvaluationOptions, Evaluator
 from generation.pipeline import Pipeline, generation_settings
 from generation.sample import SampleOptions, sample
-from models import MODELS
-from models.config import HEADS
-from models.quantizer import MAX_BITS, check_range
-from models.quantizer_tables import QUANTIZERS
 from models.sampling.options import SamplerOptions
 from models.sampling.orders import ORDERS
 from models.sampling.schedules import CFG_SCHEDULES, MASK_SCHEDULES, TEMPERATURE_SCHEDULES
@@ -59,57 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a recipe or evaluation of configs/, with the numbers to expect: sets all its flags, printed; any flag given wins",
     )
 
-    group = parser.add_argument_group("model and tokenizer")
-    group.add_argument("--model", default="tokenbridge_large", choices=list(MODELS))
-    group.add_argument("--img_size", type=int, default=256, help="side of the images, pixels")
-    group.add_argument(
-        "--vae_path",
-        default="pretrained_models/vae/kl16.ckpt",
-        help='VAE checkpoint (weights under "model"), or a folder of diffusers',
-    )
-    group.add_argument(
-        "--vae_embed_dim", type=int, default=16, help="latent channels; taken from the VAE's file if it says so"
-    )
-    group.add_argument(
-        "--vae_stride", type=int, default=16, help="pixels per latent position; taken from the VAE's file if it says so"
-    )
-    group.add_argument(
-        "--patch_size", type=int, default=1, help="latent positions per token side; the head is defined for 1 only"
-    )
-    group.add_argument("--quant_bits", type=int, default=6, help=f"bits per latent dimension, 1 to {MAX_BITS}")
-    group.add_argument("--quant_min", type=float, default=-5.0, help="lowest latent value of the quantizer")
-    group.add_argument("--quant_max", type=float, default=5.0, help="highest latent value of the quantizer")
-    group.add_argument(
-        "--quantizer",
-        default="gaussian",
-        choices=QUANTIZERS,
-        help="where its levels come from; the checkpoint keeps them",
-    )
-    group.add_argument(
-        "--quantizer_tables",
-        default="",
-        help="--quantizer lloyd: file with its levels (python -m tools.vae_stats writes it)",
-    )
-    group.add_argument(
-        "--use_quantized_value", action="store_true", help="accepted; the encoder always sees dequantized values"
-    )
-    group.add_argument("--class_num", type=int, default=1000)
-    group.add_argument("--buffer_size", type=int, default=64, help="class-token slots before the image tokens")
-    group.add_argument(
-        "--head",
-        default="autoregressive",
-        choices=HEADS,
-        help="how a token's dimensions are predicted: one after another, or (ablation) all at once",
-    )
-    group.add_argument("--label_drop_prob", type=float, default=0.1)
-    group.add_argument("--mask_ratio_min", type=float, default=0.7)
-    group.add_argument("--attn_dropout", type=float, default=0.1)
-    group.add_argument("--proj_dropout", type=float, default=0.1)
-    group.add_argument(
-        "--grad_checkpointing",
-        action="store_true",
-        help="recompute activations in the backward pass: less memory, more time",
-    )
+    add_options(parser, StructureOptions, "model and tokenizer")
 
     group = parser.add_argument_group("training")
     group.add_argument(
@@ -307,8 +254,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         max_bad_steps=1,
         save_last_freq=1,
         eval_freq=1,
-        img_size=1,
-        class_num=1,
         save_every_steps=1,
         keep_last=1,
     )
@@ -345,9 +290,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             "--save_images and --fid_infinity change --evaluate only; give --evaluate too, or leave them out"
         )
-    if not 1 <= args.quant_bits <= MAX_BITS:
-        raise ValueError(f"--quant_bits must be from 1 to {MAX_BITS}, got {args.quant_bits}")
-    check_range(args.quant_min, args.quant_max)
     factors = len(args.channel_temperature)  # the number of dimensions is known later
     read_options(SamplerOptions, args).check(factors or 2)
     if args.use_quantized_value:
@@ -403,19 +345,13 @@ def sweep_values(args: argparse.Namespace) -> list[tuple[float, float]]:
 @flag_names(build_parser(), bits="quant_bits", quant_levels="quant_bits")
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, load, then train, evaluate or sample. Raises ValueError or OSError for bad input."""
-    parser = build_parser()
-    with flag_names(parser, quant_levels="quant_bits"):
-        run(parser, argv)
-
-
-def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
-    """`main`, whose errors name arguments."""
-    args, given = parse(parser, argv)
+    args, given = parse(build_parser(), argv)
     preset = load_preset(args.preset) if args.preset else None
     if preset:
         apply_preset(args, given, preset, int(os.environ.get("WORLD_SIZE", "1")))
     pairs = sweep_values(args)
     check_arguments(args)
+    structure, trains = read_options(StructureOptions, args), not (args.evaluate or args.sample)
     try:
         device = dist.init(args.device, args.dist_url)
         if device.type == "cpu" and not args.evaluate:  # the scores of many images need the memory more than the time
@@ -423,13 +359,15 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
         if args.evaluate or args.sample:
             download.provide(args.vae_path, "--vae_path", args.no_download)
             download.provide(args.resume, "--resume", args.no_download)
-        source, content = read_checkpoint(args)
+        args.resume = download.local_path(args.resume, "--resume")
+        source, content = read_checkpoint(args.resume, args.output_dir, trains=trains)
         args.vae_path = download.local_path(args.vae_path, "--vae_path")
         vae = load_vae(
             args.vae_path, *(getattr(args, n) if n in given else None for n in ("vae_embed_dim", "vae_stride"))
         )
         checkpoint.seed_generators(args.seed)  # initial weights, the same on every process
-        model = build_model(args, given, vae, content, source)
+        model, structure = build_model(structure, given, vae, content, source, trains=trains)
+        vars(args).update(asdict(structure) | {"vae_path": args.vae_path})  # what a checkpoint records
         vae = vae.to(device)
         if args.evaluate or args.sample:
             load_generator_weights(model, content, source, args.weights)

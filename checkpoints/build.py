@@ -1,217 +1,330 @@
-"""From a checkpoint file and the command line to a model: which file, which structure, which weights. Training and sampling share it."""
+"""From a checkpoint file and settings to a model: which file, which structure, which weights."""
 
-import argparse
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints import download
-from checkpoints.weights import generator_state, one_layout, structure_from_shapes
+import torch
+
+from checkpoints.published import generator_state, one_layout, structure_from_shapes
 from models import MODELS
-from models.quantizer_tables import build_quantizer
+from models.config import TokenBridgeConfig
+from models.latent_space import LatentSpace
+from models.quantizer import MAX_BITS, check_range
+from models.quantizer_tables import QUANTIZERS, build_quantizer
 from models.tokenbridge import TokenBridge
-from models.vae import AutoencoderKL
-from util import checkpoint
+from models.vae_loading import load_vae
+from util.checkpoint import LAST, SAFE, find_file, load_latest, load_state, numbered, read_file
 from util.ema import initial_share
 from util.log import get_logger
+from util.options import ArgumentError, check_options, option, option_fields
 
 logger = get_logger()
 
-# Flags that say what the model is: fixed by a checkpoint's config. And those that only say how it is trained: a resumed run may change them.
-STRUCTURE_FLAGS = (
+VAE_SAFE = "vae.safetensors"  # beside SAFE
+KL16_PATH = "pretrained_models/vae/kl16.ckpt"
+# How a model is trained; a resumed training may change it. The other options of a model are fixed by its checkpoint.
+BEHAVIOUR = ("label_drop_prob", "mask_ratio_min", "attn_dropout", "proj_dropout", "grad_checkpointing")
+STRUCTURE = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "quant_min", "quant_max", "class_num")
+STRUCTURE += ("buffer_size", "head")
+BEHAVIOUR_FLAGS = BEHAVIOUR
+FROM_SHAPES = (
+    "model",
     "img_size",
-    "vae_stride",
-    "patch_size",
     "vae_embed_dim",
     "quant_bits",
-    "quant_min",
-    "quant_max",
     "class_num",
     "buffer_size",
-    "head",
-)
-BEHAVIOUR_FLAGS = ("label_drop_prob", "mask_ratio_min", "attn_dropout", "proj_dropout", "grad_checkpointing")
-# of a checkpoint's config: what the model is built from
-CONFIG_PARTS = {"model_name": str, "model": dict, "vae": dict, "vae_fingerprint": str}
+)  # see structure_from_shapes
+CONFIG_PARTS = {"model_name": str, "model": dict, "vae": dict, "vae_fingerprint": str}  # what a model is built from
 
 
-def read_checkpoint(args: argparse.Namespace) -> tuple[Path | None, dict | None]:
-    """The checkpoint of --resume. None only when training may start anew: no --resume, or a folder that holds none.
+def _config_option(name: str) -> dataclasses.Field:
+    """The option of that name of TokenBridgeConfig: the same default, help and bounds."""
+    field = option_fields(TokenBridgeConfig)[name]
+    return dataclasses.field(default=field.default, metadata=field.metadata)
 
-    ValueError if training would overwrite another run's checkpoint, or the file is none of this script's.
+
+@dataclass(frozen=True)
+class StructureOptions:
+    """The model and its VAE. ArgumentError for values out of their bounds."""
+
+    model: str = option("tokenbridge_large", "size of the transformer", choices=MODELS, check=False)
+    img_size: int = _config_option("img_size")
+    vae_path: str = option(KL16_PATH, 'VAE checkpoint (weights under "model"), or a folder of diffusers')
+    vae_embed_dim: int = _config_option("vae_embed_dim")
+    vae_stride: int = _config_option("vae_stride")
+    patch_size: int = _config_option("patch_size")
+    quant_bits: int = option(6, f"bits per latent dimension, 1 to {MAX_BITS}", lowest=1, highest=MAX_BITS)
+    quant_min: float = _config_option("quant_min")
+    quant_max: float = _config_option("quant_max")
+    quantizer: str = option("gaussian", "how its levels are chosen; the checkpoint keeps them", choices=QUANTIZERS)
+    quantizer_tables: str = option("", "quantizer lloyd: file with its levels (python -m tools.vae_stats writes it)")
+    use_quantized_value: bool = option(False, "accepted; the encoder always takes dequantized values")
+    class_num: int = _config_option("class_num")
+    buffer_size: int = _config_option("buffer_size")
+    head: str = _config_option("head")
+    label_drop_prob: float = _config_option("label_drop_prob")
+    mask_ratio_min: float = _config_option("mask_ratio_min")
+    attn_dropout: float = _config_option("attn_dropout")
+    proj_dropout: float = _config_option("proj_dropout")
+    grad_checkpointing: bool = _config_option("grad_checkpointing")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        check_range(self.quant_min, self.quant_max)
+
+    def arguments(self) -> dict:
+        """Constructor arguments of TokenBridge."""
+        return {name: getattr(self, name) for name in STRUCTURE + BEHAVIOUR} | {"quant_levels": 2**self.quant_bits}
+
+    def recorded(self, name: str, config: TokenBridgeConfig, **values: object) -> "StructureOptions":
+        """These options with the values of a model that exists."""
+        found = {field: getattr(config, field) for field in STRUCTURE + BEHAVIOUR}
+        bits = config.quant_levels.bit_length() - 1
+        return dataclasses.replace(self, model=name, quant_bits=bits, **(found | values))
+
+
+def continues_run_in(output_dir: str | Path, resume: str | Path) -> bool:
+    """Whether `resume` is the folder `output_dir`, or the checkpoint-last.pth in it."""
+
+    def same(one: Path, other: Path) -> bool:
+        return one.exists() and other.exists() and one.samefile(other)
+
+    if not resume:
+        return False
+    return same(find_file(resume), Path(output_dir) / LAST) or same(Path(resume), Path(output_dir))
+
+
+def read_checkpoint(resume: str, output_dir: str, *, trains: bool) -> tuple[Path | None, dict | None]:
+    """The checkpoint to resume, and its content.
+
+    None if training starts from random weights: `resume` is empty, or a folder without a checkpoint. ArgumentError if
+    training would overwrite another run's checkpoint, or the file is none of this model's.
     """
-    args.resume = download.local_path(args.resume, "--resume")
-    training, path, last = (
-        not (args.evaluate or args.sample),
-        checkpoint.resolve(args.resume),
-        Path(args.output_dir) / checkpoint.LAST,
-    )
-    if not training and not args.resume:
-        raise ValueError(
-            "--evaluate and --sample need trained weights: give --resume, a checkpoint or a folder with checkpoint-last.pth"
-        )
-    continued = bool(args.resume) and (
-        path.is_file()
-        and last.exists()
-        and path.samefile(last)
-        or Path(args.resume).is_dir()
-        and Path(args.output_dir).is_dir()
-        and Path(args.resume).samefile(args.output_dir)
-    )
-    if training and last.exists() and not continued:
-        raise ValueError(
-            f"{args.output_dir} (--output_dir) already holds a {checkpoint.LAST}: continue it with --resume {args.output_dir}, "
-            "or choose another folder"
-        )
-    if not args.resume:
-        logger.info("no --resume: training starts from random weights")
+    if trains and (Path(output_dir) / LAST).exists() and not continues_run_in(output_dir, resume):
+        advice = f"continue it with --resume {output_dir}, or choose another folder"
+        raise ArgumentError("output_dir", f"{output_dir} already holds a {LAST}: {advice}")
+    if trains and not resume:
+        logger.info("nothing to resume: training starts from random weights")
         return None, None
-    if (
-        not path.is_file()
-        and training
-        and Path(args.resume).suffix not in (".pth", ".pt", ".ckpt")
-        and not checkpoint.numbered(Path(args.resume))
-    ):
-        logger.info("no %s in %s (--resume): training starts from random weights", checkpoint.LAST, args.resume)
+    if not resume:
+        advice = f"give a checkpoint or a folder with {LAST}"
+        raise ArgumentError("resume", f"evaluation and sampling need trained weights: {advice}")
+    path, is_folder = find_file(resume), Path(resume).suffix not in (".pth", ".pt", ".ckpt")
+    if trains and is_folder and not path.is_file() and not numbered(Path(resume)):
+        logger.info("no %s in %s: training starts from random weights", LAST, resume)
         return None, None
-    path, content = checkpoint.load_latest(args.resume) if training else (path, checkpoint.load_file(path, mmap=True))
-    content = one_layout(content, f"{path} (--resume)")
-    if training and "weights" in content:
-        raise ValueError(
-            f"{path} (--resume) holds one set of weights only: it makes images, but a training cannot be continued from it"
-        )
+    path, content = load_latest(resume) if trains else (path, read_file(path, "resume", mmap=True))
+    return path, _checked_content(content, path, trains)
+
+
+def _checked_content(content: dict, path: Path, trains: bool) -> dict:
+    """The content in one layout. ArgumentError if training cannot continue from it, or its config is not a model's."""
+    try:
+        content = one_layout(content, str(path))
+    except ValueError as error:
+        raise ArgumentError("resume", str(error)) from error
+    if trains and "weights" in content:
+        reason = "it generates images, but a training cannot be continued from it"
+        raise ArgumentError("resume", f"{path} holds one set of weights only: {reason}")
     config = content.get("config")
-    wanted = {} if config is None else CONFIG_PARTS
-    lacking = [
-        key for key, kind in wanted.items() if not (isinstance(config, dict) and isinstance(config.get(key), kind))
-    ]
-    if lacking:
-        raise ValueError(
-            f"{path} (--resume) has a config that is no TokenBridge model's, it lacks {', '.join(lacking)}; is the file a VAE's?"
-        )
-    return path, content
+    if config is not None:
+        parts = config if isinstance(config, dict) else {}
+        missing = [key for key, kind in CONFIG_PARTS.items() if not isinstance(parts.get(key), kind)]
+        if missing:
+            reason = f"has a config that is no TokenBridge model's, it lacks {', '.join(missing)}; is the file a VAE's?"
+            raise ArgumentError("resume", f"{path} {reason}")
+    return content
 
 
-def flag_values(args: argparse.Namespace, names: Sequence[str]) -> dict:
-    """Constructor arguments of TokenBridge from the flags of these names."""
-    values = {name: getattr(args, name) for name in names}
-    if "quant_bits" in values:
-        values["quant_levels"] = 2 ** values.pop("quant_bits")
-    return values
+def describe(content: dict, source: str, vae: LatentSpace | None = None) -> tuple[str, TokenBridgeConfig]:
+    """Name and config of the model in a file, from the file's config, or from the shapes of its weights.
 
-
-def take_structure_from_shapes(args: argparse.Namespace, given: set[str], content: dict, source: Path) -> None:
-    """Set --model and the structure flags from weights without a config. ValueError if one that was given says otherwise."""
-    name, found = structure_from_shapes(content["model"], f"{source} (--resume)")
-    found |= dict(
-        model=name,
-        quant_bits=found["quant_levels"].bit_length() - 1,
-        img_size=found["img_size"] // 16 * args.vae_stride,
-    )
-    for flag in ("model", "img_size", "vae_embed_dim", "quant_bits", "class_num", "buffer_size"):
-        if flag in given and getattr(args, flag) != found[flag]:
-            raise ValueError(
-                f"--{flag} {getattr(args, flag)} contradicts {source}: from the shapes of its weights, {flag} is {found[flag]}; "
-                "leave the flag out"
-            )
-        setattr(args, flag, found[flag])
-    logger.info(
-        "%s has no config: from the shapes of its weights it is %s, %d classes, %d bits, and it samples as published (head_start official)",
-        source,
-        name,
-        args.class_num,
-        args.quant_bits,
-    )
+    vae: decides the stride and the channel order of a file without a config. ValueError, which names `source`, if it is
+    no model of this code.
+    """
+    config = content.get("config")
+    if not isinstance(config, dict):
+        name, arguments = structure_from_shapes(content["model"], source)
+        if vae is not None:
+            img_size = arguments["img_size"] // 16 * vae.stride
+            arguments |= dict(img_size=img_size, vae_stride=vae.stride, channel_order=vae.channel_order)
+        return name, TokenBridgeConfig(**arguments)
+    try:
+        return config["model_name"], TokenBridgeConfig(**config["model"])
+    except (KeyError, TypeError) as error:
+        message = f"{source} does not describe a TokenBridge model of this code: {error}; is the file a VAE's?"
+        raise ValueError(message) from error
 
 
 def build_model(
-    args: argparse.Namespace, given: set[str], vae: AutoencoderKL, content: dict | None, source: Path | None
-) -> TokenBridge:
-    """The model of the checkpoint's config, or of the flags where there is none (a fresh run, or published weights).
+    options: StructureOptions,
+    given: Collection[str],
+    vae: LatentSpace,
+    content: dict | None = None,
+    source: Path | None = None,
+    *,
+    trains: bool = True,
+) -> tuple[TokenBridge, StructureOptions]:
+    """The model of a checkpoint, or of the options if there is none; and the options with the values used.
 
-    On the CPU, with random weights still. ValueError if a flag on the command line, or the VAE, contradicts the config.
+    On the CPU, with random weights. given: the names of the options that the user set; ArgumentError if one of them, or
+    the VAE, contradicts the checkpoint. Training may change the model's behaviour (BEHAVIOUR).
     """
-    config = (content or {}).get("config")
-    if config is None:
-        args.vae_embed_dim, args.vae_stride = vae.embed_dim, vae.stride
-        if content is not None:
-            take_structure_from_shapes(args, given, content, source)
-        else:
-            vars(args).update({k: v for k, v in vae.quantizer_settings().items() if k not in given})
-        model = MODELS[args.model](
-            **flag_values(args, STRUCTURE_FLAGS + BEHAVIOUR_FLAGS),
-            channel_order=vae.channel_order,
-            head_start="trained" if content is None else "official",
-        )
-        if content is None:
-            set_quantizer(model, args)
-        return model
-    trained_with = (config.get("args") or {}).get("quantizer", "gaussian")
-    if "quantizer" in given and args.quantizer != trained_with:
-        raise ValueError(
-            f"--quantizer {args.quantizer} contradicts {source}, which was trained with {trained_with}; leave the flag out"
-        )
-    args.quantizer = trained_with  # its tables are among the weights
-    arguments = {"head": "autoregressive"} | config["model"]  # the configs of older checkpoints do not name it
-    if "model" in given and args.model != config["model_name"]:
-        raise ValueError(f"--model {args.model} contradicts {source}, which holds a {config['model_name']}")
-    free = BEHAVIOUR_FLAGS if not (args.evaluate or args.sample) else ()
-    for name in STRUCTURE_FLAGS + BEHAVIOUR_FLAGS:
-        ((key, value),) = flag_values(args, [name]).items()
-        if name not in given or arguments.get(key) == value:
+    if content is None:
+        return _fresh_model(options, given, vae)
+    if content.get("config") is None:
+        return _model_of_shapes(options, given, vae, content, source)
+    name, config = describe(content, str(source))
+    quantizer = (content["config"].get("args") or {}).get("quantizer", "gaussian")  # its tables are among the weights
+    recorded = options.recorded(name, config, quantizer=quantizer)
+    changes = {}
+    for field in ("model", "quant_bits", "quantizer", *STRUCTURE, *BEHAVIOUR):
+        value, before = getattr(options, field), getattr(recorded, field)
+        if field not in given or value == before:
             continue
-        if name not in free:
-            raise ValueError(
-                f"--{name} {getattr(args, name)} contradicts {source}, whose model has {key} = {arguments.get(key)}; leave the flag out"
-            )
-        logger.info("--%s: %s from now on, was %s", name, value, arguments.get(key))
-        arguments[key] = value
+        if not trains or field not in BEHAVIOUR:
+            reason = f"which was trained with {field} {before}; leave the argument out"
+            raise ArgumentError(field, f"{field} {value} contradicts {source}, {reason}")
+        logger.info("%s: %s from now on, was %s", field, value, before)
+        changes[field] = value
+    _check_vae(vae, content["config"], options.vae_path, source)
+    return TokenBridge(config.changed(**changes)), dataclasses.replace(recorded, **changes)
+
+
+def _fresh_model(
+    options: StructureOptions, given: Collection[str], vae: LatentSpace
+) -> tuple[TokenBridge, StructureOptions]:
+    """A model of the options; the VAE's own quantizer settings hold unless they are given."""
+    if options.model not in MODELS:
+        raise ArgumentError("model", f"model {options.model!r} is unknown; choose from {', '.join(MODELS)}")
+    settings = {name: value for name, value in vae.quantizer_settings().items() if name not in given}
+    options = dataclasses.replace(options, vae_embed_dim=vae.embed_dim, vae_stride=vae.stride, **settings)
+    model = MODELS[options.model](**options.arguments(), channel_order=vae.channel_order)
+    if options.quantizer != "gaussian" or options.quantizer_tables:  # gaussian tables are there already
+        limits = model.config.quant_min, model.config.quant_max
+        tables = build_quantizer(options.quantizer, options.quant_bits, *limits, options.quantizer_tables)
+        model.boundaries.copy_(tables.boundaries)
+        model.reconstruction_values.copy_(tables.reconstruction_values)
+    return model, options
+
+
+def _model_of_shapes(
+    options: StructureOptions, given: Collection[str], vae: LatentSpace, content: dict, source: Path
+) -> tuple[TokenBridge, StructureOptions]:
+    """The model of weights without a config; what the shapes do not show is as the options say."""
+    name, config = describe(content, str(source), vae)
+    found = options.recorded(name, config)
+    for field in FROM_SHAPES:
+        value, actual = getattr(options, field), getattr(found, field)
+        if field in given and value != actual:
+            reason = f"from the shapes of its weights, {field} is {actual}; leave the argument out"
+            raise ArgumentError(field, f"{field} {value} contradicts {source}: {reason}")
+    _check_fit(vae, config, source)
+    config = config.changed(**{key: getattr(options, key) for key in ("quant_min", "quant_max", "head", *BEHAVIOUR)})
+    logger.info(
+        "%s has no config: from the shapes of its weights it is %s, %d classes, %d bits, and it samples as published "
+        "(head_start official)",
+        source,
+        name,
+        config.class_num,
+        found.quant_bits,
+    )
+    return TokenBridge(config), found.recorded(name, config)
+
+
+def _check_vae(vae: LatentSpace, config: dict, vae_path: str, source: Path) -> None:
+    """ArgumentError unless the VAE is the one that the checkpoint was trained with."""
     differs = [key for key, value in vae.config.items() if config["vae"].get(key) != value]
     if differs or config["vae_fingerprint"] != vae.latent_fingerprint():
-        what = (
-            ", ".join(f"{key} {vae.config[key]} instead of {config['vae'].get(key)}" for key in differs)
-            or "other encoder weights"
-        )
-        raise ValueError(f"{args.vae_path} (--vae_path) is not the VAE that {source} was trained with: {what}")
-    try:
-        model = TokenBridge(**arguments)
-    except TypeError as error:
-        raise ValueError(f"{source} (--resume): its config does not describe a model of this code: {error}") from error
-    args.model = config["model_name"]
-    record_model_flags(args, model)
-    return model
+        reasons = [f"{key} {vae.config[key]} instead of {config['vae'].get(key)}" for key in differs]
+        reason = ", ".join(reasons) or "other encoder weights"
+        raise ArgumentError("vae_path", f"{vae_path} is not the VAE that {source} was trained with: {reason}")
 
 
-def record_model_flags(args: argparse.Namespace, model: TokenBridge) -> None:
-    """Set the flags of structure and behaviour to what the model was built with, so that the recorded config holds the values used."""
-    c = model.config
-    for name in STRUCTURE_FLAGS + BEHAVIOUR_FLAGS:
-        setattr(args, name, c.quant_levels.bit_length() - 1 if name == "quant_bits" else getattr(c, name))
-
-
-def set_quantizer(model: TokenBridge, args: argparse.Namespace) -> None:
-    """Give a fresh model the tables of --quantizer, in the buffers that every checkpoint carries; gaussian tables it has already."""
-    if args.quantizer == "gaussian" and not args.quantizer_tables:
-        return
-    bits = model.config.quant_levels.bit_length() - 1
-    tables = build_quantizer(args.quantizer, bits, model.quant_min, model.quant_max, args.quantizer_tables)
-    model.boundaries.copy_(tables.boundaries)
-    model.reconstruction_values.copy_(tables.reconstruction_values)
+def _check_fit(vae: LatentSpace, config: TokenBridgeConfig, source: Path) -> None:
+    """ArgumentError unless the VAE's latents have the model's channels and stride."""
+    needed = config.vae_embed_dim, config.vae_stride
+    if (vae.embed_dim, vae.stride) != needed:
+        has = f"the VAE has {vae.embed_dim} channels at stride {vae.stride}"
+        raise ArgumentError("vae_path", f"{has}, the model of {source} needs {needed[0]} at {needed[1]}; give vae_path")
 
 
 def load_generator_weights(model: TokenBridge, content: dict, source: Path, which: str) -> None:
-    """Weights to make images with: `model`, or its parameters replaced by the EMA's. ValueError if they are absent or do not fit."""
+    """Load the weights to generate images with: `which` is "model", or "ema" for the parameters of the EMA.
+
+    ArgumentError or ValueError if they are absent or do not fit.
+    """
     state = generator_state(content, model, which, str(source))
-    trained, step = (content.get("config") or {}).get("args") or {}, content.get("step")
-    rate = trained.get("ema_rate")
+    config = content.get("config")
+    trained = (config.get("args") if isinstance(config, dict) else None) or {}
+    rate, step = trained.get("ema_rate"), content.get("step")
     share = initial_share(rate, bool(trained.get("ema_warmup")), step) if rate and step is not None else 0.0
     if which == "ema" and share > 0.1:
         logger.warning(
-            "the EMA of %s (rate %g) still holds %.0f %% of the random initial weights after %d steps: images will be noise or black; "
-            "--weights model shows the weights themselves",
+            "the EMA of %s (rate %g) still holds %.0f %% of the random initial weights after %d steps: images will be "
+            "noise or black; --weights model shows the weights themselves",
             source,
             rate,
             100 * share,
             step,
         )
-    checkpoint.load_state(model, state, f"{source} ({which} weights)")
+    load_state(model, state, f"{source} ({which} weights)")
     logger.info("loaded the %s weights of %s", which, source)
+
+
+def load_model(
+    path: str | Path,
+    vae_path: str | Path | None = None,
+    *,
+    weights: str = "ema",
+    device: torch.device | str | None = None,
+) -> tuple[TokenBridge, LatentSpace]:
+    """The model of a checkpoint and its VAE, both frozen and in eval mode.
+
+    path: a file, or a folder with checkpoint-last.pth or model.safetensors. vae_path: by default where training had it,
+    else beside the checkpoint, else pretrained_models/vae/kl16.ckpt; a VAE that the model was not trained with is
+    refused. weights: "ema" or "model". device: the CPU unless given. Published checkpoints, which hold no config, are
+    recognised by their shapes and sample as published. FileNotFoundError or ValueError, which name the file.
+    """
+    for place in (path, vae_path):
+        if str(place).startswith("hf://"):
+            advice = f"checkpoints.download.local_path({str(place)!r}) fetches it and returns its path"
+            raise ValueError(f"{place} is not on this machine; {advice}")
+    path = find_file(path)
+    content = one_layout(read_file(path, mmap=True), str(path))
+    described = isinstance(content.get("config"), dict)
+    if described:
+        _, config = describe(content, str(path))  # before the VAE is looked for: the file may be a VAE's
+    vae = find_vae(path, content["config"] if described else {}, vae_path)
+    if not described:
+        _, config = describe(content, str(path), vae)
+    _check_fit(vae, config, path)
+    model = TokenBridge(config)
+    load_generator_weights(model, content, path, weights)
+    return model.eval().requires_grad_(False).to(device), vae.to(device)
+
+
+def find_vae(checkpoint: Path, config: dict, vae_path: str | Path | None = None) -> LatentSpace:
+    """The VAE that the checkpoint was trained with; see `load_model` for where it is looked for."""
+    arguments = config.get("args")
+    trained_with = arguments.get("vae_path") if isinstance(arguments, dict) else None
+    folder = checkpoint.resolve().parent
+    if vae_path is not None:
+        places = [vae_path]
+    else:
+        places = [folder / VAE_SAFE] if checkpoint.name == SAFE else []
+        places += [trained_with] if trained_with else []
+        places += [folder / "vae.pth", folder.parent / "vae" / "vae.pth", folder.parent.parent / "vae" / "kl16.ckpt"]
+        places.append(KL16_PATH)
+    existing = [place for place in map(Path, places) if place.exists()]  # a file, or a folder of diffusers
+    if not existing:
+        raise FileNotFoundError(f"no VAE for {checkpoint}: looked at {', '.join(map(str, places))}; give vae_path")
+    for place in existing:
+        vae = load_vae(place)
+        if config.get("vae_fingerprint") in (None, vae.latent_fingerprint()):
+            return vae
+    tried = ", ".join(map(str, existing))
+    raise ArgumentError("vae_path", f"{tried}: not the VAE that {checkpoint} was trained with; give vae_path")

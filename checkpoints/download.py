@@ -312,9 +312,9 @@ def check_content(name: str, path: Path, expected: str | None) -> None:
             f"--sha256 names that of a file of your own (this one's is {file_hash(path, '0' * 64)})"
         )
     if name == "vae":
-        from util.checkpoint import load_file
+        from util.checkpoint import read_file
 
-        if not isinstance(load_file(path, "vae", mmap=True).get("model"), dict):
+        if not isinstance(read_file(path, mmap=True).get("model"), dict):
             raise ValueError(f'{path} holds no VAE: it has no weights under "model"')
         return
     from evaluation.reference import load_reference_stats, npz_shape  # imports torch-fidelity

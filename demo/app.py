@@ -19,12 +19,13 @@ from PIL import Image
 
 import generation
 from checkpoints import download
-from checkpoints.weights import CHOICES, find_file, read_file
+from checkpoints.published import WEIGHTS
 from dataset.images import center_crop_adm
 from generation import Pipeline
 from generation.pipeline import GenerationStep
 from models.sampling.orders import ORDERS
 from util import dist
+from util.checkpoint import find_file, read_file
 from util.cli import make_parser
 from util.log import get_logger, run_cli
 
@@ -251,7 +252,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--resume", default="demo/out/model", help="checkpoint file, folder, or hf://OWNER/REPOSITORY/PATH")
     add("--vae_path", default="", help="its VAE; by default the one that it was trained with")
-    add("--weights", default="ema", choices=CHOICES)
+    add("--weights", default="ema", choices=WEIGHTS)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--names", default="", help="JSON file with a list of class names, or an object from number to name")
     add("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 lets every machine of the network in")

@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoints.build import load_model
 from dataset.images import to_pil, to_uint8
 from generation.editing import Edit, Picture, make_edit
-from generation.loading import load_model
 from models.sampling.loop import SamplerState, sample_steps
 from models.sampling.options import SamplerOptions
 from models.tokenbridge import TokenBridge

@@ -1,45 +1,44 @@
-"""What is in a checkpoint: `python -m tools.inspect CKPT` prints its model, size, step, quantizer, EMA and whether its weights are sound.
+"""What is in a checkpoint: `python -m tools.inspect CKPT` prints model, size, step, quantizer, EMA and what is wrong.
 
-Reads any layout that checkpoints/weights.py knows, and VAE files; nothing is written, no code in the file is run.
+Reads any layout that checkpoints/published.py knows, and VAE files; nothing is written, no code in the file is run.
 """
 
 import argparse
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from checkpoints import download
+from checkpoints import build, download
+from checkpoints.published import BUFFERS, TABLES, WEIGHTS, one_layout
+from models.tokenbridge import TokenBridge
+from models.vae_loading import load_vae
+from util.checkpoint import find_file, read_file
 from util.cli import make_parser
 from util.ema import initial_share
 from util.log import run_cli
 
+TRAINED_WITH = ("lr", "blr", "batch_size", "epochs", "ema_rate", "ema_warmup", "data_path")
 
-def counts(weights: Mapping[str, Tensor]) -> dict[str, int]:
+
+def count_values(weights: Mapping[str, object]) -> dict[str, int]:
     """{dtype: number of values} over the tensors."""
-    found: dict[str, int] = {}
+    counts = Counter()
     for value in weights.values():
         if isinstance(value, Tensor):
-            found[str(value.dtype).removeprefix("torch.")] = (
-                found.get(str(value.dtype).removeprefix("torch."), 0) + value.numel()
-            )
-    return found
+            counts[str(value.dtype).removeprefix("torch.")] += value.numel()
+    return dict(counts)
 
 
-def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
-    """Keys of floating tensors with NaN or infinite values; channel_mask, which holds -inf, apart."""
-    return [
-        key
-        for key, value in weights.items()
-        if key != "channel_mask"
-        and isinstance(value, Tensor)
-        and value.is_floating_point()
-        and not torch.isfinite(value).all()
-    ]
+def not_finite(weights: Mapping[str, object]) -> list[str]:
+    """Keys of floating tensors with NaN or infinite values, without channel_mask, which holds -inf."""
+    floating = {k: v for k, v in weights.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    return [key for key, value in floating.items() if key != "channel_mask" and not torch.isfinite(value).all()]
 
 
 def ema_distance(weights: Mapping[str, Tensor], ema: Mapping[str, Tensor]) -> float | None:
@@ -47,44 +46,29 @@ def ema_distance(weights: Mapping[str, Tensor], ema: Mapping[str, Tensor]) -> fl
 
     Buffers are left out: a whole state dict as EMA (MAR's layout) holds channel_mask, whose -inf would give NaN.
     """
-    from checkpoints.weights import BUFFERS
-
-    both = [
-        key
-        for key, value in ema.items()
-        if key not in BUFFERS
-        and isinstance(value, Tensor)
-        and isinstance(weights.get(key), Tensor)
-        and weights[key].shape == value.shape
-    ]
-    apart = math.fsum(float((ema[key].double() - weights[key].double()).square().sum()) for key in both)
-    norm = math.fsum(float(weights[key].double().square().sum()) for key in both)
+    pairs = [(weights.get(key), value) for key, value in ema.items() if key not in BUFFERS]
+    pairs = [(w, e) for w, e in pairs if isinstance(w, Tensor) and isinstance(e, Tensor) and w.shape == e.shape]
+    apart = math.fsum(float((e.double() - w.double()).square().sum()) for w, e in pairs)
+    norm = math.fsum(float(w.double().square().sum()) for w, _ in pairs)
     return math.sqrt(apart / norm) if norm else None
 
 
 def describe(path: Path) -> dict:
     """Everything that is printed, by name. FileNotFoundError or ValueError naming the file if it is no checkpoint."""
-    from checkpoints.weights import one_layout, read_file
-
     content = read_file(path, mmap=True)
     facts: dict[str, object] = {"file": str(path), "bytes": path.stat().st_size, "keys": sorted(map(str, content))[:12]}
     content = one_layout(content, str(path))
-    weights, config = content["model"], content.get("config") if isinstance(content.get("config"), dict) else {}
-    facts |= describe_vae(path) if "encoder.conv_in.weight" in weights else describe_model(path, content, config)
-    facts["values"], bad = counts(weights), not_finite(weights)
-    facts["not finite"] = bad[:5]
+    weights = content["model"]
+    facts |= vae_facts(path) if "encoder.conv_in.weight" in weights else model_facts(path, content)
+    facts |= {"values": count_values(weights), "not finite": not_finite(weights)[:5]}
     if isinstance(content.get("model_ema"), dict) and "weights" not in content:
         facts["EMA distance"] = ema_distance(weights, content["model_ema"])
         facts["EMA not finite"] = not_finite(content["model_ema"])[:5]
-    for key in ("step", "epoch", "steps_per_epoch"):
-        if isinstance(content.get(key), int):
-            facts[key] = content[key]
-    return facts
+    return facts | {k: content[k] for k in ("step", "epoch", "steps_per_epoch") if isinstance(content.get(k), int)}
 
 
-def describe_vae(path: Path) -> dict:
-    from models.vae_loading import load_vae
-
+def vae_facts(path: Path) -> dict:
+    """What is printed about a VAE."""
     vae = load_vae(path)
     return {
         "kind": "VAE",
@@ -98,98 +82,84 @@ def describe_vae(path: Path) -> dict:
     }
 
 
-def describe_model(path: Path, content: dict, config: dict) -> dict:
-    from checkpoints.weights import CHOICES, TABLES, structure_from_shapes
-    from generation.loading import build
-
-    name = config.get("model_name") if config else structure_from_shapes(content["model"], str(path))[0]
-    model = build(content, config, None, str(path))
-    c = model.config
-    ema = "of its own" if isinstance(content.get("model_ema"), dict) else "none"
-    if content.get("weights") in CHOICES:
-        ema = "these weights are the EMA" if content["weights"] == "ema" else "none"
-    tables = [content["model"][t] for t in TABLES if t in content["model"]]
-    off = max(
-        (
-            float((mine.double() - getattr(model, t).double()).abs().max())
-            for t, mine in zip(TABLES, tables, strict=False)
-            if mine.shape == getattr(model, t).shape
-        ),
-        default=None,
-    )
+def model_facts(path: Path, content: dict) -> dict:
+    """What is printed about a TokenBridge model."""
+    name, c = build.describe(content, str(path))
+    model = TokenBridge(c)
+    tables = {key: content["model"].get(key) for key in TABLES}
+    tables = {k: v for k, v in tables.items() if v is not None and v.shape == getattr(model, k).shape}
+    errors = [float((value.double() - getattr(model, key).double()).abs().max()) for key, value in tables.items()]
+    config = content.get("config") if isinstance(content.get("config"), dict) else {}
+    unknown_range = "" if config else " (the range is the default: a file without config does not say it)"
     facts = {
         "kind": "TokenBridge",
         "model": name,
         "described by": "its config" if config else "its shapes (no config: a published file?)",
         "parameters": sum(p.numel() for p in model.parameters()),
-        "image": f"{c.img_size} px, {model.num_tokens} tokens x {model.token_dim}",
-        "classes": model.class_num,
-        "head start": model.head_start,
-        "EMA": ema,
-        "quantizer": f"{int(math.log2(c.quant_levels))} bits, {c.quant_min:g} to {c.quant_max:g}"
-        + ("" if config else " (the range is the default: a file without config does not say it)"),
-        "quantizer tables off by": off,
+        "image": f"{c.img_size} px, {c.num_tokens} tokens x {c.vae_embed_dim}",
+        "classes": c.class_num,
+        "head start": c.head_start,
+        "EMA": ema_in_words(content),
+        "quantizer": f"{int(math.log2(c.quant_levels))} bits, {c.quant_min:g} to {c.quant_max:g}{unknown_range}",
+        "quantizer tables off by": max(errors, default=None),
     }
     if config:
-        told = ("lr", "blr", "batch_size", "epochs", "ema_rate", "ema_warmup", "data_path")
-        facts |= {
-            "trained with": {key: value for key, value in (config.get("args") or {}).items() if key in told},
-            "VAE fingerprint": config.get("vae_fingerprint"),
-        }
+        arguments = config.get("args") or {}
+        facts["trained with"] = {key: value for key, value in arguments.items() if key in TRAINED_WITH}
+        facts["VAE fingerprint"] = config.get("vae_fingerprint")
     return facts
 
 
+def ema_in_words(content: dict) -> str:
+    """Where the EMA of a file is."""
+    if content.get("weights") in WEIGHTS:
+        return "these weights are the EMA" if content["weights"] == "ema" else "none"
+    return "of its own" if isinstance(content.get("model_ema"), dict) else "none"
+
+
 def verdict(facts: dict) -> list[str]:
-    """What is wrong or strange, a line each; empty if nothing is."""
-    lines = [
-        f"{key}: NaN or infinite values in {', '.join(facts[key])}"
-        for key in ("not finite", "EMA not finite")
-        if facts.get(key)
-    ]
+    """What is wrong or unusual, a line each; empty if nothing is."""
+    bad = {key: facts[key] for key in ("not finite", "EMA not finite") if facts.get(key)}
+    lines = [f"{key}: NaN or infinite values in {', '.join(names)}" for key, names in bad.items()]
     trained, step = facts.get("trained with") or {}, facts.get("step")
     rate = trained.get("ema_rate")
     share = initial_share(rate, bool(trained.get("ema_warmup")), step) if rate and step is not None else 0.0
     if share > 0.1:
-        lines.append(
-            f"the EMA (rate {rate:g}) still holds {100 * share:.0f} % of the random initial weights after {step} steps"
-        )
+        held = f"still holds {100 * share:.0f} % of the random initial weights after {step} steps"
+        lines.append(f"the EMA (rate {rate:g}) {held}")
     if facts.get("EMA distance") == 0 and facts.get("step", 1):
         lines.append("the EMA equals the weights: was it ever updated?")
-    if facts.get("quantizer tables off by") is not None and facts["quantizer tables off by"] > 1e-3:
-        lines.append(
-            f"the quantizer's tables in the file differ from the Gaussian ones by {facts['quantizer tables off by']:.2g}: another quantizer?"
-        )
+    error = facts.get("quantizer tables off by")
+    if error is not None and error > 1e-3:
+        reason = f"differ from the Gaussian ones by {error:.2g}: another quantizer?"
+        lines.append(f"the quantizer's tables in the file {reason}")
     return lines
 
 
+def in_words(value: object) -> object:
+    """A fact as it is printed."""
+    if value in (None, []):
+        return "-"
+    if isinstance(value, list):
+        return "; ".join(map(str, value))
+    form = {int: ",", float: ".4g"}.get(type(value))
+    return format(value, form) if form else value
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the description. ValueError if the weights hold NaN, so that scripts can tell; OSError or ValueError if it is no checkpoint."""
+    """Print the facts. OSError or ValueError if it is no checkpoint; ValueError if it holds NaN, for scripts."""
     parser = make_parser(__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "checkpoint",
-        help="a file, a folder with checkpoint-last.pth or model.safetensors, or hf://OWNER/REPOSITORY/PATH",
-    )
+    places = "a file, a folder with checkpoint-last.pth or model.safetensors"
+    parser.add_argument("checkpoint", help=f"{places}, or hf://OWNER/REPOSITORY/PATH")
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     args = parser.parse_args(argv)
-    from checkpoints.weights import find_file
-
     facts = describe(find_file(download.local_path(args.checkpoint, "checkpoint")))
     facts["verdict"] = verdict(facts) or ["nothing wrong was found"]
     if args.json:
         print(json.dumps(facts, indent=1))
     else:
-        for key, value in facts.items():
-            shown = (
-                "; ".join(map(str, value))
-                if isinstance(value, list)
-                else f"{value:,}"
-                if isinstance(value, int)
-                else f"{value:.4g}"
-                if isinstance(value, float)
-                else value
-            )
-            print(f"{key:<24}{shown if value not in (None, []) else '-'}")
+        print("\n".join(f"{key:<24}{in_words(value)}" for key, value in facts.items()))
     if facts["not finite"] or facts.get("EMA not finite"):
         raise ValueError(f"{facts['file']} holds NaN or infinite weights; go back to an earlier checkpoint")
 

@@ -131,7 +131,7 @@ def load_latest(resume: str | Path, mmap: bool = False) -> tuple[Path, dict]:
     failure: Exception | None = None
     for path in [first, *older]:
         try:
-            content = read_file(path, "--resume", mmap)
+            content = read_file(path, "resume", mmap)
         except (ValueError, OSError) as error:
             failure = failure or error
             logger.warning("skipped: %s", error)

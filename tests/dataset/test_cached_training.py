@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import main_cache
+from checkpoints.build import load_model
 from dataset.images import read_image
-from generation.loading import load_model
 from main_tokenbridge import main
 from models.quantizer_tables import lloyd_tables, uniform_tables
 from models.vae import AutoencoderKL
@@ -126,7 +126,9 @@ def test_a_checkpoint_carries_its_quantizer(image_root: Path, vae: Path, tmp_pat
     train(image_root, vae, tmp_path / "lloyd", quantizer_tables=tables, **four)
     tables.unlink()
     train(image_root, vae, tmp_path / "lloyd", max_steps=4, resume=tmp_path / "lloyd")
-    with pytest.raises(ValueError, match="--quantizer uniform contradicts .*which was trained with lloyd"):
+    with pytest.raises(
+        ValueError, match="quantizer uniform contradicts .*which was trained with quantizer lloyd.*--quantizer"
+    ):
         train(image_root, vae, tmp_path / "lloyd", max_steps=5, resume=tmp_path / "lloyd", quantizer="uniform")
     model, _ = load_model(tmp_path / "lloyd", vae)
     torch.testing.assert_close(model.reconstruction_values.double(), torch.from_numpy(values), rtol=0, atol=1e-6)

@@ -10,10 +10,10 @@ import torch
 from huggingface_hub import constants
 
 import generation
-from checkpoints.weights import read_file
 from tests.helpers import tiny_model, tiny_vae
 from tests.hub import Hub
 from tools import export, inspect
+from util.checkpoint import read_file
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_half_precision_export(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds one set of weights, model: ema is not there"):
         generation.load(tmp_path / "half")
     huge = {"mask_token": torch.full((1, 1, 4), 1e6), "boundaries": torch.zeros(3)}
-    with pytest.raises(ValueError, match="--dtype float16 cannot hold the weights mask_token"):
+    with pytest.raises(ValueError, match="dtype float16 cannot hold the weights mask_token"):
         export.lowered(huge, torch.float16)
 
 
@@ -158,7 +158,10 @@ def test_what_export_refuses(folder: Path, tmp_path: Path) -> None:
     for arguments, words in (
         ([str(folder), "--output_dir", str(tmp_path / "out")], r"already holds model\.safetensors"),
         ([str(folder), "--output_dir", str(folder)], r"already holds checkpoint-last\.pth"),
-        ([str(folder), "--output_dir", str(tmp_path / "new"), "--push", "me"], "--push takes OWNER/REPOSITORY"),
+        (
+            [str(folder), "--output_dir", str(tmp_path / "new"), "--push", "me"],
+            r"push takes OWNER/REPOSITORY, got .me. \(--push\)",
+        ),
         ([str(tmp_path / "out"), "--output_dir", str(tmp_path / "new"), "--dtype", "float16"], "is an export already"),
         ([str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "new")], "no checkpoint at"),
     ):
