@@ -17,7 +17,7 @@ from checkpoints import download
 from dataset.images import to_uint8
 from evaluation.image_metrics import psnr
 from evaluation.inception import InceptionFeatures, fetch_inception_weights
-from evaluation.metrics import IS_SPLITS, Reference
+from evaluation.metrics import IS_SPLITS, METRICS, Reference
 from evaluation.published import comparison
 from evaluation.reference import load_reference_stats, load_references
 from evaluation.report import scores_in_words, sweep_table, write_sweep
@@ -78,8 +78,8 @@ class EvaluationOptions:
 
     @property
     def requested(self) -> list[str]:
-        """Names of the metrics that are computed on request only."""
-        return ["fid_infinity"] if self.fid_infinity else []
+        """Names of the metrics on request whose option, of the same name, is set."""
+        return [name for name, metric in METRICS.items() if metric.on_request and getattr(self, name, False)]
 
     def check_references(self, img_size: int) -> None:
         """Fetch published references and Inception weights that are missing; errors name what is still missing."""

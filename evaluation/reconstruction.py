@@ -6,6 +6,7 @@ Letters: B images of a batch, S their side, C latent channels, K levels, h x w t
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,12 +43,11 @@ def several(value: object) -> list:
 
 def first_of_each_class(labels: Sequence[int], images_per_class: int, num_images: int | None) -> list[int]:
     """Numbers of the first `images_per_class` samples of each label; of these, `num_images` evenly spaced ones."""
-    counts: dict[int, int] = {}
+    counts: Counter[int] = Counter()
     chosen = []
     for number, label in enumerate(labels):
-        counts[label] = counts.get(label, 0) + 1
-        if counts[label] <= images_per_class:
-            chosen.append(number)
+        counts[label] += 1
+        chosen += [number] if counts[label] <= images_per_class else []
     return chosen if num_images is None else spread_evenly(chosen, num_images)
 
 
