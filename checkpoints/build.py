@@ -28,7 +28,6 @@ KL16_PATH = "pretrained_models/vae/kl16.ckpt"
 BEHAVIOUR = ("label_drop_prob", "mask_ratio_min", "attn_dropout", "proj_dropout", "grad_checkpointing")
 STRUCTURE = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "quant_min", "quant_max", "class_num")
 STRUCTURE += ("buffer_size", "head")
-BEHAVIOUR_FLAGS = BEHAVIOUR
 FROM_SHAPES = (
     "model",
     "img_size",

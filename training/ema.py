@@ -1,25 +1,15 @@
 """Moving averages of the weights: the exponential one (SPEC 7), and those whose length grows with the training."""
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from training.sharding import like
+from util.ema import rate_at
+from util.options import ArgumentError
 
 # of the averages with power-function profiles that training keeps, as in the paper (PowerEma)
 SIGMA_RELS = (0.05, 0.10)
-
-
-def rate_at(rate: float, warmup: bool, step: int) -> float:
-    """The rate of the update after optimizer step `step` (from 0)."""
-    return min(rate, (1 + step) / (10 + step)) if warmup else rate
-
-
-def initial_share(rate: float, warmup: bool, steps: int) -> float:
-    """The share of the initial weights in the average after `steps` updates: the product of their rates."""
-    return math.prod(rate_at(rate, True, step) for step in range(steps)) if warmup else rate**steps
 
 
 class ModelEma:
@@ -31,7 +21,7 @@ class ModelEma:
 
     def __init__(self, model: nn.Module, rate: float, warmup: bool = False):
         if not 0 <= rate < 1:
-            raise ValueError(f"the EMA rate must be in [0, 1) (--ema_rate), got {rate}")
+            raise ArgumentError("ema_rate", f"ema_rate must be in [0, 1), got {rate}")
         self.rate, self.warmup, self.key = rate, warmup, "model_ema"
         self.parameters = {name: p for name, p in model.named_parameters()}
         self.shadow = {name: p.detach().float().clone() for name, p in self.parameters.items()}
@@ -73,7 +63,7 @@ def power_exponent(sigma_rel: float) -> float:
     ValueError outside (0, 12^-1/2]: at the upper end gamma is 0, and all steps count alike.
     """
     if not 0 < sigma_rel <= 12**-0.5:
-        raise ValueError(f"sigma_rel must be in (0, {12**-0.5:.4f}] (--sigma_rel), got {sigma_rel}")
+        raise ArgumentError("sigma_rel", f"sigma_rel must be in (0, {12**-0.5:.4f}], got {sigma_rel}")
     s = sigma_rel**-2
     return max(0.0, float(np.roots([1, 7, 16 - s, 12 - s]).real.max()))
 

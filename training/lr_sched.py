@@ -2,6 +2,8 @@
 
 import math
 
+from util.options import ArgumentError
+
 LR_SCHEDULES = ("cosine", "constant")
 
 
@@ -18,7 +20,9 @@ def learning_rate(
     So the first iteration of a warm-up has rate 0. ValueError that lists the choices for an unknown schedule.
     """
     if schedule not in LR_SCHEDULES:
-        raise ValueError(f"unknown lr_schedule {schedule!r} (--lr_schedule); choose from {', '.join(LR_SCHEDULES)}")
+        raise ArgumentError(
+            "lr_schedule", f"lr_schedule {schedule!r} is unknown; choose from {', '.join(LR_SCHEDULES)}"
+        )
     if epoch < warmup_epochs:
         return peak * epoch / warmup_epochs
     if schedule == "constant":

@@ -114,6 +114,13 @@ def run_name(config: dict, data: dict) -> str:
     return hashlib.sha256(json.dumps(course, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def choose_run(output_dir: str, config: dict, data: dict, content: dict | None) -> str:
+    """The name of a run: its checkpoint's, or that of a new one. ValueError if the folder holds snapshots of another."""
+    run = ((content or {}).get("config") or {}).get("run") or run_name(config, data)
+    check_run(Path(output_dir), run)
+    return run
+
+
 def read_snapshot(path: Path, run: str | None) -> dict[str, dict[str, Tensor]]:
     """{sigma_rel as text: {name: float16}} of one file, tensors left on the disk until they are used. ValueError if it is none of this run's."""
     content = load_file(path, flag="", mmap=True)

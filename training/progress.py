@@ -1,18 +1,21 @@
-"""How training goes: one line on the terminal, the same numbers in log.jsonl and tensorboard. The only place where the host waits for them.
+"""Progress of a training: one line on the terminal, the same numbers in the log and in tensorboard, the stop after bad steps.
 
-Numbers stay on the device until a line is due; then all of the window are fetched together.
+Numbers stay on the device until a line is due; then all of the window are fetched together. Nothing else waits for them.
 """
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from training.settings import LoopSettings
 from util import dist
 from util.log import JsonlLog, get_logger
+from util.options import ArgumentError
 
 logger = get_logger()
 
@@ -21,13 +24,19 @@ logger = get_logger()
 class Window:
     """Steps whose numbers are still on the device."""
 
-    losses: list[Tensor] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)  # of each step: (), or (P,) with P named parts, the loss first
     norms: list[Tensor] = field(default_factory=list)
     lrs: list[float] = field(default_factory=list)
     details: Tensor | None = None  # (2, C): loss and accuracy of each dimension, of the last step
     flops: float = 0.0  # of all processes
     data_wait: float = 0.0  # seconds
     started: float = field(default_factory=time.perf_counter)
+
+    def add(self, loss: Tensor, norm: Tensor, lr: float) -> None:
+        """The numbers of one step."""
+        self.losses.append(loss)
+        self.norms.append(norm)
+        self.lrs.append(lr)
 
 
 def duration(seconds: float) -> str:
@@ -40,97 +49,102 @@ def duration(seconds: float) -> str:
 class Progress:
     """Collects a window of steps and writes it when `flush` is called, by every process alike.
 
-    images_per_step: the global batch. peak_tflops: of one device, None if unknown (then no MFU is shown).
+    peak_tflops: of one device, None if unknown (no MFU then). parts: the names of the loss's parts in the log, "loss"
+    first; in_words puts their means on the terminal. finite_end: two bad steps in a row end a run that ends with them.
     """
 
     def __init__(
         self,
-        *,
-        steps_per_epoch: int,
-        total_steps: int,
-        images_per_step: int,
-        max_bad_steps: int,
+        settings: LoopSettings,
         device: torch.device,
         log: JsonlLog | None,
+        *,
         peak_tflops: float | None = None,
+        parts: Sequence[str] = ("loss",),
+        in_words: Callable[..., str] = "loss {:.4f}".format,
+        finite_end: bool = False,
     ):
-        self.steps_per_epoch, self.total_steps, self.images_per_step = steps_per_epoch, total_steps, images_per_step
-        self.max_bad_steps, self.device, self.log, self.peak_tflops = max_bad_steps, device, log, peak_tflops
+        self.settings, self.device, self.log, self.peak_tflops = settings, device, log, peak_tflops
+        self.parts, self.in_words, self.finite_end = parts, in_words, finite_end
         self.window = Window()
+
+    def due(self, step: int, norm: Tensor) -> bool:
+        """Whether to flush after `step` steps: every log_freq steps, and at once after a bad step where that costs nothing."""
+        return step % self.settings.log_freq == 0 or self.device.type == "cpu" and not math.isfinite(norm)
 
     def flush(self, step: int, bad_in_row: int) -> int:
         """Fetch and log the window that ends after `step` steps; returns how many steps in a row, up to now, were skipped.
 
-        ValueError naming step, lr and gradient norm once those are --max_bad_steps.
+        ArgumentError naming step, lr and gradient norm once those are max_bad_steps.
         """
         w, self.window = self.window, Window()
-        count = len(w.losses)
+        count, width = len(w.losses), len(self.parts)
         if not count:
             return bad_in_row
-        fetched = [torch.stack(w.losses), *([] if w.details is None else [w.details.flatten()])]
-        numbers = dist.all_reduce_mean(torch.cat(fetched)).tolist()  # one message for all
-        losses, details, norms = numbers[:count], numbers[count:], torch.stack(w.norms).tolist()
-        seconds = time.perf_counter() - w.started
-        pace = self._pace(w, count, seconds)
-        for i, (loss, norm, lr) in enumerate(zip(losses, norms, w.lrs, strict=True)):
-            this = step - count + i + 1
-            finite = math.isfinite(norm) and math.isfinite(loss)
+        sent = [torch.stack(w.losses).flatten(), *([] if w.details is None else [w.details.flatten()])]
+        numbers = dist.all_reduce_mean(torch.cat(sent)).tolist()  # one message for all
+        losses, details = np.reshape(numbers[: count * width], (count, width)), numbers[count * width :]
+        norms, pace = torch.stack(w.norms).tolist(), self._pace(w)
+        for number, loss, norm, lr in zip(
+            range(step - count + 1, step + 1), losses.tolist(), norms, w.lrs, strict=True
+        ):
+            finite = math.isfinite(norm) and math.isfinite(loss[0])
             bad_in_row = 0 if finite else bad_in_row + 1
             if self.log is not None:
-                record = {"step": this, "epoch": (this - 1) // self.steps_per_epoch, "lr": lr}
-                record |= {"loss": loss, "grad_norm": norm} if finite else {"skipped": True}
-                self.log.write(record | pace | (self._details(details) if this == step and finite else {}))
-            if bad_in_row >= self.max_bad_steps:
-                raise ValueError(
-                    f"{bad_in_row} steps in a row had a loss or gradient that is not finite; stopped at step {this} with lr {lr:.3g}, "
-                    f"loss {loss}, grad norm {norm} (--max_bad_steps). Those steps changed no weight and the last checkpoint is as it "
-                    "was. Check the data, lower --lr/--blr or --grad_clip, or use --precision bf16/fp32"
+                record = {"step": number, "epoch": (number - 1) // self.settings.steps_per_epoch, "lr": lr}
+                record |= (
+                    dict(zip(self.parts, loss, strict=True)) | {"grad_norm": norm} if finite else {"skipped": True}
                 )
-        self._line(step, losses, norms, w.lrs, details, pace, (self.total_steps - step) * seconds / count, bad_in_row)
+                self.log.write(record | pace | (by_dimension(details) if number == step and finite else {}))
+            self._check(bad_in_row, number, loss[0], norm, lr)
+        eta = (self.settings.total_steps - step) * self.settings.images_per_step / pace["images_per_s"]
+        numbers = [self.in_words(*losses.mean(0)), f"lr {w.lrs[-1]:.2e}", f"grad norm {norms[-1]:.2f}"]
+        self._line(step, numbers, by_dimension(details), pace, eta, bad_in_row)
         return bad_in_row
 
-    def _pace(self, w: Window, steps: int, seconds: float) -> dict[str, float]:
-        rate = w.flops / seconds / 1e12 / dist.world_size()  # of one device
-        pace = {"images_per_s": steps * self.images_per_step / seconds, "tflops": rate}
-        if self.peak_tflops:
-            pace["mfu"] = rate / self.peak_tflops
+    def _check(self, bad_in_row: int, step: int, loss: float, norm: float, lr: float) -> None:
+        allowed = self.settings.max_bad_steps
+        if self.finite_end and step == self.settings.total_steps:
+            allowed = min(allowed, self.settings.total_steps, 2)
+        if bad_in_row >= allowed:
+            raise ArgumentError(
+                "max_bad_steps",
+                f"{bad_in_row} steps in a row had a loss or gradient that is not finite; stopped at step {step} with "
+                f"lr {lr:.3g}, loss {loss}, grad norm {norm}. Those steps changed no weight and the files written so far "
+                "are as they were. Check the data, lower the learning rate or grad_clip, or use precision bf16 or fp32",
+            )
+
+    def _pace(self, w: Window) -> dict[str, float]:
+        seconds = time.perf_counter() - w.started
+        pace = {"images_per_s": len(w.losses) * self.settings.images_per_step / seconds}
+        if w.flops:
+            pace["tflops"] = w.flops / seconds / 1e12 / dist.world_size()  # of one device
+        if w.flops and self.peak_tflops:
+            pace["mfu"] = pace["tflops"] / self.peak_tflops
         return pace | {"data_wait": w.data_wait / seconds, "memory_gib": dist.peak_memory_gib(self.device)}
 
-    @staticmethod
-    def _details(numbers: list[float]) -> dict[str, object]:
-        """In head order, the leading dimension first."""
-        if not numbers:
-            return {}
-        half = len(numbers) // 2
-        return {
-            "loss_per_dim": numbers[:half],
-            "bits_per_dim": float(np.mean(numbers[:half])) / math.log(2),
-            "accuracy_per_dim": numbers[half:],
-            "token_accuracy": float(np.mean(numbers[half:])),
-        }
-
     def _line(
-        self,
-        step: int,
-        losses: list[float],
-        norms: list[float],
-        lrs: list[float],
-        details: list[float],
-        pace: dict[str, float],
-        eta: float,
-        bad_in_row: int,
+        self, step: int, numbers: list[str], details: dict, pace: dict[str, float], eta: float, bad_in_row: int
     ) -> None:
-        seen = self._details(details)
-        parts = [
-            f"epoch {(step - 1) // self.steps_per_epoch} step {step}/{self.total_steps}",
-            f"loss {np.mean(losses):.4f}",
-            f"lr {lrs[-1]:.2e}",
-            f"grad norm {norms[-1]:.2f}",
-            f"{pace['images_per_s']:.1f} images/s",
-            f"{pace['tflops']:.3g} TFLOP/s",
-        ]
+        epoch, total = (step - 1) // self.settings.steps_per_epoch, self.settings.total_steps
+        parts = [f"epoch {epoch} step {step}/{total}", *numbers, f"{pace['images_per_s']:.1f} images/s"]
+        parts += [f"{pace['tflops']:.3g} TFLOP/s"] if "tflops" in pace else []
         parts += [f"MFU {pace['mfu']:.1%}"] if "mfu" in pace else []
-        parts += [f"{seen['bits_per_dim']:.2f} bits/dim", f"accuracy {seen['token_accuracy']:.1%}"] if seen else []
+        if details:
+            parts += [f"{details['bits_per_dim']:.2f} bits/dim", f"accuracy {details['token_accuracy']:.1%}"]
         parts += [f"data wait {pace['data_wait']:.0%}", f"memory {pace['memory_gib']:.1f} GiB", f"ETA {duration(eta)}"]
         parts += [f"({bad_in_row} steps skipped in a row)"] if bad_in_row else []
         logger.info("  ".join(parts))
+
+
+def by_dimension(numbers: list[float]) -> dict[str, object]:
+    """Losses and accuracies (2C,) of the dimensions, in head order, for the log; {} if there are none."""
+    if not numbers:
+        return {}
+    losses, accuracies = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
+    return {
+        "loss_per_dim": losses,
+        "bits_per_dim": float(np.mean(losses)) / math.log(2),
+        "accuracy_per_dim": accuracies,
+        "token_accuracy": float(np.mean(accuracies)),
+    }

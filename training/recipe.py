@@ -1,115 +1,119 @@
-"""The recipe of a resumed training: what it takes from its checkpoint, and which settings differ from it (SPEC 7)."""
+"""The recipe of a resumed training: what it takes from its checkpoint, and which settings differ from it (docs/spec.md 7)."""
 
 import argparse
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from checkpoints.build import BEHAVIOUR_FLAGS
+from checkpoints.build import BEHAVIOUR
+from models.tokenbridge import TokenBridge
+from models.vae import AutoencoderKL
 from training.lr_sched import base_learning_rate
-from training.state import BETAS, EPS, saved_hyper_parameters
+from training.settings import TrainSettings
+from training.state import BETAS, EPS, TrainState, changes, saved_hyper_parameters
 from util.log import get_logger
 
 logger = get_logger()
 
-RECIPE = 2  # in a checkpoint's config; those of the first recipe have no such number, see `name_older_recipe`
-# Flags that decide the course of a training: all may change when it is resumed, and the log names those that do.
-RECIPE_FLAGS = (
-    "epochs",
-    "max_steps",
-    "warmup_epochs",
-    "min_lr",
-    "lr_schedule",
-    "batch_size",
-    "accum_iter",
-    "grad_clip",
-    "ema_rate",
-    "ema_warmup",
-    "precision",
-    "seed",
-    "data_path",
-    "use_cached",
-    "cached_path",
-    "no_flip",
+RECIPE = 2  # in a checkpoint's config; those of the first recipe have no such number, see `log_older_recipe`
+# Settings that decide the course of a training: all may change when it is resumed, and the log names those that do.
+RECIPE_NAMES = (
+    *("epochs", "max_steps", "warmup_epochs", "min_lr", "lr_schedule", "batch_size", "accum_iter", "grad_clip"),
+    *("ema_rate", "ema_warmup", "precision", "seed", "data_path", "use_cached", "cached_path", "no_flip"),
 )
 
 
-def recorded_arguments(content: dict) -> dict:
-    """The flags that a checkpoint was trained with, by name: of our config, or of the published files' `args`; {} if it does not say."""
+def recorded_arguments(content: Mapping) -> dict:
+    """The arguments that a checkpoint was trained with: of our config, or of the published files' `args`; {} if absent."""
     config, recorded = content.get("config"), content.get("args")
-    found = (
-        config.get("args")
-        if isinstance(config, dict)
-        else vars(recorded)
-        if isinstance(recorded, argparse.Namespace)
-        else recorded
-    )
-    return found if isinstance(found, dict) else {}
+    if isinstance(config, dict):
+        recorded = config.get("args")
+    elif isinstance(recorded, argparse.Namespace):  # the published script's own
+        recorded = vars(recorded)
+    return recorded if isinstance(recorded, dict) else {}
 
 
-def take_optimizer_settings(
-    args: argparse.Namespace, given: set[str], content: dict | None, source: Path | None
-) -> dict:
-    """weight_decay, betas and eps for AdamW: a flag that was given wins, otherwise the checkpoint's; the log names what differs.
+def optimizer_settings(weight_decay: float, given: bool, content: dict | None, source: Path | None) -> dict:
+    """weight_decay, betas and eps for AdamW: the checkpoint's, but for a weight decay that was given; logs what differs.
 
-    args.weight_decay is set to the value used, so that the recorded config holds it. ValueError if the checkpoint's cannot be read.
+    ValueError if the checkpoint's cannot be read.
     """
-    published = {"weight_decay": args.weight_decay, "betas": BETAS, "eps": EPS}
-    saved = saved_hyper_parameters(content or {}, f"{source} (--resume)")
-    used = published | saved
-    if saved and saved["weight_decay"] != args.weight_decay:
-        if "weight_decay" in given:
-            used["weight_decay"] = args.weight_decay
-            logger.warning(
-                "--weight_decay: %g from now on, was %g in %s", args.weight_decay, saved["weight_decay"], source
-            )
+    published = {"weight_decay": weight_decay, "betas": BETAS, "eps": EPS}
+    saved = saved_hyper_parameters(content or {}, str(source))
+    if saved and saved["weight_decay"] != weight_decay:
+        if given:
+            logger.warning("weight_decay: %g from now on, was %g in %s", weight_decay, saved["weight_decay"], source)
+            saved["weight_decay"] = weight_decay
         else:
-            logger.info(
-                "weight decay %g as in %s; the default is %g (--weight_decay)",
-                saved["weight_decay"],
-                source,
-                args.weight_decay,
-            )
+            logger.info("weight_decay %g as in %s; the default is %g", saved["weight_decay"], source, weight_decay)
+    used = published | saved
     for name in ("betas", "eps"):
         if used[name] != published[name]:
             logger.info("AdamW's %s %s as in %s, instead of %s", name, used[name], source, published[name])
-    args.weight_decay = used["weight_decay"]
     return used
 
 
-def recorded_peak_lr(content: dict, recorded: dict) -> float | None:
-    """Peak learning rate that a checkpoint was trained with, None if it does not say."""
-    batch = (content.get("data") or {}).get("global_batch")
-    if recorded.get("lr") is None and (batch is None or recorded.get("blr") is None):
-        return None
-    return base_learning_rate(recorded.get("lr"), recorded.get("blr"), batch)
+def resume(
+    state: TrainState, settings: TrainSettings, content: dict, source: Path, *, data: dict, arguments: Mapping
+) -> None:
+    """Load the state of a checkpoint and log how the run goes on.
 
-
-def warn_of_other_recipe(args: argparse.Namespace, content: dict, source: Path, lr: float) -> None:
-    """Name in one line every recipe flag that differs from the checkpoint's; `lr` is the peak now. Flags that it does not record are left out.
-
-    Flags of the model's behaviour (BEHAVIOUR_FLAGS) of our own checkpoints are named by `build_model`.
+    data: what decides the order of the data. arguments: all of the command line's, by name, as checkpoints record them.
     """
-    recorded = recorded_arguments(content)
-    names = RECIPE_FLAGS if content.get("config") else RECIPE_FLAGS + BEHAVIOUR_FLAGS
-    changed = [
-        f"--{name} {getattr(args, name)}, was {recorded[name]}"
-        for name in names
-        if name in recorded and getattr(args, name) != recorded[name]
-    ]
-    before = recorded_peak_lr(content, recorded)
+    state.load_state_dict(content, settings.steps_per_epoch, str(source))
+    epoch, done = divmod(state.step, settings.steps_per_epoch)
+    where = (source, state.step, epoch, done, settings.steps_per_epoch)
+    logger.info("resumed from %s at step %d: epoch %d, %d of its %d steps done", *where)
+    if isinstance(content.get("data"), dict) and (other := changes(data, content["data"])):
+        logger.warning("%s was trained with other data or another order of it: %s", source, "; ".join(other))
+    warn_of_other_recipe(arguments, content, source, settings.lr)
+    log_older_recipe(arguments, content, source)
+
+
+def checkpoint_config(
+    model: TokenBridge, vae: AutoencoderKL, classes: Sequence[str], arguments: Mapping, optimizer: dict
+) -> dict:
+    """What a checkpoint says of its model and of its training."""
+    return {
+        "recipe": RECIPE,
+        "model_name": arguments["model"],
+        "model": model.config.to_dict(),
+        "vae": vae.config,
+        "vae_fingerprint": vae.latent_fingerprint(),
+        "classes": classes,
+        "args": dict(arguments),
+        "optimizer": optimizer,
+    }
+
+
+def recorded_peak_lr(content: dict) -> float | None:
+    """Peak learning rate that a checkpoint was trained with, None if it does not say."""
+    recorded, batch = recorded_arguments(content), (content.get("data") or {}).get("global_batch")
+    lr, blr = recorded.get("lr"), recorded.get("blr")
+    return None if lr is None and (batch is None or blr is None) else base_learning_rate(lr, blr, batch)
+
+
+def warn_of_other_recipe(arguments: Mapping, content: dict, source: Path, lr: float) -> None:
+    """Log in one line every argument of the recipe that differs from the checkpoint's; `lr` is the peak now.
+
+    Rates of the model's behaviour are included for published files only: `build_model` logs those of our own.
+    """
+    names = RECIPE_NAMES if content.get("config") else RECIPE_NAMES + BEHAVIOUR
+    changed = changes(arguments, recorded_arguments(content), names)
+    before = recorded_peak_lr(content)
     if before is not None and not math.isclose(before, lr):
-        changed.append(f"peak learning rate {lr:g}, was {before:g} (--lr, --blr)")
+        changed.append(f"peak learning rate {lr:g}, was {before:g} (lr, blr)")
     if changed:
         logger.warning("settings that differ from those of %s: %s", source, "; ".join(changed))
 
 
-def name_older_recipe(args: argparse.Namespace, content: dict, source: Path) -> None:
-    """Log how a training begun with an earlier version of this code continues; `args` holds the model's rates."""
+def log_older_recipe(arguments: Mapping, content: dict, source: Path) -> None:
+    """Log how a training begun with an earlier version of this code continues; `arguments` holds the model's rates."""
     if content.get("config") and "recipe" not in content["config"]:
         logger.info(
-            "%s was begun without dropout in the head and with one mask ratio for all processes; it continues as published: --attn_dropout %g "
-            "and --proj_dropout %g in the head too, a mask ratio for each micro-batch",
+            "%s was begun without dropout in the head and with one mask ratio for all processes; it continues as published: "
+            "attn_dropout %g and proj_dropout %g in the head too, a mask ratio for each micro-batch",
             source,
-            args.attn_dropout,
-            args.proj_dropout,
+            arguments["attn_dropout"],
+            arguments["proj_dropout"],
         )

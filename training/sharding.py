@@ -9,15 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from util import dist
+from util.options import ArgumentError
 
 
 def cannot_shard(device: torch.device) -> str:
-    """Why --fsdp does not work on the device with this torch, "" if it does: on a CPU 2.6 stops with an error, and 2.7 sums what it should average."""
+    """Why sharding does not work on the device with this torch, "" if it does: on a CPU 2.6 fails, and 2.7 sums gradients."""
     from torch.distributed.fsdp import FSDPModule
 
     if device.type == "cpu" and not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
-        return f"--fsdp on a CPU needs torch 2.8 or later, this is {torch.__version__}: leave it out, or install a later torch"
+        return f"fsdp on a CPU needs torch 2.8 or later, this is {torch.__version__}: leave it out, or install a later torch"
     return ""
+
+
+def check_sharding(fsdp: bool, device: torch.device) -> None:
+    """ArgumentError if parameters are to be sharded and cannot be."""
+    if fsdp and dist.world_size() == 1:
+        raise ArgumentError(
+            "fsdp",
+            "fsdp shards the weights over several processes, and there is one: start it with torchrun --nproc_per_node, or "
+            "leave it out",
+        )
+    if fsdp and (reason := cannot_shard(device)):
+        raise ArgumentError("fsdp", reason)
 
 
 def shard(model: nn.Module, units: Iterable[nn.Module], device: torch.device) -> None:

@@ -11,7 +11,6 @@ import contextlib
 import pytest
 import torch
 
-from engine_tokenbridge import batch_latents
 from evaluation.store import image_flaws
 from models import MODELS
 from models.quantizer import GaussianQuantizer
@@ -21,6 +20,7 @@ from models.sampling.options import SamplerOptions
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from tests.helpers import RecordOps, fake_gpu, fill_golden, tiny_batch, tiny_config, tiny_vae
+from training.step import batch_latents
 
 SMALL_VAE = dict(embed_dim=16, ch_mult=(1, 1, 2, 2, 2), ch=8, num_res_blocks=1, norm_groups=4)
 

@@ -35,22 +35,12 @@ def run(
 ) -> dict | None:
     """The checkpoint on rank 0 after `steps`; spoil_from: images of rank `spoilt_rank` are NaN after so many."""
     torch.manual_seed(0)
-    s = settings(batch_size, accum_iter, steps)
+    s = settings(batch_size, accum_iter, steps, fsdp=fsdp, compile=compiled, posthoc_ema_freq=100)
     model, device = tiny_model(label_drop_prob=0.2, **model_changes), torch.device("cpu")
     content = checkpoint.load_file(resume) if resume else None
     if content is not None:
         checkpoint.load_state(model, content["model"], resume)
-    state = TrainState(
-        model,
-        weight_decay=0.02,
-        ema_rate=0.9,
-        precision="fp32",
-        fsdp=fsdp,
-        compiled=compiled,
-        accumulates=accum_iter > 1,
-        posthoc_ema=True,
-        device=device,
-    )
+    state = TrainState(model, s, device)
     if content is not None:
         state.load_state_dict(content, s.steps_per_epoch, resume)
     sampler = GlobalBatchSampler(IMAGES, batch_size, dist.rank(), dist.world_size(), s.seed)

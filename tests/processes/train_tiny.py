@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from dataset.loader import GlobalBatchSampler
-from engine_tokenbridge import TrainSettings, train_one_epoch
+from engine_tokenbridge import train_one_epoch
 from tests.helpers import tiny_model, tiny_vae
+from training.settings import TrainSettings
 from training.state import TrainState
 from util import dist
 from util.log import JsonlLog, run_cli
@@ -55,6 +56,7 @@ def settings(batch_size: int, accum_iter: int, steps: int, **more: object) -> Tr
                 max_steps=steps,
                 log_freq=2,
                 max_bad_steps=3,
+                ema_rate=0.9,
             )
             | more
         )
@@ -73,7 +75,7 @@ def run(
     torch.manual_seed(0)
     s, dataset = settings(batch_size, accum_iter, steps), Moments(spoil_from)
     model = tiny_model(label_drop_prob=0.2, attn_dropout=dropout, proj_dropout=dropout)
-    state = TrainState(model, weight_decay=0.02, ema_rate=0.9, precision="fp32", accumulates=accum_iter > 1)
+    state = TrainState(model, s)
     sampler = GlobalBatchSampler(IMAGES, batch_size, dist.rank(), dist.world_size(), s.seed)
     loader = DataLoader(dataset, batch_sampler=sampler)
     vae = tiny_vae()

@@ -55,5 +55,5 @@ def test_base_rate():
 
 
 def test_unknown_schedules_list_the_choices():
-    with pytest.raises(ValueError, match="'step'.*--lr_schedule.*cosine, constant"):
+    with pytest.raises(ValueError, match="'step'.*cosine, constant"):
         learning_rate(0, **(COSINE | dict(schedule="step")))

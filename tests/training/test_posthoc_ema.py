@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+import engine_tokenbridge
 import generation
 import main_tokenbridge
 from tests.helpers import REPO, run_processes, skip_unless_shardable, tiny_vae
 from tools import inspect
 from tools.posthoc_ema import main
-from training import run as engine_train
 from training.ema import SIGMA_RELS, PowerEma, power_exponent
 from training.posthoc_ema import SnapshotWriter, add_up, fit, inner_product, snapshot_files
 
@@ -178,22 +179,21 @@ def test_a_resumed_run_keeps_the_same_averages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Killed in the step after the checkpoint of step 3 and the snapshot of step 4: that snapshot goes, and all end as never stopped."""
-    real, out = engine_train.train_one_epoch, tmp_path / "run"
+    real, out = engine_tokenbridge.train_one_epoch, tmp_path / "run"
 
     def killed(state, vae, loader, settings, device, log, **more) -> bool:  # noqa: ANN001
         if state.step >= 3:
-            settings.max_steps = 4
-            real(state, vae, loader, settings, device, log, **more)
+            real(state, vae, loader, replace(settings, max_steps=4), device, log, **more)
             raise KeyboardInterrupt
         return real(state, vae, loader, settings, device, log, **more)
 
-    monkeypatch.setattr(engine_train, "train_one_epoch", killed)
+    monkeypatch.setattr(engine_tokenbridge, "train_one_epoch", killed)
     with pytest.raises(KeyboardInterrupt):
         main_tokenbridge.main(flags(out))
     assert load(out / "checkpoint-last.pth")["step"] == 3 and list(snapshot_files(out)) == [2, 4]
     with pytest.raises(ValueError, match=r"--step 4: .* has no snapshot of that step, it has 2"):
         main([str(out), "--sigma_rel", "0.05", "--step", "4"])  # later than the checkpoint: of no course yet
-    monkeypatch.setattr(engine_train, "train_one_epoch", real)
+    monkeypatch.setattr(engine_tokenbridge, "train_one_epoch", real)
     main_tokenbridge.main(flags(out, resume=out))
     assert any("step-00000004.pth is later than step 3, where training goes on: removed" in line for line in messages)
     assert_same_averages(
@@ -241,9 +241,10 @@ def test_a_run_without_averages_cannot_take_them_up(trained: Path, flags, tmp_pa
     out = tmp_path / "run"
     shutil.copytree(trained, out)
     main_tokenbridge.main(flags(out, resume=out, posthoc_ema_freq=0, max_steps=8))
-    assert any("without the flag they end here and cannot be taken up again" in line for line in messages)
+    assert any("without it they end here and cannot be taken up again" in line for line in messages)
     with pytest.raises(
-        ValueError, match=r"--posthoc_ema_freq needs averages .*checkpoint-last\.pth has none: leave the flag out"
+        ValueError,
+        match=r"posthoc_ema_freq needs averages .*checkpoint-last\.pth has none: leave it out.*--posthoc_ema_freq",
     ):
         main_tokenbridge.main(flags(out, resume=out, max_steps=9))
     with pytest.raises(ValueError, match="has those of step 7, and training continues at step 12"):

@@ -109,7 +109,7 @@ def test_the_command_says_it_before_and_after_training(monkeypatch: pytest.Monke
     monkeypatch.setattr(main_tokenbridge, "read_checkpoint", lambda *args, **kwargs: (None, None))
     monkeypatch.setattr(main_tokenbridge, "load_vae", lambda *args: tiny_vae())
     monkeypatch.setattr(main_tokenbridge, "build_model", lambda options, *args, **kwargs: (tiny_model(), options))
-    monkeypatch.setattr(main_tokenbridge, "train", lambda *args: messages.append("TRAINING"))
+    monkeypatch.setattr(main_tokenbridge, "train", lambda *args, **more: messages.append("TRAINING"))
     main_tokenbridge.main(["--preset", "large", "--device", "cpu"])
     words = "precision fp32 instead of fp16; device cpu instead of cuda"
     said = f"--preset large differs from the published training: {words}"

@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine_tokenbridge import TrainSettings, optimizer_step, train_one_epoch
+from engine_tokenbridge import train_one_epoch
 from main_tokenbridge import build_parser, main
 from models import MODELS
 from models.tokenbridge import TokenBridge
 from tests.helpers import tiny_batch, tiny_model, tiny_vae
 from tools import inspect
-from training.recipe import take_optimizer_settings, warn_of_other_recipe
+from training.recipe import optimizer_settings, warn_of_other_recipe
+from training.settings import TrainSettings
 from training.state import TrainState, saved_hyper_parameters
+from training.step import optimizer_step
 from util import checkpoint
 
 CPU = torch.device("cpu")
@@ -107,7 +109,9 @@ def resumed(path: Path, precision: str) -> tuple[TrainState, dict]:
     _, content = checkpoint.load_latest(str(path))
     model = tiny_model()
     checkpoint.load_state(model, content["model"], str(path))
-    state = TrainState(model, **saved_hyper_parameters(content, str(path)), ema_rate=0.9, precision=precision)
+    saved = saved_hyper_parameters(content, str(path))
+    settings = TrainSettings(weight_decay=saved.pop("weight_decay"), ema_rate=0.9, precision=precision)
+    state = TrainState(model, settings, **saved)
     state.load_state_dict(content, 2, str(path))
     return state, content
 
@@ -193,7 +197,7 @@ def test_the_first_step_is_the_one_that_the_published_optimizer_takes(tmp_path: 
 def test_an_optimizer_of_other_groups_is_refused(tmp_path: Path) -> None:
     path = published_file(tmp_path / "checkpoint-last.pth", tiny_model(), steps=1)
     content = torch.load(path, weights_only=True)
-    state = TrainState(tiny_model(), weight_decay=0.02, ema_rate=0.9, precision="fp32")
+    state = TrainState(tiny_model(), TrainSettings(precision="fp32"))
     for change, message in (
         (lambda groups: groups[::-1], "its groups hold"),
         (lambda groups: groups[:1], "its groups hold"),
@@ -214,7 +218,7 @@ def test_an_optimizer_of_other_groups_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_our_checkpoint_resumes_in_the_published_code(tmp_path: Path, precision: str) -> None:
-    state = TrainState(tiny_model(), weight_decay=0.02, ema_rate=0.9, precision=precision)
+    state = TrainState(tiny_model(), TrainSettings(ema_rate=0.9, precision=precision))
     one_epoch(state, precision)
     checkpoint.atomic_save(state.snapshot(1) | {"config": {"args": {}}}, tmp_path / "checkpoint-last.pth")
     model = tiny_model()
@@ -242,35 +246,28 @@ def test_our_checkpoint_resumes_in_the_published_code(tmp_path: Path, precision:
 # ------------------------------------------------------------------------------------------------------- hyper-parameters
 
 
-def settings_of(flags: list[str], given: set[str], content: dict) -> tuple[dict, argparse.Namespace]:
-    args = build_parser().parse_args(flags)
-    return take_optimizer_settings(args, given, content, Path("a.pth")), args
-
-
 def test_a_given_flag_wins_otherwise_the_checkpoint(messages: list[str]) -> None:
     groups = [
         {"weight_decay": 0.0, "betas": (0.8, 0.9), "eps": 1e-6},
         {"weight_decay": 0.07, "betas": (0.8, 0.9), "eps": 1e-6},
     ]
     content = {"optimizer": {"param_groups": groups}}
-    used, args = settings_of([], set(), content)
-    assert used == SAVED and args.weight_decay == 0.07
+    assert optimizer_settings(0.02, False, content, Path("a.pth")) == SAVED
     assert messages == [
-        "weight decay 0.07 as in a.pth; the default is 0.02 (--weight_decay)",
+        "weight_decay 0.07 as in a.pth; the default is 0.02",
         "AdamW's betas (0.8, 0.9) as in a.pth, instead of (0.9, 0.95)",
         "AdamW's eps 1e-06 as in a.pth, instead of 1e-08",
     ]
     messages.clear()
-    used, args = settings_of(["--weight_decay", "0.02"], {"weight_decay"}, content)
-    assert used == SAVED | {"weight_decay": 0.02} and args.weight_decay == 0.02
-    assert messages[0] == "--weight_decay: 0.02 from now on, was 0.07 in a.pth"
+    assert optimizer_settings(0.02, True, content, Path("a.pth")) == SAVED | {"weight_decay": 0.02}
+    assert messages[0] == "weight_decay: 0.02 from now on, was 0.07 in a.pth"
     messages.clear()
     for nothing_to_say in (
         None,
         {"model": {}},
         {"optimizer": {"param_groups": [{"weight_decay": 0.02, "betas": [0.9, 0.95], "eps": 1e-8}]}},
     ):
-        used, args = settings_of([], set(), nothing_to_say)
+        used = optimizer_settings(0.02, False, nothing_to_say, Path("a.pth"))
         assert used == {"weight_decay": 0.02, "betas": (0.9, 0.95), "eps": 1e-8} and messages == []
 
 
@@ -290,19 +287,19 @@ def test_other_settings_are_named_in_one_line(messages: list[str], where: str) -
         "namespace": {"args": argparse.Namespace(**recorded)},
         "dict": {"args": recorded},
     }[where]
-    args = build_parser().parse_args(["--epochs", "800", "--attn_dropout", "0.2", "--grad_clip", "1"])
+    args = vars(build_parser().parse_args(["--epochs", "800", "--attn_dropout", "0.2", "--grad_clip", "1"]))
     warn_of_other_recipe(args, content, Path("a.pth"), 4e-4)
     # build_model names it for files with a config
-    dropout = "" if where == "config" else "; --attn_dropout 0.2, was 0.1"
+    dropout = "" if where == "config" else "; attn_dropout 0.2, was 0.1"
     assert messages == [
-        f"settings that differ from those of a.pth: --epochs 800, was 400; --grad_clip 1.0, was 3.0{dropout}"
+        f"settings that differ from those of a.pth: epochs 800, was 400; grad_clip 1.0, was 3.0{dropout}"
     ]
     messages.clear()
-    warn_of_other_recipe(build_parser().parse_args([]), content, Path("a.pth"), 1e-4)
-    assert messages == ["settings that differ from those of a.pth: peak learning rate 0.0001, was 0.0004 (--lr, --blr)"]
+    warn_of_other_recipe(vars(build_parser().parse_args([])), content, Path("a.pth"), 1e-4)
+    assert messages == ["settings that differ from those of a.pth: peak learning rate 0.0001, was 0.0004 (lr, blr)"]
     messages.clear()
     warn_of_other_recipe(
-        build_parser().parse_args([]),
+        vars(build_parser().parse_args([])),
         {"config": {"args": {"lr": None, "blr": 5e-5}}, "data": {"global_batch": 2048}},
         Path("a.pth"),
         4e-4,
@@ -358,8 +355,8 @@ def test_the_command_continues_a_published_training(
     differs = [line for line in messages if line.startswith("settings that differ from those of")]
     assert (
         len(differs) == 1
-        and "--warmup_epochs 0, was 100; --batch_size 4, was 64" in differs[0]
-        and "--lr" not in differs[0]
+        and "warmup_epochs 0, was 100; batch_size 4, was 64" in differs[0]
+        and "peak" not in differs[0]
     )
 
 

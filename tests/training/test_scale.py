@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine_tokenbridge import optimizer_step, spoilt_if_not_finite
 from tests.helpers import REPO, fake_gpu, run_processes, skip_unless_shardable, tiny_batch, tiny_model
 from tests.processes import train_scaled
 from tools.bench.counting import OpCounter
+from training.settings import TrainSettings
 from training.state import TrainState, compile_blocks, weight_decay_groups
+from training.step import nan_gradients_if_not_finite, optimizer_step
 from util import checkpoint
 
 COMPILER = pytest.mark.skipif(
@@ -233,10 +234,10 @@ def test_metrics_by_dimension_are_those_of_the_logits() -> None:
 def test_a_loss_that_is_not_finite_spoils_every_gradient() -> None:
     """Also where its own path would give a finite one."""
     w = torch.ones(3, requires_grad=True)
-    spoilt_if_not_finite(w.sum() + 0 * torch.tensor(float("nan"))).backward()
+    nan_gradients_if_not_finite(w.sum() + 0 * torch.tensor(float("nan"))).backward()
     assert w.grad.isnan().all()
     w.grad = None
-    spoilt_if_not_finite(w.sum()).backward()
+    nan_gradients_if_not_finite(w.sum()).backward()
     assert torch.equal(w.grad, torch.ones(3))
 
 
@@ -247,12 +248,14 @@ def test_learning_and_stepping_never_wait_for_a_gpu() -> None:
     """
     with fake_gpu(allow_non_fake_inputs=True), torch.device("cuda"):
         model = tiny_model_on_gpu()
-        state = TrainState(model, weight_decay=0.02, ema_rate=0.9, precision="bf16", ema_warmup=True, posthoc_ema=True)
+        state = TrainState(model, TrainSettings(precision="bf16", ema_warmup=True, posthoc_ema_freq=1))
         latents, labels = torch.zeros(4, 16, 4, 4), torch.zeros(4, dtype=torch.long)
         mask, drop = torch.ones(4, 16, dtype=torch.bool), torch.ones(4, dtype=torch.bool)
         counter = OpCounter()
         with counter, torch.autocast("cuda", torch.bfloat16):
-            spoilt_if_not_finite(model(latents, labels, mask, num_masked=12, label_drop=drop, return_metrics=True)[0])
+            nan_gradients_if_not_finite(
+                model(latents, labels, mask, num_masked=12, label_drop=drop, return_metrics=True)[0]
+            )
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         with counter:

@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from engine_tokenbridge import (
-    TrainSettings,
-    batch_latents,
-    draw_step,
-    optimizer_step,
-    spoilt_if_not_finite,
-    train_one_epoch,
-)
+from engine_tokenbridge import train_one_epoch
 from models import MODELS
 from models.tokenbridge import TokenBridge, num_masked_tokens
 from models.vae import AutoencoderKL
@@ -24,7 +17,9 @@ from tools.bench.baselines import baseline_step
 from tools.bench.counting import OpCounter, count, fake_mode, no_fake_gpu, print_table, timed
 from tools.bench.options import REPEATS, ModelOptions
 from training.flops import peak_tflops, step_flops
+from training.settings import TrainSettings
 from training.state import TrainState
+from training.step import batch_latents, draw_step, nan_gradients_if_not_finite, optimizer_step
 from util import dist
 from util.options import option
 from util.presets import Preset, load_preset, preset_names
@@ -52,8 +47,8 @@ class Options(ModelOptions):
     def settings(self, precision: str) -> TrainSettings:
         """Settings of a run that never ends and never logs by itself."""
         schedule = dict(epochs=10**6, steps_per_epoch=10**6, lr=1e-4, min_lr=0.0, lr_schedule="constant")
-        rest = dict(warmup_epochs=0, grad_clip=3.0, log_freq=10**9, seed=self.seed, precision=precision)
-        return TrainSettings(self.batch_size, **schedule, **rest)
+        rest = dict(warmup_epochs=0, log_freq=10**9, seed=self.seed, precision=precision, compile=self.compile)
+        return TrainSettings(batch_size=self.batch_size, **schedule, **rest)
 
     def small_vae(self) -> AutoencoderKL:
         """Only its scale is used: the batches are moments."""
@@ -152,8 +147,8 @@ def timed_loops(options: Options, device: torch.device, precision: str) -> tuple
         torch.manual_seed(options.seed)
         models.append(options.build().to(device).train())
     step = baseline_step(models[0], vae, batch, options.seed, precision, counter)
-    training = dict(weight_decay=0.02, ema_rate=0.9999, precision=precision, compiled=options.compile)
-    state, settings = TrainState(models[1], **training), options.settings(precision)
+    settings = options.settings(precision)
+    state = TrainState(models[1], settings)
 
     def stopped() -> bool:
         return state.step % STEPS_PER_CALL == 0  # and logs then, as it does whenever it stops
@@ -181,7 +176,7 @@ def count_step_syncs(options: Options) -> int | str:
         draw_step(model, options.settings("bf16"), 0, torch.device("cpu"))
     with FakeTensorMode(), torch.device("cuda"):
         model, vae, b = options.build().train(), options.small_vae(), options.batch_size
-        state = TrainState(model, weight_decay=0.02, ema_rate=0.9999, precision="bf16")
+        state = TrainState(model, options.settings("bf16"))
         c, side = model.token_dim, model.grid_size
         moments, noise, labels = torch.zeros(b, 2 * c, side, side), torch.zeros(b, c, side, side), torch.zeros(b).long()
         mask, label_drop = torch.ones(b, model.num_tokens).bool(), torch.ones(b).bool()
@@ -191,7 +186,7 @@ def count_step_syncs(options: Options) -> int | str:
             with torch.autocast("cuda", torch.bfloat16):
                 latents = batch_latents(moments, vae, noise, model)
                 loss = model(latents, labels, mask, num_masked=model.num_tokens - 1, label_drop=label_drop)
-                spoilt_if_not_finite(loss)
+                nan_gradients_if_not_finite(loss)
             optimizer_step(state, list(model.parameters()), 3.0)
             state.ema.update()
     return counter.num_syncs

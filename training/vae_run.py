@@ -1,0 +1,223 @@
+"""A run of main_vae.py: where it starts, its data, and the VAE file that it writes at the end."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from dataset.folders import ImageFolderDataset
+from dataset.images import to_uint8
+from dataset.latent_statistics import frequency_order, latent_scale
+from dataset.loader import GlobalBatchSampler, build_loader
+from models.vae import AutoencoderKL
+from training.state import changes
+from training.vae import LOG, RESULT, STATE, VaeSettings, VaeState, train_epoch
+from util import checkpoint, dist
+from util.cli import check_writable
+from util.log import JsonlLog, get_logger
+from util.options import ArgumentError
+from util.seeds import mixed_seed
+
+logger = get_logger()
+
+# at most so many images, evenly spread over the classes, for the latents' scale and order, and for the PSNR
+MEASURED_IMAGES = 4096
+# Flag -> argument of AutoencoderKL: fixed by a training state.
+STRUCTURE = {
+    "vae_embed_dim": "embed_dim",
+    "width": "ch",
+    "ch_mult": "ch_mult",
+    "num_res_blocks": "num_res_blocks",
+    "no_attention": "attention",
+    "norm_groups": "norm_groups",
+}
+# These may change when a run is resumed, and the log says so.
+RECIPE_NAMES = (
+    *("data_path", "img_size", "no_flip", "kl_weight", "perceptual_weight", "batch_size", "lr", "min_lr_ratio"),
+    *("epochs", "max_steps", "grad_clip", "seed"),
+)
+
+
+def read_state(settings: VaeSettings) -> tuple[Path | None, dict | None]:
+    """The training state of `resume`, or None for a fresh start; refuses to overwrite another run's files."""
+    path, output = Path(settings.resume) if settings.resume else None, Path(settings.output_dir)
+    if path is not None and not path.is_file() and path.suffix != ".pth":
+        path = path / STATE
+    if path is not None and not path.is_file() and path.name == STATE:
+        logger.info("no %s (--resume): training starts from random weights", path)
+        path = None
+    present = [name for name in (RESULT, STATE) if (output / name).exists()]
+    if present and (path is None or path.resolve() != (output / STATE).resolve()):
+        advice = f"continue it with --resume {output}, or choose" if STATE in present else "choose"
+        raise ValueError(f"{output} (--output_dir) already holds {' and '.join(present)}: {advice} another folder")
+    if path is None:
+        return None, None
+    content = checkpoint.load_file(path)
+    lacking = [key for key in ("model", "optimizer", "step", "steps_per_epoch", "config") if key not in content]
+    if lacking:
+        raise ArgumentError(
+            "resume",
+            f"{path} is not a training state of main_vae.py, it lacks {', '.join(lacking)}; give the folder of {STATE}",
+        )
+    return path, content
+
+
+def build_vae(
+    settings: VaeSettings, given: set[str], content: dict | None, source: Path | None
+) -> tuple[AutoencoderKL, VaeSettings]:
+    """The VAE of the settings or of the training state, on the CPU with random weights, and the settings with its structure.
+
+    ArgumentError if a setting that was given contradicts the state.
+    """
+    if content is not None:
+        saved, own = content["config"]["vae"], settings.structure()
+        for name, key in STRUCTURE.items():
+            if name in given and own[key] != saved[key]:
+                raise ArgumentError(
+                    name,
+                    f"{name} contradicts {source}, whose VAE has {key} = {saved[key]}; leave it out or train in another folder",
+                )
+        same = {name: saved[key] for name, key in STRUCTURE.items()}
+        same |= {"ch_mult": ",".join(map(str, saved["ch_mult"])), "no_attention": not saved["attention"]}
+        settings = replace(settings, **same)
+        if changed := changes(vars(settings), content["config"]["args"], RECIPE_NAMES):
+            logger.warning("settings that differ from those of %s: %s", source, "; ".join(changed))
+    torch.manual_seed(settings.seed)  # initial weights, the same on every process
+    vae = AutoencoderKL(**settings.structure(), scale_factor=1.0)
+    if settings.img_size % vae.stride:
+        levels = len(settings.multipliers)
+        raise ArgumentError(
+            "img_size",
+            f"img_size {settings.img_size} is not a multiple of the stride {vae.stride} (ch_mult has {levels} levels)",
+        )
+    return vae, settings
+
+
+def train(
+    settings: VaeSettings,
+    vae: AutoencoderKL,
+    content: dict | None,
+    source: Path | None,
+    device: torch.device,
+    psnr: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """Train to the last step and write vae.pth, vae_state.pth and vae_log.jsonl to output_dir.
+
+    psnr: of two uint8 batches (B, 3, S, S), in dB, (B,).
+    """
+    output, root = Path(settings.output_dir), Path(settings.data_path)
+    size, bad = settings.img_size, settings.on_bad_image
+    dataset = ImageFolderDataset(root / "train", size, not settings.no_flip, bad, settings.class_num)
+    val = ImageFolderDataset(root / "val", size, False, bad) if (root / "val").is_dir() else None
+    sampler = GlobalBatchSampler(len(dataset), settings.batch_size, dist.rank(), dist.world_size(), settings.seed)
+    settings = settings.prepared(len(sampler), device)
+    state = VaeState(vae.to(device), settings)
+    if content is not None:
+        resume(state, settings, content, source)
+    check_writable(output, "--output_dir")
+    dist.barrier()
+    announce(state, settings, len(dataset))
+    if state.step >= settings.total_steps:
+        logger.info("no training left to do: %d of %d steps are done", state.step, settings.total_steps)
+        result = output / RESULT
+        if result.is_file() and checkpoint.load_file(result, "--output_dir").get("step") == state.step:
+            logger.info("%s is already there", result)
+            return
+    log = JsonlLog(output / LOG, state.step) if dist.is_main() else None
+    loader = build_loader(dataset, sampler, settings.num_workers, settings.pin_memory)
+    while state.step < settings.total_steps:
+        epoch, done = divmod(state.step, settings.steps_per_epoch)
+        sampler.set_epoch(epoch, done)
+        train_epoch(state, loader, settings, log)
+    if log is not None:
+        log.close()
+    state.save(settings)
+    write_result(state, dataset, val, settings, psnr)
+
+
+def resume(state: VaeState, settings: VaeSettings, content: dict, source: Path) -> None:
+    """Load a training state; a warning if the order of the images is another one now."""
+    state.load_state_dict(content, str(source))
+    logger.info("resumed from %s at step %d", source, state.step)
+    if content["steps_per_epoch"] != settings.steps_per_epoch:
+        logger.warning(
+            "%s was written with %s steps per epoch, now there are %d (batch size or data changed): the order of images is "
+            "not that of an uninterrupted run",
+            source,
+            content["steps_per_epoch"],
+            settings.steps_per_epoch,
+        )
+
+
+def announce(state: VaeState, settings: VaeSettings, images: int) -> None:
+    """Log what is trained."""
+    vae, side = state.vae, settings.img_size // state.vae.stride
+    logger.info(
+        "VAE: %.2f M parameters, %d px -> %d x %d x %d latents; %d images, global batch %d, lr %.3g, %d steps, %d per epoch, "
+        "%s on %s",
+        sum(p.numel() for p in vae.parameters()) / 1e6,
+        *(settings.img_size, vae.embed_dim, side, side, images, settings.images_per_step, settings.lr),
+        *(settings.total_steps, settings.steps_per_epoch, settings.precision, state.device),
+    )
+
+
+@torch.no_grad()
+def measure(
+    vae: AutoencoderKL,
+    train: ImageFolderDataset,
+    val: ImageFolderDataset | None,
+    settings: VaeSettings,
+    psnr: Callable[[Tensor, Tensor], Tensor],
+) -> float | None:
+    """Set the VAE's scale_factor (1/std of posterior samples) and channel_order from training images; PSNR on `val`.
+
+    The PSNR (dB, mean over images) is of images decoded from the posterior mean, in uint8. At most MEASURED_IMAGES of each
+    set, in float32. ArgumentError if the latents are not finite.
+    """
+    device = next(vae.parameters()).device
+
+    def batches(dataset: ImageFolderDataset) -> Iterator[Tensor]:
+        count = min(len(dataset), MEASURED_IMAGES)
+        chosen = Subset(dataset, [i * len(dataset) // count for i in range(count)])
+        for images, _ in DataLoader(chosen, settings.batch_size, num_workers=settings.num_workers):
+            yield images.to(device)
+
+    vae.eval()
+    generator = torch.Generator(device).manual_seed(mixed_seed(settings.seed, 0, 1))
+    latents = torch.cat([vae.encode(images).sample(generator).cpu() for images in batches(train)])  # (N, C, h, w), raw
+    if not torch.isfinite(latents).all():
+        raise ArgumentError(
+            "lr",
+            "the trained VAE's latents are NaN or infinite, so no VAE file is written; train again with a lower lr",
+        )
+    vae.scale_factor, vae.channel_order = latent_scale(latents), frequency_order(latents)
+    if val is None:
+        return None
+    values = [psnr(to_uint8(images), to_uint8(vae.decode(vae.encode(images).mode()))).cpu() for images in batches(val)]
+    return float(torch.cat(values).mean())
+
+
+def write_result(
+    state: VaeState,
+    train: ImageFolderDataset,
+    val: ImageFolderDataset | None,
+    settings: VaeSettings,
+    psnr: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """Measure and write output_dir/vae.pth on rank 0; the others wait, and fail with it."""
+    error = None
+    if dist.is_main():
+        try:
+            vae, path = state.vae, Path(settings.output_dir) / RESULT
+            quality = measure(vae, train, val, settings, psnr)
+            weights = {key: value.detach().cpu() for key, value in vae.state_dict().items()}
+            checkpoint.atomic_save({"model": weights, "config": vae.config, "psnr": quality, "step": state.step}, path)
+            about = "no PSNR, since there is no val folder" if quality is None else f"validation PSNR {quality:.2f} dB"
+            order = vae.channel_order
+            logger.info("wrote %s: latent scale %.4f, channel order %s, %s", path, vae.scale_factor, order, about)
+        except (ValueError, OSError) as problem:
+            error = problem
+    dist.agree(error)
