@@ -110,8 +110,8 @@ class TrainState:
         if settings.fsdp:
             linears = [layer[1] for layer in model.modulation_layers]  # these run before the block that holds them
             shard(model, (*linears, *model.encoder_blocks, *model.decoder_blocks, *model.channel_blocks), self.device)
-        else:
-            model.to(self.device)
+        elif device is not None:
+            model.to(device)
         self.wrapped: nn.Module = model if settings.fsdp else wrap(model, settings.accum_iter > 1)
         groups = weight_decay_groups(model, settings.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)

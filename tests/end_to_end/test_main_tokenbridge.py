@@ -16,6 +16,7 @@ from checkpoints.build import load_generator_weights
 from dataset.images import read_image
 from evaluation.evaluator import Evaluator
 from main_tokenbridge import main
+from models.config import TokenBridgeConfig
 from models.tokenbridge import TokenBridge
 from models.vae_loading import load_vae
 from tests.helpers import REPO, run_processes, tiny_vae
@@ -303,7 +304,7 @@ def test_what_a_run_shows(flags, tmp_path: Path, messages: list[str]) -> None:  
         detailed["bits_per_dim"] == pytest.approx(detailed["loss"] / math.log(2), abs=1e-3)
         and 0 <= detailed["token_accuracy"] <= 1
     )
-    config = load(out)["config"]["model"]
+    config = TokenBridgeConfig(**load(out)["config"]["model"])
     low, high = step_flops(config, 12) / 1e12, step_flops(config, 16) / 1e12
     assert low <= detailed["tflops"] / detailed["images_per_s"] <= high and detailed["mfu"] == pytest.approx(
         detailed["tflops"] / 0.5
