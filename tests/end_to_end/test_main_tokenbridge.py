@@ -430,7 +430,7 @@ def judges(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_too_few_images_for_the_scores_are_refused_at_once(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--num_images 9: the Inception Score needs at least 10 images"):
+    with pytest.raises(ValueError, match="num_images 9: the Inception Score needs at least 10 images"):
         main(["--evaluate", "--resume", str(trained), "--num_images", "9", "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
