@@ -197,7 +197,7 @@ def model_record(model: TokenBridge, device: torch.device) -> dict[str, object]:
 
 @dataclass
 class Evaluator:
-    """Scores of a model's images; what it needs is read, and refused if wrong, when it is made (`Evaluator.prepare`)."""
+    """Scores of a model's images; `Evaluator.prepare` reads what it needs, and refuses what is wrong."""
 
     options: EvaluationOptions
     settings: GenerationSettings
@@ -220,7 +220,7 @@ class Evaluator:
         num_workers: int = 0,
         **about: object,
     ) -> "Evaluator":
-        """Read the Inception weights and the references; every process calls it. ValueError or OSError if they don't fit.
+        """Read the Inception weights and the references; every process calls it. ValueError or OSError for bad ones.
 
         about: further entries of each record, such as the model's name and vae_path.
         """

@@ -133,7 +133,7 @@ def encode_batches(
 
 @dataclass
 class Variant:
-    """One way to decode the latents: unquantized (quantizer None, "VAE alone"), or through a quantizer; with its sums."""
+    """One way to decode the latents, with its sums: through a quantizer, or unquantized (None, "VAE alone")."""
 
     quantizer: TableQuantizer | None
     index_counts: Tensor | None = None  # (C, K) int64: how often each index occurred in each dimension

@@ -1,4 +1,4 @@
-"""What evaluations print and draw: scores in words, tables, CSV files, plots; those of sweeps and of reconstruction.py."""
+"""What evaluations print and draw: scores in words, tables, CSV files and plots, also reconstruction.py's."""
 
 import csv
 import io
@@ -147,7 +147,7 @@ def reconstruction_table(rows: Sequence[dict]) -> str:
 
 
 def write_reconstruction_csv(path: Path, rows: Sequence[dict], pixels: str) -> None:
-    """One line per variant; pixels: how values became bytes. Entropies of single dimensions are in results.json only."""
+    """One line per variant; pixels: how values became bytes. Entropies per dimension are in results.json only."""
 
     def line(row: dict) -> dict:
         entropies = row["entropy_per_dimension"]

@@ -48,7 +48,7 @@ ADM_FILE = "fid_stats/adm_in256_stats.npz"
 
 @pytest.fixture(scope="session")
 def vae_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small VAE (stride 2, 8 channels) trained for seconds on crops of the photographs, with its scale: about 20 dB."""
+    """A small VAE (stride 2, 8 channels) trained for seconds on crops of the photographs, with its scale; 20 dB."""
     photos = torch.from_numpy(np.stack(photographs())).permute(0, 3, 1, 2).float() / 127.5 - 1  # (2, 3, 427, 640)
     rng = np.random.default_rng(0)
     with torch.random.fork_rng(devices=[]):
@@ -128,7 +128,7 @@ def by_name(results: dict) -> dict[str, dict]:
 
 
 def assert_same_figures(a: dict, b: dict) -> None:
-    """Equal rows; a convolution's last bit may differ between batch sizes, and with it a pixel by a level here and there."""
+    """Equal rows; a convolution's last bit may differ between batch sizes, and with it some pixels by a level."""
     assert [row["name"] for row in a["rows"]] == [row["name"] for row in b["rows"]]
     for x, y in zip(a["rows"], b["rows"], strict=True):
         assert x["psnr"] == pytest.approx(y["psnr"], abs=1e-3)
@@ -222,7 +222,7 @@ def test_figures_by_hand(run: Callable, vae_path: Path, image_root: Path) -> Non
 
 
 def test_quantizers_side_by_side(run: Callable, vae_path: Path, image_root: Path) -> None:
-    """Lloyd's levels are fitted to these latents: a smaller error than the paper's and than equal widths (which of those
+    """Lloyd's levels are fitted to these latents: a smaller error than the paper's and equal widths (which of those
     gives the nearer pixels is up to this small VAE). Published numbers are the paper's."""
     kinds = ("gaussian", "uniform", "lloyd")
     rows = run("--bits", "2", "--range", "5", "--quantizer", *kinds, "--seed", "11")["rows"]
@@ -401,7 +401,7 @@ def test_fid_to_other_statistics_and_published_figures(
     capsys: pytest.CaptureFixture,
     messages: list[str],
 ) -> None:
-    """At 256 px the FID is against ADM's statistics, beside 1.11 and 305; the FID against the originals, beside 0.53."""
+    """At 256 px the FID against ADM's statistics is beside 1.11 and 305, that against the originals beside 0.53."""
     results = run("--num_images", "10", "--grid_images", "0", "--mode", no_rfid=False, size=256)
     assert results["fid_stats"] == ADM_FILE and results["pixels"] == "truncate"
     assert results["fid_not_computed"] is None and "fid_stats_given" not in results["settings"]
@@ -444,7 +444,7 @@ def test_defaults_of_reference_and_pixels(options: dict, pixels: str, reference:
 
 
 def test_truncated_pixels_are_the_published_ones() -> None:
-    """(x * 255) cast to uint8 after clipping, against rounding; images that come from bytes lose nothing by rounding."""
+    """(x * 255) cast to uint8 after clipping, against rounding, which loses nothing of images from bytes."""
     x = torch.tensor([-1.5, -1.0, 0.0, 0.5, 0.999, 1.0, 1.5])
     expected = ((x.double() + 1) / 2).clip(0, 1).numpy() * 255
     assert to_uint8(x, "truncate").tolist() == expected.astype(np.uint8).tolist() == [0, 0, 127, 191, 254, 255, 255]

@@ -84,7 +84,7 @@ def test_a_sweep(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All pairs, a folder each; table, CSV, plot; the record names every setting; a second command makes what is new."""
+    """All pairs, a folder each; table, CSV, plot; the record names every setting; a second command makes new ones."""
     main(command(files, tmp_path, cfg=[1, 2.5], temperature=[0.9, 1], save_images="npz"))
     found = records(tmp_path)
     assert [(r["cfg"], r["temperature"]) for r in found] == [(1, 0.9), (1, 1), (2.5, 0.9), (2.5, 1)]
@@ -95,8 +95,8 @@ def test_a_sweep(
     )
     assert all(np.load(folder / "samples.npz")["arr_0"].shape == (13, 32, 32, 3) for folder in folders)
     names = (
-        "checkpoint checkpoint_sha256 weights vae_sha256 vae_path num_images seed num_iter order cfg_schedule arithmetic "
-        "img_size model inception_sha256 fid_stats_sha256 batch_size world_size torch head_start top_k vae_roundtrip"
+        "checkpoint checkpoint_sha256 weights vae_sha256 vae_path num_images seed num_iter order cfg_schedule "
+        "arithmetic img_size model inception_sha256 fid_stats_sha256 batch_size world_size torch head_start top_k vae_roundtrip"
     )
     first = found[0]
     assert set(names.split()) <= first.keys()
@@ -319,7 +319,7 @@ def test_kill_and_continue_loses_one_batch(files: dict[str, Path], tmp_path: Pat
 
 @pytest.mark.slow
 def test_the_whole_way_with_inception(files: dict[str, Path], tmp_path: Path) -> None:
-    """Seeded weights in the real format: statistics by tools.fid_stats from a folder, --evaluate against them; FID and IS
+    """Seeded weights in the real format: statistics by tools.fid_stats from a folder, --evaluate against them; FID, IS
     equal torch-fidelity's on the two folders of PNGs (1e-3 relative); sFID and precision are there too."""
     weights = write_random_inception(tmp_path / "inception.pth")
     real = write_folder(tmp_path / "real", crops(12, size=32))

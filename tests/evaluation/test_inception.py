@@ -28,7 +28,7 @@ def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_inception_weights_are_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To torch-fidelity's own place, with the hash in its name checked; a file that is there is taken without a network."""
+    """To torch-fidelity's own place, its hash is checked; a file that is there needs no network."""
     asked = []
 
     def download(url: str, target: str, hash_prefix: str, progress: bool) -> None:
@@ -79,7 +79,7 @@ def test_truncated_inception_weights(tmp_path: Path, inception_weights: Path) ->
 
 
 def test_inception_features_are_torch_fidelitys(inception_weights: Path) -> None:
-    """The extractor, fed in two batches, gives what torch-fidelity's own network gives at once; batches merge to numpy's statistics."""
+    """The extractor gives in two batches what torch-fidelity's own network gives at once."""
     images = as_tensor(crops(5, 40, seed=7))
     ours = InceptionFeatures(str(inception_weights), CPU)
     parts = [ours(part) for part in images.split(3)]

@@ -103,7 +103,7 @@ def test_fid_of_two_gaussians_in_closed_form() -> None:
 
 
 def test_fid_infinity_removes_the_bias_of_few_images() -> None:
-    """Samples of the reference's own Gaussian, whose FID is 0: of n images it is about 1/n times a number, which the extrapolation removes."""
+    """Samples of the reference's own Gaussian, whose FID is 0: that of n images is about c/n, which is removed."""
     reference, plain, extrapolated = {"mu": np.zeros(8), "sigma": np.eye(8)}, [], []
     for seed in range(20):
         features = torch.from_numpy(np.random.default_rng(seed).standard_normal((500, 8)).astype(np.float32))
@@ -126,7 +126,7 @@ def test_precision_and_recall_of_separated_equal_and_nested_clouds() -> None:
 
 
 def test_precision_and_recall_are_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In chunks of rows as in one matrix: the share of points within a ball to the third neighbour of a point of the other cloud."""
+    """In chunks of rows as in one matrix: the share of points within the third-neighbour balls of the other cloud."""
     monkeypatch.setattr(metrics, "PRC_CHUNK", 7)
     a, b = (torch.from_numpy(random_features(n, 6, seed=n, shift=0.3)).double() for n in (40, 55))
 
@@ -138,7 +138,7 @@ def test_precision_and_recall_are_the_definition(monkeypatch: pytest.MonkeyPatch
 
 
 def test_kid_of_equal_and_moved_clouds() -> None:
-    """Equal clouds: about 0 (unbiased, so it may be below); moved ones: the mean of the polynomial kernel's MMD by the formula."""
+    """Equal clouds: about 0 (unbiased, so it may be below); moved ones: the MMD of the polynomial kernel."""
     rng = np.random.default_rng(2)
     a, b = (torch.from_numpy(rng.standard_normal((200, 5)).astype(np.float32)) for _ in range(2))
     assert abs(kid(a, b)[0]) < 0.05 and kid(a, b + 1)[0] > 0.5
@@ -152,7 +152,7 @@ def test_kid_of_equal_and_moved_clouds() -> None:
 
 
 def test_inception_score_of_numbered_batches_is_torch_fidelitys() -> None:
-    """From sums per split, batches in any order: equal to torch-fidelity's own function on all logits; merging with nothing changes nothing."""
+    """From sums per split, batches in any order: equal to torch-fidelity's own function on all logits."""
     logits = 3 * torch.randn(53, 1008, generator=torch.Generator().manual_seed(0))
     expected = isc_features_to_metric(logits, splits=10, shuffle=True, rng_seed=2020)
     sums = InceptionScoreSums(53)

@@ -95,7 +95,8 @@ def test_the_comparison_of_a_published_run(preset: str, with_cuda: None) -> None
         (["--vae_path", "mine.pth"], "vae_path mine.pth instead of pretrained_models/"),
         (
             ["--resume", "OUT"],
-            "checkpoint OUT/checkpoint-last.pth instead of pretrained_models/tokenbridge/tokenbridge_huge/checkpoint-last.pth",
+            "checkpoint OUT/checkpoint-last.pth instead of "
+            "pretrained_models/tokenbridge/tokenbridge_huge/checkpoint-last.pth",
         ),
         (["--fid_stats", "mine.npz"], "fid_stats mine.npz instead of fid_stats/adm_in256_stats.npz"),
     ],

@@ -26,7 +26,7 @@ SIZE = 24
 
 
 def test_folder_and_archive_give_the_same_statistics(tmp_path: Path) -> None:
-    """numpy's mean and covariance of the features of all images, whatever the batch size; features of the first images are kept."""
+    """numpy's mean and covariance of all features, whatever the batch size; features of the first images."""
     images = crops(11)
     folder = write_folder(tmp_path / "pictures", images)
     in_order = np.concatenate([images[0::2], images[1::2]])  # sorted by path: class 0, then class 1
@@ -66,7 +66,7 @@ def test_a_saved_reference_comes_back(tmp_path: Path) -> None:
 
 
 def test_adms_kinds_of_file(tmp_path: Path) -> None:
-    """Statistics alone; statistics of everything together with some images, whose features then serve precision and recall; images alone."""
+    """Statistics alone; statistics with some images, whose features serve precision and recall; images alone."""
     plain = load_reference(write_stats(tmp_path / "stats.npz", **adm_arrays()), Colours(), SIZE)
     assert (
         plain.mu.dtype == plain.sigma_s.dtype == np.float64

@@ -169,7 +169,7 @@ def test_saved_pngs_are_the_images(run: Callable, images: Tensor, tmp_path: Path
 
 
 def test_the_archive_is_the_adm_evaluators_format(run: Callable, images: Tensor, tmp_path: Path) -> None:
-    """arr_0 uint8 (N, S, S, 3) in image order, labels beside it; the same from an interrupted run; nothing else stays."""
+    """arr_0 uint8 (N, S, S, 3) in image order, labels beside it; the same after an interruption; nothing else stays."""
     store = EvalStore(tmp_path, "npz")
     with pytest.raises(KeyboardInterrupt):
         run(die_at=3, store=store)

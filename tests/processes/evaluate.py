@@ -1,4 +1,4 @@
-"""main_tokenbridge.py with stand-in features. DIE=rank: that process kills itself at its third batch; FAIL: an error."""
+"""main_tokenbridge.py with stand-in features. DIE=rank: it kills itself at its third batch; FAIL: an error."""
 
 import os
 import signal
