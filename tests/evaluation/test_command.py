@@ -96,7 +96,8 @@ def test_a_sweep(
     assert all(np.load(folder / "samples.npz")["arr_0"].shape == (13, 32, 32, 3) for folder in folders)
     names = (
         "checkpoint checkpoint_sha256 weights vae_sha256 vae_path num_images seed num_iter order cfg_schedule "
-        "arithmetic img_size model inception_sha256 fid_stats_sha256 batch_size world_size torch head_start top_k vae_roundtrip"
+        "arithmetic img_size model inception_sha256 fid_stats_sha256 batch_size world_size torch head_start top_k "
+        "vae_roundtrip"
     )
     first = found[0]
     assert set(names.split()) <= first.keys()
