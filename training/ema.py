@@ -1,4 +1,4 @@
-"""Moving averages of the weights: the exponential one (SPEC 7), and those whose length grows with the training."""
+"""Averages of the weights: the exponential one (docs/spec.md 7), and those whose length grows with the steps."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Learning rate (SPEC 7): linear warm-up per iteration, then half a cosine to min_lr, or constant."""
+"""Learning rate (docs/spec.md 7): linear warm-up per iteration, then half a cosine to min_lr, or constant."""
 
 import math
 

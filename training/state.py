@@ -50,7 +50,7 @@ def changes(now: Mapping[str, object], before: Mapping[str, object], names: Iter
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Biases and 1-D parameters without decay first, then all others with it (SPEC 7; the published optimizer's order)."""
+    """Biases and 1-D parameters without decay first, then all others with it (docs/spec.md 7; the published order)."""
     plain, decayed = [], []
     for name, parameter in model.named_parameters():
         (plain if parameter.ndim == 1 or name.endswith(".bias") else decayed).append(parameter)

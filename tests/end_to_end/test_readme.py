@@ -224,7 +224,7 @@ def test_no_command_hides() -> None:
 
 
 def test_published_commands_are_in_it() -> None:
-    """SPEC 10: the official commands, word by word but for the folders."""
+    """docs/spec.md 10: the official commands, word by word but for the folders."""
     joined = " ".join(command for command, document in COMMANDS.items() if document == "README.md")
     for words in (
         "python reconstruction.py --bits 6 --range 5.0 --image_dir",

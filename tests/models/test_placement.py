@@ -1,5 +1,5 @@
-"""Where tensors are made (SPEC 11): models build under `meta` and `cuda` contexts, and on a fake GPU nothing strays to
-another device.
+"""Where tensors are made (docs/spec.md 11): models build under `meta` and `cuda` contexts, and on a fake GPU nothing
+strays to another device.
 
 Fake tensors have shapes and devices but no numbers, so this runs without a GPU. Mixing devices, or asking a fake tensor
 for its numbers (a hidden host sync), is an error there by itself. Backward passes on fake cuda tensors need a CUDA

@@ -1,4 +1,4 @@
-"""training/ema.py (SPEC 7; arXiv 2312.02696): against the plain formulas, number by number."""
+"""training/ema.py (docs/spec.md 7; arXiv 2312.02696): against the plain formulas, number by number."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""training/lr_sched.py (SPEC 7): hand-worked values."""
+"""training/lr_sched.py (docs/spec.md 7): hand-worked values."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""A training goes on in either direction: the published code's checkpoints resume here, ours resume in the published code (SPEC 7)."""
+"""Published checkpoints resume here, ours resume in the published code (docs/spec.md 7)."""
 
 import argparse
 import copy
