@@ -17,7 +17,7 @@ from torch import Tensor
 from checkpoints import build, download
 from checkpoints.published import BUFFERS, TABLES, WEIGHTS, one_layout
 from models.tokenbridge import TokenBridge
-from models.vae_loading import load_vae
+from models.vae_loading import VAE_CLASSES, load_vae
 from util.checkpoint import find_file, read_file
 from util.cli import make_parser
 from util.ema import initial_share
@@ -59,12 +59,19 @@ def describe(path: Path) -> dict:
     facts: dict[str, object] = {"file": str(path), "bytes": path.stat().st_size, "keys": sorted(map(str, content))[:12]}
     content = one_layout(content, str(path))
     weights = content["model"]
-    facts |= vae_facts(path) if "encoder.conv_in.weight" in weights else model_facts(path, content)
+    facts |= vae_facts(path) if holds_vae(content) else model_facts(path, content)
     facts |= {"values": count_values(weights), "not finite": not_finite(weights)[:5]}
     if isinstance(content.get("model_ema"), dict) and "weights" not in content:
         facts["EMA distance"] = ema_distance(weights, content["model_ema"])
         facts["EMA not finite"] = not_finite(content["model_ema"])[:5]
     return facts | {k: content[k] for k in ("step", "epoch", "steps_per_epoch") if isinstance(content.get(k), int)}
+
+
+def holds_vae(content: dict) -> bool:
+    """Whether a checkpoint is a VAE's: its config names a class of VAE_CLASSES, or it has AutoencoderKL's weights."""
+    config = content.get("config")
+    named = isinstance(config, dict) and config.get("class") in VAE_CLASSES
+    return named or "encoder.conv_in.weight" in content["model"]
 
 
 def vae_facts(path: Path) -> dict:

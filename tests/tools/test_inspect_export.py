@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from torch import nn
 
 import generation
+from models.latent_space import LatentSpace, VaeDescription
+from models.vae_loading import VAE_CLASSES
 from tests.helpers import tiny_model, tiny_vae
 from tests.hub import Hub
 from tools import export, inspect
@@ -68,6 +71,31 @@ def test_what_inspect_says(folder: Path, capsys: pytest.CaptureFixture) -> None:
     )
     inspect.main([str(folder / "vae.pth"), "--json"])
     assert json.loads(capsys.readouterr().out)["fingerprint"] == tiny_vae().latent_fingerprint()
+
+
+class PatchVAE(nn.Module, LatentSpace):
+    """A VAE class of another kind than AutoencoderKL, as docs/adding.md describes it."""
+
+    def __init__(self, channels: int, **latents: object):
+        super().__init__()
+        self.encoder, self.decoder = nn.Conv2d(3, 2 * channels, 4, 4), nn.ConvTranspose2d(channels, 3, 4, 4)
+        self.set_description(VaeDescription(channels, 4, **latents))
+
+    @property
+    def config(self) -> dict:
+        return {"class": "PatchVAE", "channels": self.embed_dim} | self.latent_config
+
+
+def test_inspect_of_a_registered_vae(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(VAE_CLASSES, "PatchVAE", PatchVAE)
+    vae = PatchVAE(6, scale_factor=0.5)
+    torch.save({"model": vae.state_dict(), "config": vae.config}, tmp_path / "vae.pth")
+    inspect.main([str(tmp_path / "vae.pth"), "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["kind"], facts["latent channels"], facts["stride"], facts["scale"]) == ("VAE", 6, 4, 0.5)
+    assert facts["fingerprint"] == vae.latent_fingerprint()
 
 
 def changed(folder: Path, path: Path, **changes: object) -> Path:
