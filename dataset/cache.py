@@ -86,7 +86,7 @@ def finish(options: CacheOptions, record: dict, files: NpzFiles | ShardFiles, co
     if bad and options.on_bad_image == "error":
         first = next(problem for n in sorted(counts.corrupt) if (problem := source[n][2]) is not None)
         listed = f"{len(bad)} of {len(source)} images are corrupt and listed in {cache / BAD_LIST}"
-        raise ValueError(f"{listed}; all others are cached. First: {first}")
+        raise ValueError(f"{listed}; all others are cached. First: {first}, or pass --on_bad_image skip")
     if not dist.is_main():
         return
     done = record | {"images": there, "corrupt": len(bad), "complete": True}

@@ -79,7 +79,7 @@ def load_moments(path: str, number: int, *, shape: tuple[int, ...]) -> Tensor:
     moments = read_moments(path, shape)
     if moments is None:
         what = f"are truncated, damaged, not finite or of another shape than {shape}"
-        advice = "mend or remove the file, or pass --on_bad_image skip"
+        advice = "mend or remove the file"
         raise ValueError(f"cached latents {path} (--convert) {what}; {advice}")
     return torch.from_numpy(moments)
 

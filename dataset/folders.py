@@ -78,9 +78,9 @@ class BadImages:
         self.skip, self.paths = policy == "skip", set()
 
     def report(self, error: ValueError, path: str) -> None:
-        """Raise the error, or log it if the path is new."""
+        """Raise the error with the flag that skips it, or log it if the path is new."""
         if not self.skip:
-            raise error
+            raise ValueError(f"{error}, or pass --on_bad_image skip") from error
         if path not in self.paths:
             self.paths.add(path)
             logger.warning("skipped bad image %d: %s", len(self.paths), error)

@@ -1,31 +1,136 @@
-"""Images: reading, the ADM centre crop (docs/spec.md 1), tensors, and files that are written atomically."""
+"""Images: decoding for all commands, the ADM centre crop (docs/spec.md 1), tensors, and files that are written atomically."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from util.files import replacing
 
 PIXELS = ("truncate", "round")
+LARGEST_RATIO = 100  # of the sides: 100 x 1 resized to 256 takes 20 MB, 60,000 x 1 would take 12 GB
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """An RGB image. ValueError naming the file if it is corrupt, truncated or too large to be safe."""
+@functools.cache
+def readable_formats() -> tuple[str, ...]:
+    """Names of the formats that Pillow decodes itself, in its order of attempts.
+
+    Left out: stubs that recognise a file without decoding it, and those that start another program (Ghostscript).
+    """
+    Image.init()
+    return tuple(name for name in Image.ID if name not in ("BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"))
+
+
+@functools.cache
+def image_extensions() -> tuple[str, ...]:
+    """Sorted extensions, such as ".png", of the files that `read_image` decodes; with Pillow's plug-ins in use."""
+    formats = readable_formats()
+    return tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in formats))
+
+
+def read_image(path: str | Path, background: str = "white") -> Image.Image:
+    """The RGB picture that a viewer shows: the first frame, upright (EXIF), 8 bits, over `background` where transparent.
+
+    ValueError naming the file if it is no regular file, damaged, too large or too long to be safe, or has values of an
+    unknown range (`to_rgb`).
+    """
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"image {path} cannot be read ({error}); mend or remove it, or pass --on_bad_image skip"
-        ) from error
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("it is not a regular file")
+        with Image.open(path, formats=readable_formats()) as image:
+            check_ratio(image)
+            return to_rgb(image, background)
+    except Exception as error:  # each decoder has its own, AVIF's is RuntimeError
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"image {path} cannot be read ({reason}); mend or remove it") from error
+
+
+def check_ratio(image: Image.Image) -> None:
+    """ValueError for sides of which one is over LARGEST_RATIO times the other: enlarged, it would fill the memory."""
+    if max(image.size) > LARGEST_RATIO * min(image.size):
+        sides = f"{image.size[0]} x {image.size[1]} pixels"
+        raise ValueError(f"{sides}: one side is more than {LARGEST_RATIO} times the other")
+
+
+def scale_transparency(image: Image.Image) -> None:
+    """Bring a PNG's transparent colour to the depth that its pixels are decoded to. ValueError if that is ambiguous.
+
+    Pillow leaves it at the file's depth, 1, 2, 4 or 16 bits.
+    """
+    if image.format != "PNG" or not image.tile or "transparency" not in image.info:
+        return  # not a PNG, or decoded already
+    value, layout = image.info["transparency"], str(image.tile[0][3])
+    if image.mode == "RGB" and ";16" in layout:
+        raise ValueError("a transparent colour of 16 bits per channel is not supported: save it with 8 bits")
+    if image.mode == "L":
+        image.info["transparency"] = value * {"L;2": 85, "L;4": 17}.get(layout, 1)
+    elif image.mode == "1":
+        image.info["transparency"] = 255 if value else 0
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; 1 (upright) if there is none or the EXIF data are damaged."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+
+
+def upright(image: Image.Image, orientation: int) -> Image.Image:
+    """The image turned and mirrored as EXIF's orientation says."""
+    turn = Image.Transpose
+    turns = (turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM, turn.TRANSPOSE)
+    turns += (turn.ROTATE_270, turn.TRANSVERSE, turn.ROTATE_90)
+    return image.transpose(turns[orientation - 2]) if orientation in range(2, 9) else image
+
+
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """An image of any mode as RGB, upright, composited over `background` where it is transparent, without metadata.
+
+    16-bit values keep their high byte, as Pillow's own decoders of 16-bit colours do. ValueError for 32-bit integers
+    and floats, whose black and white are unknown.
+    """
+    scale_transparency(image)
+    image.load()  # some formats store EXIF behind the pixels
+    turn = orientation(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = grey_to_8_bits(image)
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    image = upright(image.convert("RGB"), turn)
+    image.info = {}  # orientation and transparency are applied
+    return image
+
+
+def grey_to_8_bits(image: Image.Image) -> Image.Image:
+    """L, or LA with a transparent value, of a grey image of up to 16 bits. ValueError if its range is not known."""
+    sixteen = image.mode.startswith("I;16") and image.format != "FITS"
+    if not sixteen and not (image.mode == "I" and image.format in ("PNG", "PPM")):  # these are scaled to 16 bits
+        raise ValueError(f"the range of its values (mode {image.mode}) is unknown: save it with 8 or 16 bits")
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    bits, white_is_zero = tags.get(258, (16,))[0], tags.get(262) == 0  # BitsPerSample, PhotometricInterpretation
+    values = np.asarray(image).astype(np.int32)
+    grey = (values >> (bits - 8)).astype(np.uint8)
+    picture = Image.fromarray(255 - grey if white_is_zero else grey)
+    if "transparency" in image.info:
+        opaque = (values != image.info["transparency"]).astype(np.uint8) * 255
+        picture.putalpha(Image.fromarray(opaque))
+    return picture
 
 
 def resize_short_side(image: Image.Image, size: int) -> Image.Image:
-    """The image with its short side at `size`: halved with BOX while at least 2·size, then resized with BICUBIC."""
+    """The image with its short side at `size`: halved with BOX while at least 2·size, then resized with BICUBIC.
+
+    ValueError for sides too different to be enlarged.
+    """
+    check_ratio(image)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

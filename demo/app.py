@@ -20,7 +20,7 @@ from PIL import Image
 import generation
 from checkpoints import download
 from checkpoints.published import WEIGHTS
-from dataset.images import center_crop_adm
+from dataset.images import center_crop_adm, to_rgb
 from generation import Pipeline
 from generation.pipeline import GenerationStep
 from models.sampling.orders import ORDERS
@@ -85,7 +85,7 @@ def read_drawing(value: dict, size: int) -> tuple[Image.Image, Image.Image]:
     """
     if not value or value.get("background") is None:
         raise ValueError("there is no picture to edit: upload one, or take the last result")
-    background = Image.fromarray(np.asarray(value["background"])).convert("RGB")
+    background = to_rgb(Image.fromarray(np.asarray(value["background"])))
     painted = np.zeros((background.height, background.width), bool)
     for layer in value.get("layers") or []:
         painted |= np.asarray(layer)[..., 3] > 0

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset.images import to_tensor
+from dataset.images import to_rgb, to_tensor
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util.options import ArgumentError
@@ -48,7 +48,7 @@ def picture_tensor(picture: Picture, size: int) -> Tensor:
         x = picture.float()
     else:
         image = picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))
-        x = to_tensor(image.convert("RGB"))
+        x = to_tensor(to_rgb(image))
     if tuple(x.shape) != (3, size, size):
         found = f"{x.shape[-1]} x {x.shape[-2]}"
         raise ArgumentError("init", f"the image to edit is {found} pixels, the model makes {size} x {size}")
@@ -62,7 +62,7 @@ def token_mask(mask: Picture, size: int, grid: int) -> Tensor:
     tokens directly (nonzero). ArgumentError for another size, or if no token is chosen.
     """
     if isinstance(mask, Image.Image):
-        chosen = torch.from_numpy(np.array(mask.convert("L"))) > 127
+        chosen = torch.from_numpy(np.array(to_rgb(mask, "black").convert("L"))) > 127
     else:
         mask = torch.as_tensor(mask)
         chosen = mask > 127 if mask.dtype == torch.uint8 and mask.shape[-1] == size else mask != 0

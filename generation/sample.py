@@ -73,10 +73,13 @@ class SampleOptions:
         return labels, row if 1 < row <= 20 else math.ceil(min(len(labels), GRID_IMAGES) ** 0.5)
 
     def read_edit(self, pipeline: Pipeline) -> Edit | None:
-        """The edit of init and mask, both cropped to the model's size; ArgumentError if their sizes differ."""
+        """The edit of init and mask, both cropped to the model's size; ArgumentError if their sizes differ.
+
+        What is transparent in the mask is kept.
+        """
         if not self.init:
             return None
-        image, mask, size = read_image(self.init), read_image(self.mask), pipeline.image_size
+        image, mask, size = read_image(self.init), read_image(self.mask, "black"), pipeline.image_size
         if image.size != mask.size:
             raise ArgumentError(
                 "mask",

@@ -183,5 +183,5 @@ def test_broken_pictures_are_named(tmp_path, monkeypatch, kind):
         path.write_text("no picture")
     elif kind == "empty":
         path.touch()
-    with pytest.raises(ValueError, match="bad.jpg.*--on_bad_image skip"):
+    with pytest.raises(ValueError, match="bad.jpg.*mend or remove it$"):
         read_image(path)
