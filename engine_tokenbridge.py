@@ -41,13 +41,12 @@ def train(
     samples: GenerationSettings,
     *,
     arguments: Mapping,
-    optimizer: Mapping,
     resumed: tuple[dict | None, Path | None] = (None, None),
     make_evaluator: Callable[[], Callable] | None = None,
 ) -> None:
     """Train to the last step of the settings; writes checkpoint-last.pth, log.jsonl and tensorboard events.
 
-    arguments: the command line's, recorded in checkpoints. optimizer: weight_decay, betas and eps. resumed: content and
+    arguments: the command line's, recorded in checkpoints. resumed: content and
     path of the checkpoint that is continued. make_evaluator: for run.online_eval, called before any work; what it returns
     is called with (model, vae, step). SIGTERM and SIGUSR1 end the run after a step, with a checkpoint.
     """
@@ -59,7 +58,7 @@ def train(
     evaluate = make_evaluator() if run.online_eval else None
     samples.check(model.token_dim)
     vae.to(memory_format=torch.channels_last)  # faster convolutions; for images only, a cache needs no VAE
-    state, outputs = start(model, vae, dataset, device, settings, run, arguments, optimizer, resumed)
+    state, outputs = start(model, vae, dataset, device, settings, run, arguments, resumed)
     stop, stopped = StopRequest(), False
     with outputs, stop.listening():
         announce(arguments["model"], settings, len(dataset), state)
@@ -86,20 +85,19 @@ def start(
     settings: TrainSettings,
     run: RunSettings,
     arguments: Mapping,
-    optimizer: Mapping,
     resumed: tuple[dict | None, Path | None],
 ) -> tuple[TrainState, RunOutputs]:
     """The state of a new or resumed run, and its outputs; nothing is written yet."""
     content, source = resumed
     if content is not None:
         checkpoint.load_state(model, content["model"], str(source))
-    state = TrainState(model, settings, device, betas=optimizer["betas"], eps=optimizer["eps"])
+    state = TrainState(model, settings, device)
     data = {"samples": len(dataset), "seed": settings.seed, "global_batch": settings.images_per_step}
     if content is not None:
         recipe.resume(state, settings, content, source, data=data, arguments=arguments)
     else:
         state.step = run.start_epoch * settings.steps_per_epoch
-    config = recipe.checkpoint_config(model, vae, dataset.classes, arguments, optimizer)
+    config = recipe.checkpoint_config(model, vae, dataset.classes, arguments, settings)
     if state.power_emas:
         config["run"] = posthoc_ema.choose_run(run.output_dir, config, data, content)
     return state, RunOutputs(run, settings, state, config=config, data=data)

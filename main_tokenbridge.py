@@ -7,11 +7,10 @@ sample     python main_tokenbridge.py --sample --resume OUT --classes 207,360 --
 
 import argparse
 import itertools
-import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -86,15 +85,11 @@ def check_arguments(args: argparse.Namespace) -> None:
             "posthoc_ema_freq",
             "posthoc_ema_freq averages from the first step on: it does not go with start_epoch; leave one of them out",
         )
-    evaluation = read_options(EvaluationOptions, args)
-    if args.evaluate or args.online_eval:
+    evaluation, evaluates = read_options(EvaluationOptions, args), args.evaluate or args.online_eval
+    if evaluates:
         evaluation.check_enough_images()
-    if (evaluation.save_images != "none" and not args.evaluate) or (
-        evaluation.fid_infinity and not (args.evaluate or args.online_eval)
-    ):
-        raise ValueError(
-            "--save_images and --fid_infinity change --evaluate only; give --evaluate too, or leave them out"
-        )
+    if (args.save_images != "none" and not args.evaluate) or (args.fid_infinity and not evaluates):
+        raise ValueError("--save_images and --fid_infinity change --evaluate only; give it too, or leave them out")
     factors = len(args.channel_temperature)  # the number of dimensions is known later
     read_options(SamplerOptions, args).check(factors or 2)
     if args.use_quantized_value:
@@ -116,25 +111,24 @@ def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator:
 
 
 def sweep_values(args: argparse.Namespace) -> list[tuple[float, float]]:
-    """All pairs (guidance scale, temperature) of --cfg and --temperature; the flags then hold the first of each, one number.
+    """All pairs (guidance scale, temperature) of --cfg and --temperature; the flags then hold the first of each.
 
     ValueError if several are given where only one makes sense.
     """
-    values = {
-        name: list(dict.fromkeys(value)) if isinstance(value := getattr(args, name), list) else [value]
-        for name in ("cfg", "temperature")
-    }
-    for name, several in values.items():
-        modes = ["evaluate", "online_eval"] + (["sample"] if name == "cfg" else [])
-        if len(several) > 1 and (args.sample and name != "cfg" or not any(getattr(args, mode) for mode in modes)):
-            raise ValueError(f"--{name} takes several values with {' and '.join(f'--{mode}' for mode in modes)} only")
+    values = []
+    for name, modes in {
+        "cfg": ["evaluate", "online_eval", "sample"],
+        "temperature": ["evaluate", "online_eval"],
+    }.items():
+        given = getattr(args, name)
+        several = list(dict.fromkeys(given if isinstance(given, list) else [given]))
+        if len(several) > 1 and (args.sample and "sample" not in modes or not any(getattr(args, m) for m in modes)):
+            raise ValueError(f"--{name} takes several values with {' and '.join(f'--{m}' for m in modes)} only")
         for value in several:
-            if not math.isfinite(value):
-                raise ValueError(f"--{name} must be finite, got {value}")
-            if name == "temperature" and value < 0:
-                raise ValueError(f"--temperature must be at least 0, got {value}")
+            SamplerOptions(**{name: value})  # refuses what is out of range
+        values.append(several)
         setattr(args, name, several[0])
-    return list(itertools.product(values["cfg"], values["temperature"]))
+    return list(itertools.product(*values))
 
 
 def load_models(
@@ -165,7 +159,6 @@ def run_training(
     preset: Preset | None,
     models: tuple[TokenBridge, AutoencoderKL],
     resumed: tuple[dict | None, Path | None],
-    optimizer: dict,
     device: torch.device,
     pairs: Sequence[tuple[float, float]],
 ) -> None:
@@ -181,7 +174,6 @@ def run_training(
         read_options(RunSettings, args),
         generation_settings(args, device),
         arguments=vars(args),
-        optimizer=optimizer,
         resumed=resumed,
         make_evaluator=lambda: partial(make_evaluator(args, device).during_training, pairs),
     )
@@ -211,10 +203,9 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
         scales = [cfg for cfg, _ in pairs]
         sample(Pipeline(model, vae), options, generation_settings(args, device), scales, args.output_dir, about)
     else:
-        optimizer = optimizer_settings(settings.weight_decay, "weight_decay" in given, content, source)
-        args.weight_decay = optimizer["weight_decay"]
-        settings = replace(settings, weight_decay=args.weight_decay)
-        run_training(args, settings, preset, (model, vae), (content, source), optimizer, device, pairs)
+        settings = optimizer_settings(settings, given, content, source)
+        args.weight_decay = settings.weight_decay
+        run_training(args, settings, preset, (model, vae), (content, source), device, pairs)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

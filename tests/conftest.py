@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import main_cache
-from tests.helpers import CACHE_SIZE, Argv, argv_of, save_cache_vae, write_image_folder
+from tests.helpers import CACHE_SIZE, Argv, argv_of, save_cache_vae, save_toy_vae, write_image_folder
 
 torch.set_num_threads(
     1
@@ -84,6 +84,22 @@ def own_images(image_root: Path, tmp_path: Path) -> Path:
 def own_shards(shards: Path, tmp_path: Path) -> Path:
     """A copy of the cache of shards that a test may change."""
     return Path(shutil.copytree(shards, tmp_path / "own"))
+
+
+@pytest.fixture(scope="session")
+def toy_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of the VAE of `toy_flags`. Read only: shared by all tests."""
+    return save_toy_vae(tmp_path_factory.mktemp("toy_vae") / "vae.pth")
+
+
+@pytest.fixture(scope="session")
+def toy_flags(toy_vae: Path, image_root: Path) -> Argv:
+    """toy_flags(output_dir, name=value, ...): a training of main_tokenbridge.py with 12 images, 3 steps per epoch."""
+    model = dict(model="tokenbridge_digits", img_size=32, class_num=2, buffer_size=4, vae_path=toy_vae)
+    training = dict(data_path=image_root, batch_size=4, warmup_epochs=0, lr=1e-3, ema_rate=0.9, seed=3)
+    return lambda output, **changes: argv_of(
+        **(model | training | dict(num_workers=0, device="cpu", output_dir=output) | changes)
+    )
 
 
 @pytest.fixture

@@ -134,6 +134,37 @@ def argv_of(**flags: object) -> list[str]:
     return argv
 
 
+def save_toy_vae(path: Path) -> Path:
+    """The file of a VAE whose latents fit the toy training: 32 px <-> 4 channels at 4x4."""
+    vae = tiny_vae(embed_dim=4, ch_mult=(1, 1, 2, 2))
+    torch.save({"model": vae.state_dict(), "config": vae.config}, path)
+    return path
+
+
+def assert_same(a: object, b: object) -> None:
+    """Equal bit for bit, through nested dicts, lists and tuples of tensors."""
+    assert type(a) is type(b) or isinstance(a, dict) and isinstance(b, dict)
+    if isinstance(a, Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def log_of(folder: Path, name: str = "log.jsonl") -> list[dict]:
+    """The lines of a run's log without what depends on the clock and the machine."""
+    measured = ("time", "images_per_s", "tflops", "mfu", "data_wait", "memory_gib")
+    lines = map(json.loads, (folder / name).read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in measured} for line in lines]
+
+
 CACHE_SIZE, CACHE_SHAPE = 16, (8, 8, 8)  # pixels; moments of 4 channels at stride 2
 
 

@@ -2,7 +2,8 @@
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from checkpoints.build import BEHAVIOUR
@@ -10,7 +11,7 @@ from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from training.lr_sched import base_learning_rate
 from training.settings import TrainSettings
-from training.state import BETAS, EPS, TrainState, changes, saved_hyper_parameters
+from training.state import TrainState, changes, saved_hyper_parameters
 from util.log import get_logger
 
 logger = get_logger()
@@ -33,24 +34,24 @@ def recorded_arguments(content: Mapping) -> dict:
     return recorded if isinstance(recorded, dict) else {}
 
 
-def optimizer_settings(weight_decay: float, given: bool, content: dict | None, source: Path | None) -> dict:
-    """weight_decay, betas and eps for AdamW: the checkpoint's, but for a weight decay that was given; logs what differs.
+def optimizer_settings(
+    settings: TrainSettings, given: Collection[str], content: dict | None, source: Path | None
+) -> TrainSettings:
+    """The settings with AdamW's of the checkpoint, except for a weight decay that was given; logs what differs.
 
     ValueError if the checkpoint's cannot be read.
     """
-    published = {"weight_decay": weight_decay, "betas": BETAS, "eps": EPS}
-    saved = saved_hyper_parameters(content or {}, str(source))
-    if saved and saved["weight_decay"] != weight_decay:
-        if given:
-            logger.warning("weight_decay: %g from now on, was %g in %s", weight_decay, saved["weight_decay"], source)
-            saved["weight_decay"] = weight_decay
+    saved, own = saved_hyper_parameters(content or {}, str(source)), settings.weight_decay
+    if saved and saved["weight_decay"] != own:
+        if "weight_decay" in given:
+            logger.warning("weight_decay: %g from now on, was %g in %s", own, saved["weight_decay"], source)
+            saved["weight_decay"] = own
         else:
-            logger.info("weight_decay %g as in %s; the default is %g", saved["weight_decay"], source, weight_decay)
-    used = published | saved
-    for name in ("betas", "eps"):
-        if used[name] != published[name]:
-            logger.info("AdamW's %s %s as in %s, instead of %s", name, used[name], source, published[name])
-    return used
+            logger.info("weight_decay %g as in %s; the default is %g", saved["weight_decay"], source, own)
+    for name in ("betas", "eps") if saved else ():
+        if saved[name] != getattr(settings, name):
+            logger.info("AdamW's %s %s as in %s, instead of %s", name, saved[name], source, getattr(settings, name))
+    return replace(settings, **saved)
 
 
 def resume(
@@ -71,7 +72,7 @@ def resume(
 
 
 def checkpoint_config(
-    model: TokenBridge, vae: AutoencoderKL, classes: Sequence[str], arguments: Mapping, optimizer: dict
+    model: TokenBridge, vae: AutoencoderKL, classes: Sequence[str], arguments: Mapping, settings: TrainSettings
 ) -> dict:
     """What a checkpoint says of its model and of its training."""
     return {
@@ -82,7 +83,7 @@ def checkpoint_config(
         "vae_fingerprint": vae.latent_fingerprint(),
         "classes": classes,
         "args": dict(arguments),
-        "optimizer": optimizer,
+        "optimizer": settings.optimizer,
     }
 
 

@@ -64,6 +64,8 @@ class TrainSettings(LoopSettings):
     lr_schedule: str = option("cosine", choices=LR_SCHEDULES)
     warmup_epochs: int = option(100, lowest=0)
     weight_decay: float = option(0.02, "of AdamW; when resuming, default: the checkpoint's", lowest=0)
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    eps: float = 1e-8
     ema_rate: float = option(0.9999)
     ema_warmup: bool = option(False, "a lower EMA rate in the first steps, (1 + t) / (10 + t); published: off")
     posthoc_ema_freq: int = option(
@@ -81,6 +83,11 @@ class TrainSettings(LoopSettings):
     def images_per_step(self) -> int:
         """The global batch."""
         return self.batch_size * self.accum_iter * dist.world_size()
+
+    @property
+    def optimizer(self) -> dict[str, object]:
+        """AdamW's own settings, as checkpoints record them."""
+        return {name: getattr(self, name) for name in ("weight_decay", "betas", "eps")}
 
     def prepared(self, steps_per_epoch: int, device: torch.device) -> Self:
         """The settings with everything decided that depends on the data and the device."""

@@ -17,7 +17,6 @@ from util.options import ArgumentError
 
 logger = get_logger()
 
-BETAS, EPS = (0.9, 0.95), 1e-8  # of AdamW, as published
 # How AdamW computes is not part of its state: files carry the published optimizer's defaults, so that any AdamW takes them.
 IMPLEMENTATION = {"fused": None, "foreach": None, "capturable": False}
 
@@ -94,15 +93,7 @@ class TrainState:
     to stay, unless `device` says where.
     """
 
-    def __init__(
-        self,
-        model: TokenBridge,
-        settings: TrainSettings,
-        device: torch.device | None = None,
-        *,
-        betas: tuple[float, float] = BETAS,
-        eps: float = EPS,
-    ):
+    def __init__(self, model: TokenBridge, settings: TrainSettings, device: torch.device | None = None):
         self.model, self.fsdp = model, settings.fsdp
         self.device = device or next(model.parameters()).device
         if settings.compile:
@@ -114,7 +105,7 @@ class TrainState:
             model.to(device)
         self.wrapped: nn.Module = model if settings.fsdp else wrap(model, settings.accum_iter > 1)
         groups = weight_decay_groups(model, settings.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
         self.ema = ModelEma(model, settings.ema_rate, settings.ema_warmup)
         self.power_emas = [PowerEma(model, sigma_rel) for sigma_rel in SIGMA_RELS] if settings.posthoc_ema_freq else []
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")

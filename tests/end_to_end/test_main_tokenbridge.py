@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from main_tokenbridge import main
 from models.config import TokenBridgeConfig
 from models.tokenbridge import TokenBridge
 from models.vae_loading import load_vae
-from tests.helpers import REPO, run_processes, tiny_vae
+from tests.helpers import REPO, Argv, argv_of, assert_same, log_of, run_processes
 from tools.bench.evaluation import write_random_inception
 from training.recipe import RECIPE
 from training.sharding import cannot_shard
@@ -29,52 +30,13 @@ SIZE = 32  # pixels, with a VAE of stride 8: 4x4 tokens
 
 
 @pytest.fixture(scope="module")
-def vae_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("vae") / "vae.pth"
-    vae = tiny_vae(embed_dim=4, ch_mult=(1, 1, 2, 2))
-    torch.save({"model": vae.state_dict(), "config": vae.config}, path)
-    return path
+def flags(toy_flags: Argv) -> Argv:
+    """Two epochs of 3 steps, with a checkpoint after each."""
+    return partial(toy_flags, class_num=3, log_freq=2, save_last_freq=1, epochs=2)
 
 
 @pytest.fixture(scope="module")
-def flags(vae_path: Path, image_root: Path):  # noqa: ANN201
-    """flags(output_dir, name=value, ...): a training command line of 12 images, 3 steps per epoch."""
-
-    def build(output: Path, **changes: object) -> list[str]:
-        values = (
-            dict(
-                model="tokenbridge_digits",
-                img_size=SIZE,
-                class_num=3,
-                buffer_size=4,
-                vae_path=vae_path,
-                data_path=image_root,
-                batch_size=4,
-                warmup_epochs=0,
-                lr=1e-3,
-                ema_rate=0.9,
-                num_workers=0,
-                device="cpu",
-                log_freq=2,
-                save_last_freq=1,
-                epochs=2,
-                seed=3,
-                output_dir=output,
-            )
-            | changes
-        )
-        return [
-            part
-            for name, value in values.items()
-            if value is not None
-            for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
-        ]
-
-    return build
-
-
-@pytest.fixture(scope="module")
-def trained(flags, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ANN001
+def trained(flags: Argv, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run of two epochs."""
     out = tmp_path_factory.mktemp("trained")
     main(flags(out))
@@ -85,32 +47,10 @@ def load(folder: Path) -> dict:
     return torch.load(folder / "checkpoint-last.pth", weights_only=True)
 
 
-def log_of(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in ("step", "epoch", "lr", "loss", "grad_norm")} for line in lines]
-
-
-def assert_same(a: object, b: object) -> None:
-    """Bit for bit, through dicts, lists and tensors."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
-
-
 # ------------------------------------------------------------------------------------------------------- training
 
 
-def test_a_checkpoint_has_the_published_layout_and_says_what_it_is(trained: Path, vae_path: Path) -> None:
+def test_a_checkpoint_has_the_published_layout_and_says_what_it_is(trained: Path, toy_vae: Path) -> None:
     content = load(trained)
     assert {"model", "model_ema", "optimizer", "epoch", "step", "config"} <= content.keys() and "scaler" not in content
     assert content["epoch"] == 1 and content["step"] == 6
@@ -127,11 +67,11 @@ def test_a_checkpoint_has_the_published_layout_and_says_what_it_is(trained: Path
         and config["model"]["vae_embed_dim"] == 4
         and config["classes"] == ["china", "flower"]
     )
-    assert config["vae_fingerprint"] == load_vae(vae_path).latent_fingerprint() and config["args"]["seed"] == 3
+    assert config["vae_fingerprint"] == load_vae(toy_vae).latent_fingerprint() and config["args"]["seed"] == 3
     assert [line["step"] for line in log_of(trained)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_the_log_says_where_the_loss_starts(flags, tmp_path: Path, messages: list[str]) -> None:  # noqa: ANN001
+def test_the_log_says_where_the_loss_starts(flags: Argv, tmp_path: Path, messages: list[str]) -> None:
     main(flags(tmp_path / "run", max_steps=1))
     start = math.log(64) + 0.5  # head 64 wide, 64 levels: variance 1 of xavier logits
     assert any(
@@ -143,12 +83,12 @@ def test_the_log_says_where_the_loss_starts(flags, tmp_path: Path, messages: lis
 
 @pytest.mark.parametrize("stop", [3, 4])
 def test_a_resumed_run_is_the_run_never_stopped(
-    trained: Path, flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
-) -> None:  # noqa: ANN001
+    trained: Path, flags: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
     """Stopped after step `stop`, whose last checkpoint is of step 3: weights, EMA, optimizer and log are equal bit for bit."""
     real, out = engine_tokenbridge.train_one_epoch, tmp_path / "run"
 
-    def killed(state, vae, loader, settings, device, log, **more) -> bool:  # noqa: ANN001
+    def killed(state, vae, loader, settings, device, log, **more) -> bool:
         if state.step >= 3:
             if stop > 3:
                 real(state, vae, loader, replace(settings, max_steps=stop), device, log, **more)
@@ -170,36 +110,19 @@ def test_a_resumed_run_is_the_run_never_stopped(
     assert log_of(out) == log_of(trained)
 
 
-def test_a_finished_run_has_nothing_to_do(trained: Path, flags, messages: list[str]) -> None:  # noqa: ANN001
+def test_a_finished_run_has_nothing_to_do(trained: Path, flags: Argv, messages: list[str]) -> None:
     before = (trained / "checkpoint-last.pth").read_bytes()
     main(flags(trained, resume=trained))
     assert any("nothing to do: 6 of 6 steps are done" in line for line in messages)
     assert (trained / "checkpoint-last.pth").read_bytes() == before
 
 
-def test_a_cache_trains_as_images_do(trained: Path, flags, vae_path: Path, image_root: Path, tmp_path: Path) -> None:  # noqa: ANN001
+def test_a_cache_trains_as_images_do(
+    trained: Path, flags: Argv, toy_vae: Path, image_root: Path, tmp_path: Path
+) -> None:
     cache = tmp_path / "cache"
-    main_cache.main(
-        [
-            str(x)
-            for x in (
-                "--vae_path",
-                vae_path,
-                "--data_path",
-                image_root,
-                "--img_size",
-                SIZE,
-                "--cached_path",
-                cache,
-                "--num_workers",
-                0,
-                "--device",
-                "cpu",
-                "--batch_size",
-                4,
-            )
-        ]
-    )
+    source = dict(vae_path=toy_vae, data_path=image_root, img_size=SIZE, cached_path=cache)
+    main_cache.main(argv_of(**source, num_workers=0, device="cpu", batch_size=4))
     main(flags(tmp_path / "run", use_cached=True, cached_path=cache, data_path=tmp_path / "none"))
     cached, images = log_of(tmp_path / "run"), log_of(trained)
     assert [line["loss"] for line in cached] == pytest.approx([line["loss"] for line in images], abs=2e-3)
@@ -207,8 +130,8 @@ def test_a_cache_trains_as_images_do(trained: Path, flags, vae_path: Path, image
 
 
 def test_published_layout_without_our_keys_resumes_after_its_epoch(
-    trained: Path, flags, tmp_path: Path, messages: list[str]
-) -> None:  # noqa: ANN001
+    trained: Path, flags: Argv, tmp_path: Path, messages: list[str]
+) -> None:
     content = load(trained)
     (tmp_path / "old").mkdir()
     torch.save(
@@ -226,10 +149,7 @@ def test_published_layout_without_our_keys_resumes_after_its_epoch(
 
 
 def test_a_run_begun_without_dropout_in_the_head_continues_with_it_and_says_so(
-    trained: Path,
-    flags,
-    tmp_path: Path,  # noqa: ANN001
-    messages: list[str],
+    trained: Path, flags: Argv, tmp_path: Path, messages: list[str]
 ) -> None:
     def said() -> list[str]:
         return [line for line in messages if "was begun without dropout in the head" in line]
@@ -252,7 +172,7 @@ def test_a_run_begun_without_dropout_in_the_head_continues_with_it_and_says_so(
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_trains(flags, tmp_path: Path, precision: str) -> None:  # noqa: ANN001
+def test_half_precision_trains(flags: Argv, tmp_path: Path, precision: str) -> None:
     main(flags(tmp_path / "run", precision=precision, max_steps=1, batch_size=2))
     content = load(tmp_path / "run")
     assert math.isfinite(log_of(tmp_path / "run")[0]["loss"])
@@ -260,19 +180,19 @@ def test_half_precision_trains(flags, tmp_path: Path, precision: str) -> None:  
     assert ("scaler" in content) == (precision == "fp16") and content.get("scaler", {"scale": 1.0})["scale"] > 0
 
 
-def test_the_parallel_head_trains_and_samples(flags, vae_path: Path, tmp_path: Path) -> None:  # noqa: ANN001
+def test_the_parallel_head_trains_and_samples(flags: Argv, toy_vae: Path, tmp_path: Path) -> None:
     """--head is recorded in the checkpoint, which then samples without it; naming the other head is an error."""
     main(flags(tmp_path / "run", head="parallel", max_steps=1))
     content = load(tmp_path / "run")
     assert content["config"]["model"]["head"] == "parallel" and not [
         key for key in content["model"] if key.startswith("token_embeddings")
     ]
-    assert len(sampled(tmp_path / "run", vae_path, tmp_path / "samples")) == 6
+    assert len(sampled(tmp_path / "run", toy_vae, tmp_path / "samples")) == 6
     with pytest.raises(ValueError, match="head autoregressive contradicts .*--head"):
-        sampled(tmp_path / "run", vae_path, tmp_path / "other", "--head", "autoregressive")
+        sampled(tmp_path / "run", toy_vae, tmp_path / "other", "--head", "autoregressive")
 
 
-def test_what_a_run_shows(flags, tmp_path: Path, messages: list[str]) -> None:  # noqa: ANN001
+def test_what_a_run_shows(flags: Argv, tmp_path: Path, messages: list[str]) -> None:
     """One line with everything, the details of logging steps in the log and in tensorboard, a grid of samples that repeats."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -318,7 +238,7 @@ def test_what_a_run_shows(flags, tmp_path: Path, messages: list[str]) -> None:  
     assert grids[0].shape[0] > 2 * SIZE and (grids[0] == grids[1]).all()
 
 
-def test_flags_of_training_that_cannot_be(flags, tmp_path: Path) -> None:  # noqa: ANN001
+def test_flags_of_training_that_cannot_be(flags: Argv, tmp_path: Path) -> None:
     for changes, message in (
         (dict(fsdp=True), "fsdp shards the weights over several processes, and there is one.*--fsdp"),
         (dict(keep_last=0), "keep_last must be at least 1.*--keep_last"),
@@ -332,8 +252,8 @@ def test_flags_of_training_that_cannot_be(flags, tmp_path: Path) -> None:  # noq
 
 
 def test_sharding_on_a_cpu_is_refused_where_torch_cannot(
-    flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # noqa: ANN001
+    flags: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delattr(FSDPModule, "set_force_sum_reduction_for_comms", raising=False)
     monkeypatch.setattr(dist, "world_size", lambda: 2)
     with pytest.raises(ValueError, match=r"fsdp on a CPU needs torch 2\.8 or later, this is .*: leave it out.*--fsdp"):
@@ -344,56 +264,31 @@ def test_sharding_on_a_cpu_is_refused_where_torch_cannot(
 # ------------------------------------------------------------------------------------------------------- sampling and evaluation
 
 
-def sampled(trained: Path, vae_path: Path, out: Path, *more: object) -> dict[str, np.ndarray]:
-    main(
-        [
-            str(x)
-            for x in (
-                "--sample",
-                "--resume",
-                trained,
-                "--vae_path",
-                vae_path,
-                "--classes",
-                "2,0",
-                "--num_images",
-                5,
-                "--num_iter",
-                4,
-                "--cfg",
-                2,
-                "--device",
-                "cpu",
-                "--num_workers",
-                0,
-                "--output_dir",
-                out,
-                *more,
-            )
-        ]
-    )
+def sampled(trained: Path, toy_vae: Path, out: Path, *more: object) -> dict[str, np.ndarray]:
+    drawn = dict(sample=True, resume=trained, vae_path=toy_vae, classes="2,0", num_images=5, num_iter=4, cfg=2)
+    main([*argv_of(**drawn, device="cpu", num_workers=0, output_dir=out), *map(str, more)])
     return {path.name: np.asarray(read_image(path)) for path in sorted(out.glob("*.png"))}
 
 
-def test_samples_are_pictures_of_their_seed(trained: Path, vae_path: Path, tmp_path: Path) -> None:
-    one = sampled(trained, vae_path, tmp_path / "one")
+def test_samples_are_pictures_of_their_seed(trained: Path, toy_vae: Path, tmp_path: Path) -> None:
+    one = sampled(trained, toy_vae, tmp_path / "one")
     assert list(one) == [f"{i:06d}.png" for i in range(5)] + ["grid.png"]
     assert one["000000.png"].shape == (SIZE, SIZE, 3) and one["grid.png"].shape[1] > SIZE
     record = json.loads((tmp_path / "one" / "samples.json").read_text())
     assert record["labels"] == [2, 2, 2, 0, 0] and record["seed"] == 1 and record["cfg"] == 2
     again, other = (
-        sampled(trained, vae_path, tmp_path / "two", "--eval_bsz", 2),
-        sampled(trained, vae_path, tmp_path / "three", "--seed", 8),
+        sampled(trained, toy_vae, tmp_path / "two", "--eval_bsz", 2),
+        sampled(trained, toy_vae, tmp_path / "three", "--seed", 8),
     )
     for name, picture in one.items():
         assert np.abs(picture.astype(int) - again[name]).max() <= 1
     assert any((picture != other[name]).any() for name, picture in one.items())
 
 
-def test_the_ema_is_what_makes_images(trained: Path, vae_path: Path, tmp_path: Path, messages: list[str]) -> None:
+def test_the_ema_is_what_makes_images(trained: Path, toy_vae: Path, tmp_path: Path, messages: list[str]) -> None:
     ema, plain = (
-        sampled(trained, vae_path, tmp_path / "ema"),
-        sampled(trained, vae_path, tmp_path / "plain", "--weights", "model"),
+        sampled(trained, toy_vae, tmp_path / "ema"),
+        sampled(trained, toy_vae, tmp_path / "plain", "--weights", "model"),
     )
     assert any(
         "the EMA of" in line and "still holds 53 % of the random initial weights after 6 steps" in line
@@ -437,8 +332,8 @@ def test_too_few_images_for_the_scores_are_refused_at_once(trained: Path, tmp_pa
 
 @pytest.mark.slow
 def test_online_evaluation_leaves_training_as_it_is(
-    trained: Path, flags, judges: tuple[Path, Path], tmp_path: Path
-) -> None:  # noqa: ANN001
+    trained: Path, flags: Argv, judges: tuple[Path, Path], tmp_path: Path
+) -> None:
     main(
         flags(
             tmp_path / "run",
@@ -458,20 +353,16 @@ def test_online_evaluation_leaves_training_as_it_is(
 
 @pytest.mark.parametrize(("cfg", "scales"), [(("2", "1", "0", "3"), (1, 2, 3)), (("1",), (1,)), (("0",), (1,))])
 def test_checkpoints_and_evaluations_are_due_as_published(
-    flags,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    cfg: tuple,  # noqa: ANN001
-    scales: tuple,
+    flags: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cfg: tuple, scales: tuple
 ) -> None:
     """Epochs 0, N, 2N, ... and the last one; at cfg 1 and then at each --cfg that is neither 1 nor 0. Three steps are an epoch."""
     saved, scored = [], []
 
     class Recorder(Evaluator):
-        def __call__(self, model, vae, *, settings, step, weights, **more) -> None:  # noqa: ANN001
+        def __call__(self, model, vae, *, settings, step, weights, **more) -> None:
             scored.append((step, settings.cfg, settings.temperature, weights))
 
-    def prepare(options, settings, device, output_dir, **_) -> Evaluator:  # noqa: ANN001
+    def prepare(options, settings, device, output_dir, **_) -> Evaluator:
         return Recorder(options, settings, device, None, None, tmp_path, {})
 
     monkeypatch.setattr(Evaluator, "prepare", prepare)
@@ -489,7 +380,7 @@ def test_checkpoints_and_evaluations_are_due_as_published(
     assert scored == [(step, scale, 0.9, "ema") for step in (3, 15, 18) for scale in scales]
 
 
-def test_two_processes_train_and_sample(flags, vae_path: Path, tmp_path: Path) -> None:  # noqa: ANN001
+def test_two_processes_train_and_sample(flags: Argv, toy_vae: Path, tmp_path: Path) -> None:
     result = run_processes([REPO / "main_tokenbridge.py", *flags(tmp_path / "run", batch_size=2)], nproc=2)
     assert result.returncode == 0, result.stderr[-2000:]
     assert checkpoint.load_file(tmp_path / "run" / "checkpoint-last.pth")["step"] == 6

@@ -17,7 +17,7 @@ from main_vae import main
 from models.latent_space import DiagonalGaussian
 from models.vae import AutoencoderKL
 from models.vae_loading import load_vae
-from tests.helpers import run_processes, write_image_folder
+from tests.helpers import argv_of, assert_same, contents, log_of, run_processes, write_image_folder
 from training.vae import Objective, VaeSettings, edge_distance
 from training.vae_run import measure
 from util.log import run_cli
@@ -26,34 +26,10 @@ SIZE, STEPS = 16, 10  # 16-pixel images; two classes of 8 at batch 4 make epochs
 
 
 def arguments(data: Path, out: Path, **changes: object) -> list[str]:
-    """A command line for a tiny VAE: 32 wide, two levels (stride 2), 4 latent channels; `changes` replace or add flags, True adds a bare one."""
-    flags = (
-        dict(
-            data_path=data,
-            output_dir=out,
-            img_size=SIZE,
-            vae_embed_dim=4,
-            width=32,
-            ch_mult="1,1",
-            num_res_blocks=1,
-            no_attention=True,
-            kl_weight=1e-5,
-            batch_size=4,
-            lr=1e-3,
-            max_steps=STEPS,
-            log_freq=4,
-            save_freq=5,
-            num_workers=0,
-            device="cpu",
-        )
-        | changes
-    )
-    return [
-        part
-        for name, value in flags.items()
-        if value is not None
-        for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
-    ]
+    """A command line for a tiny VAE: 32 wide, two levels (stride 2), 4 latent channels; `changes` replace or add flags."""
+    shape = dict(img_size=SIZE, vae_embed_dim=4, width=32, ch_mult="1,1", num_res_blocks=1, no_attention=True)
+    training = dict(kl_weight=1e-5, batch_size=4, lr=1e-3, max_steps=STEPS, log_freq=4, save_freq=5)
+    return argv_of(**(shape | training | dict(data_path=data, output_dir=out, num_workers=0, device="cpu") | changes))
 
 
 @pytest.fixture(scope="module")
@@ -80,17 +56,6 @@ def train_images(data: Path, split: str = "train") -> Tensor:
     return torch.stack([dataset.load(i) for i in range(len(dataset))])
 
 
-def same(a: object, b: object) -> bool:
-    """Bit for bit equality of nested dicts, lists, tensors and numbers."""
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
 # ------------------------------------------------------------------------------------------------------- what it writes
 
 
@@ -101,7 +66,7 @@ def test_result_loads_and_says_what_it_is(finished: Path, data: Path) -> None:
     assert {
         k: vae.config[k] for k in ("embed_dim", "ch", "ch_mult", "num_res_blocks", "attention", "norm_groups", "shift")
     } == dict(embed_dim=4, ch=32, ch_mult=[1, 1], num_res_blocks=1, attention=False, norm_groups=32, shift=0.0)
-    assert same(content["model"], load(finished / "vae_state.pth")["model"])
+    assert_same(content["model"], load(finished / "vae_state.pth")["model"])
     # nothing temporary is left
     assert sorted(p.name for p in finished.iterdir()) == ["vae.pth", "vae_log.jsonl", "vae_state.pth"]
     images = train_images(data, "val")
@@ -246,17 +211,10 @@ def test_resume_equals_never_stopped_bit_for_bit(
     resumed, straight = (load(folder / "vae_state.pth") for folder in (tmp_path, finished))
     assert resumed["step"] == STEPS
     for key in ("model", "optimizer", "step", "steps_per_epoch"):
-        assert same(resumed[key], straight[key]), key
-    assert same(load(tmp_path / "vae.pth"), load(finished / "vae.pth"))
+        assert_same(resumed[key], straight[key])
+    assert_same(load(tmp_path / "vae.pth"), load(finished / "vae.pth"))
 
-    def log(folder: Path) -> list[dict]:
-        lines = map(json.loads, (folder / "vae_log.jsonl").read_text().splitlines())
-        return [
-            {k: v for k, v in line.items() if k not in ("time", "images_per_s", "data_wait", "memory_gib")}
-            for line in lines
-        ]
-
-    assert log(tmp_path) == log(finished)
+    assert log_of(tmp_path, "vae_log.jsonl") == log_of(finished, "vae_log.jsonl")
 
 
 def test_running_a_finished_run_again(finished: Path, data: Path, tmp_path: Path, messages: list[str]) -> None:
@@ -268,7 +226,7 @@ def test_running_a_finished_run_again(finished: Path, data: Path, tmp_path: Path
     )
     (out / "vae.pth").unlink()  # as after a kill between the two files
     main(arguments(data, out, resume=out))
-    assert same(load(out / "vae.pth"), load(finished / "vae.pth"))
+    assert_same(load(out / "vae.pth"), load(finished / "vae.pth"))
 
 
 def test_resume_takes_the_shape_from_the_state(finished: Path, data: Path, tmp_path: Path, messages: list[str]) -> None:
@@ -334,10 +292,6 @@ def test_absurd_lr_stops_without_a_file(data: Path, tmp_path: Path, lr: float) -
 # ------------------------------------------------------------------------------------------------------- bad input
 
 
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -368,7 +322,7 @@ def test_bad_flags_are_refused_before_any_work(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises((ValueError, OSError), match=words):
         main(arguments(data, tmp_path / "out", **changes))
-    assert not snapshot(tmp_path)
+    assert not contents(tmp_path)
 
 
 @pytest.mark.parametrize("changes", [dict(on_bad_image="ignore"), dict(precision="fp8"), dict(widht=32)])
@@ -377,7 +331,7 @@ def test_unknown_choices_and_flags_are_refused(
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments(data, tmp_path / "out", **changes))
-    assert stop.value.code == 2 and f"--{next(iter(changes))}" in capsys.readouterr().err and not snapshot(tmp_path)
+    assert stop.value.code == 2 and f"--{next(iter(changes))}" in capsys.readouterr().err and not contents(tmp_path)
 
 
 def test_bad_input_ends_the_program_with_2(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -427,7 +381,7 @@ def test_output_dir_that_cannot_be_written(data: Path, tmp_path: Path) -> None:
 
 def test_other_runs_files_are_not_overwritten(data: Path, finished: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(finished, tmp_path / "out"))
-    before = snapshot(out)
+    before = contents(out)
     with pytest.raises(
         ValueError, match=r"\(--output_dir\) already holds vae\.pth and vae_state\.pth: continue it with --resume"
     ):
@@ -438,7 +392,7 @@ def test_other_runs_files_are_not_overwritten(data: Path, finished: Path, tmp_pa
         main(arguments(data, out, resume=out, width=64))
     with pytest.raises(ValueError, match="img_size 15"):
         main(arguments(data, out, resume=out, img_size=15))
-    assert snapshot(out) == before
+    assert contents(out) == before
     (out / "vae_state.pth").unlink()
     with pytest.raises(ValueError, match=r"already holds vae\.pth: choose another folder"):
         main(arguments(data, out, resume=out))
@@ -456,7 +410,7 @@ def test_resume_from_a_file_that_is_no_training_state(data: Path, finished: Path
     torch.save(broken, tmp_path / "vae_state.pth")
     with pytest.raises(ValueError, match=r"vae_state\.pth .*another shape \(quant_conv\.weight"):
         main(arguments(data, tmp_path, resume=tmp_path))
-    assert sorted(snapshot(tmp_path)) == ["vae_state.pth"]
+    assert sorted(contents(tmp_path)) == ["vae_state.pth"]
 
 
 # ------------------------------------------------------------------------------------------------------- processes

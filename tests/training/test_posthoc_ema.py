@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 import engine_tokenbridge
 import generation
 import main_tokenbridge
-from tests.helpers import REPO, run_processes, skip_unless_shardable, tiny_vae
+from tests.helpers import REPO, Argv, argv_of, run_processes, skip_unless_shardable
 from tools import inspect
 from tools.posthoc_ema import main
 from training.ema import SIGMA_RELS, PowerEma, power_exponent
@@ -93,45 +94,13 @@ def test_a_length_that_was_also_tracked(tmp_path: Path, sigma_rel: float) -> Non
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory: pytest.TempPathFactory, image_root: Path):  # noqa: ANN201
-    """flags(output_dir, name=value, ...): a training of 7 steps, 3 per epoch, a checkpoint after each epoch, snapshots every 2 steps."""
-    path = tmp_path_factory.mktemp("vae") / "vae.pth"
-    vae = tiny_vae(embed_dim=4, ch_mult=(1, 1, 2, 2))
-    torch.save({"model": vae.state_dict(), "config": vae.config}, path)
-
-    def build(output: Path, **changes: object) -> list[str]:
-        values = (
-            dict(
-                model="tokenbridge_digits",
-                img_size=32,
-                class_num=2,
-                buffer_size=4,
-                vae_path=path,
-                data_path=image_root,
-                batch_size=4,
-                warmup_epochs=0,
-                lr=1e-3,
-                num_workers=0,
-                device="cpu",
-                save_last_freq=1,
-                max_steps=7,
-                seed=3,
-                posthoc_ema_freq=2,
-                output_dir=output,
-            )
-            | changes
-        )
-        return [
-            part
-            for name, value in values.items()
-            for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
-        ]
-
-    return build
+def flags(toy_flags: Argv) -> Argv:
+    """A training of 7 steps, 3 per epoch, a checkpoint after each epoch, snapshots every 2 steps."""
+    return partial(toy_flags, ema_rate=None, save_last_freq=1, max_steps=7, posthoc_ema_freq=2)
 
 
 @pytest.fixture(scope="module")
-def trained(flags, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ANN001
+def trained(flags: Argv, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("trained") / "run"
     main_tokenbridge.main(flags(out))
     return out
@@ -161,7 +130,7 @@ def test_snapshots_and_checkpoint_of_a_run(trained: Path) -> None:
     assert not torch.equal(content["posthoc_ema"]["0.05"]["mask_token"], content["posthoc_ema"]["0.1"]["mask_token"])
 
 
-def test_off_it_leaves_no_trace(trained: Path, flags, tmp_path: Path) -> None:  # noqa: ANN001
+def test_off_it_leaves_no_trace(trained: Path, flags: Argv, tmp_path: Path) -> None:
     main_tokenbridge.main(flags(tmp_path / "run", posthoc_ema_freq=0))
     plain, content = load(tmp_path / "run" / "checkpoint-last.pth"), load(trained / "checkpoint-last.pth")
     assert content.keys() - plain.keys() == {"posthoc_ema"} and content["config"].keys() - plain["config"].keys() == {
@@ -172,16 +141,12 @@ def test_off_it_leaves_no_trace(trained: Path, flags, tmp_path: Path) -> None:  
 
 
 def test_a_resumed_run_keeps_the_same_averages(
-    trained: Path,
-    flags,
-    tmp_path: Path,
-    messages: list[str],  # noqa: ANN001
-    monkeypatch: pytest.MonkeyPatch,
+    trained: Path, flags: Argv, tmp_path: Path, messages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in the step after the checkpoint of step 3 and the snapshot of step 4: that snapshot goes, and all end as never stopped."""
     real, out = engine_tokenbridge.train_one_epoch, tmp_path / "run"
 
-    def killed(state, vae, loader, settings, device, log, **more) -> bool:  # noqa: ANN001
+    def killed(state, vae, loader, settings, device, log, **more) -> bool:
         if state.step >= 3:
             real(state, vae, loader, replace(settings, max_steps=4), device, log, **more)
             raise KeyboardInterrupt
@@ -206,7 +171,7 @@ def test_a_resumed_run_keeps_the_same_averages(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
-def test_two_processes_write_the_same_snapshots(flags, tmp_path: Path, sharded: bool) -> None:  # noqa: ANN001
+def test_two_processes_write_the_same_snapshots(flags: Argv, tmp_path: Path, sharded: bool) -> None:
     """As one process with two micro-batches; stopped after an epoch and resumed. A folder with another run's snapshots ends both alike."""
     if sharded:
         skip_unless_shardable()
@@ -237,7 +202,9 @@ def test_two_processes_write_the_same_snapshots(flags, tmp_path: Path, sharded: 
     assert result.returncode != 0 and result.stderr.count("belongs to another run") >= 2, result.stderr[-2000:]
 
 
-def test_a_run_without_averages_cannot_take_them_up(trained: Path, flags, tmp_path: Path, messages: list[str]) -> None:  # noqa: ANN001
+def test_a_run_without_averages_cannot_take_them_up(
+    trained: Path, flags: Argv, tmp_path: Path, messages: list[str]
+) -> None:
     out = tmp_path / "run"
     shutil.copytree(trained, out)
     main_tokenbridge.main(flags(out, resume=out, posthoc_ema_freq=0, max_steps=8))
@@ -251,7 +218,7 @@ def test_a_run_without_averages_cannot_take_them_up(trained: Path, flags, tmp_pa
         main_tokenbridge.main(flags(tmp_path / "new", resume=trained, max_steps=20, batch_size=2))
 
 
-def test_snapshots_of_another_run_are_refused(trained: Path, flags, tmp_path: Path) -> None:  # noqa: ANN001
+def test_snapshots_of_another_run_are_refused(trained: Path, flags: Argv, tmp_path: Path) -> None:
     """By a new training in their folder, whose name is not theirs; but the same command, begun anew before its first checkpoint, goes on."""
     out = tmp_path / "run"
     (out / "posthoc_ema").mkdir(parents=True)
@@ -272,8 +239,8 @@ def test_snapshots_of_another_run_are_refused(trained: Path, flags, tmp_path: Pa
 
 
 def test_the_command_and_its_file(
-    trained: Path, flags, tmp_path: Path, capsys: pytest.CaptureFixture, messages: list[str]
-) -> None:  # noqa: ANN001
+    trained: Path, flags: Argv, toy_vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture, messages: list[str]
+) -> None:
     """The file's average is the fitted sum of the snapshots; --sample and generation.load draw with it, no training goes on from it."""
     main([str(trained), "--sigma_rel", "0.08", "--output", str(tmp_path / "ema.pth")])
     said, content, files = capsys.readouterr().out, load(tmp_path / "ema.pth"), snapshot_files(trained)
@@ -297,22 +264,8 @@ def test_the_command_and_its_file(
         content["model"]["boundaries"], last["model"]["boundaries"]
     )
 
-    arguments = flags(tmp_path / "unused")
-    vae = ["--vae_path", arguments[arguments.index("--vae_path") + 1]]
-    sample = [
-        "--sample",
-        *vae,
-        "--classes",
-        "0",
-        "--num_images",
-        "1",
-        "--num_iter",
-        "2",
-        "--device",
-        "cpu",
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
+    drawn = dict(sample=True, vae_path=toy_vae, classes=0, num_images=1, num_iter=2, device="cpu")
+    sample = argv_of(**drawn, output_dir=tmp_path / "out")
     main_tokenbridge.main([*sample, "--resume", str(tmp_path / "ema.pth")])
     assert list((tmp_path / "out").rglob("*.png")) and not any("still holds" in line for line in messages)
     inspect.main([str(tmp_path / "ema.pth"), "--json"])

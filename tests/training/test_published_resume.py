@@ -109,9 +109,8 @@ def resumed(path: Path, precision: str) -> tuple[TrainState, dict]:
     _, content = checkpoint.load_latest(str(path))
     model = tiny_model()
     checkpoint.load_state(model, content["model"], str(path))
-    saved = saved_hyper_parameters(content, str(path))
-    settings = TrainSettings(weight_decay=saved.pop("weight_decay"), ema_rate=0.9, precision=precision)
-    state = TrainState(model, settings, **saved)
+    settings = TrainSettings(**saved_hyper_parameters(content, str(path)), ema_rate=0.9, precision=precision)
+    state = TrainState(model, settings)
     state.load_state_dict(content, 2, str(path))
     return state, content
 
@@ -252,14 +251,16 @@ def test_a_given_flag_wins_otherwise_the_checkpoint(messages: list[str]) -> None
         {"weight_decay": 0.07, "betas": (0.8, 0.9), "eps": 1e-6},
     ]
     content = {"optimizer": {"param_groups": groups}}
-    assert optimizer_settings(0.02, False, content, Path("a.pth")) == SAVED
+    assert optimizer_settings(TrainSettings(), (), content, Path("a.pth")).optimizer == SAVED
     assert messages == [
         "weight_decay 0.07 as in a.pth; the default is 0.02",
         "AdamW's betas (0.8, 0.9) as in a.pth, instead of (0.9, 0.95)",
         "AdamW's eps 1e-06 as in a.pth, instead of 1e-08",
     ]
     messages.clear()
-    assert optimizer_settings(0.02, True, content, Path("a.pth")) == SAVED | {"weight_decay": 0.02}
+    assert optimizer_settings(TrainSettings(), ("weight_decay",), content, Path("a.pth")).optimizer == SAVED | {
+        "weight_decay": 0.02
+    }
     assert messages[0] == "weight_decay: 0.02 from now on, was 0.07 in a.pth"
     messages.clear()
     for nothing_to_say in (
@@ -267,7 +268,7 @@ def test_a_given_flag_wins_otherwise_the_checkpoint(messages: list[str]) -> None
         {"model": {}},
         {"optimizer": {"param_groups": [{"weight_decay": 0.02, "betas": [0.9, 0.95], "eps": 1e-8}]}},
     ):
-        used = optimizer_settings(0.02, False, nothing_to_say, Path("a.pth"))
+        used = optimizer_settings(TrainSettings(), (), nothing_to_say, Path("a.pth")).optimizer
         assert used == {"weight_decay": 0.02, "betas": (0.9, 0.95), "eps": 1e-8} and messages == []
 
 

@@ -1,16 +1,16 @@
 """A run that was killed, stopped by a signal, or cut in its checkpoint, and resumed, is the run never stopped: weights, EMA, optimizer, log."""
 
-import json
 import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers import REPO, run_processes, tiny_vae
+from tests.helpers import REPO, Argv, assert_same, log_of, run_processes
 from tests.processes import run_killed
 from util.checkpoint import LAST, load_latest, numbered
 
@@ -18,46 +18,12 @@ STEPS = 24  # 3 per epoch
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory: pytest.TempPathFactory, image_root: Path):  # noqa: ANN201
-    """flags(output_dir, name=value, ...): a command line of 12 images, 3 steps per epoch, a checkpoint every 2 steps."""
-    path = tmp_path_factory.mktemp("vae") / "vae.pth"
-    vae = tiny_vae(embed_dim=4, ch_mult=(1, 1, 2, 2))
-    torch.save({"model": vae.state_dict(), "config": vae.config}, path)
-
-    def build(output: Path, **changes: object) -> list[str]:
-        values = (
-            dict(
-                model="tokenbridge_digits",
-                img_size=32,
-                class_num=2,
-                buffer_size=4,
-                vae_path=path,
-                data_path=image_root,
-                batch_size=4,
-                warmup_epochs=1,
-                lr=1e-3,
-                ema_rate=0.9,
-                num_workers=0,
-                device="cpu",
-                log_freq=5,
-                save_last_freq=2,
-                save_every_steps=2,
-                keep_last=2,
-                epochs=100,
-                max_steps=STEPS,
-                seed=3,
-                output_dir=output,
-                resume=output,
-            )
-            | changes
-        )
-        return [
-            part
-            for name, value in values.items()
-            for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
-        ]
-
-    return build
+def flags(toy_flags: Argv) -> Callable[..., list[str]]:
+    """A resumable run with a checkpoint every 2 steps."""
+    saving = dict(warmup_epochs=1, log_freq=5, save_last_freq=2, save_every_steps=2, keep_last=2)
+    return lambda output, **changes: toy_flags(
+        output, **(saving | dict(resume=output, epochs=100, max_steps=STEPS) | changes)
+    )
 
 
 def finish(flags: list[str], log: Path, code: int = 0, **more: int) -> float:
@@ -70,41 +36,23 @@ def finish(flags: list[str], log: Path, code: int = 0, **more: int) -> float:
 
 
 @pytest.fixture(scope="module")
-def whole(flags, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:  # noqa: ANN001
+def whole(flags: Argv, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     """The folder of a run never stopped, and its seconds."""
     folder = tmp_path_factory.mktemp("whole")
     finish(flags(folder / "warm", max_steps=1), folder / "log.txt")
     return folder / "run", finish(flags(folder / "run"), folder / "log.txt")
 
 
-def flat(value: object, name: str = "") -> dict[str, object]:
-    """{path: leaf} of nested dicts and lists."""
-    if isinstance(value, dict | list | tuple):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {key: leaf for k, v in items for key, leaf in flat(v, f"{name}/{k}").items()}
-    return {name: value}
-
-
 def assert_same_run(mine: Path, other: Path) -> None:
     """Weights, EMA, optimizer, random states and the loss log, bit for bit."""
     a, b = (load_latest(str(path))[1] for path in (mine, other))
     for key in ("model", "model_ema", "optimizer", "epoch", "step", "rng", "data"):
-        x, y = flat(a[key]), flat(b[key])
-        assert x.keys() == y.keys()
-        assert all(torch.equal(x[k], y[k]) if isinstance(x[k], torch.Tensor) else x[k] == y[k] for k in x), key
+        assert_same(a[key], b[key])
     assert log_of(mine) == log_of(other)
 
 
-def log_of(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in ("time", "images_per_s", "tflops", "data_wait", "memory_gib")}
-        for line in lines
-    ]
-
-
 @pytest.mark.slow
-def test_killed_at_ten_random_points(flags, whole: tuple[Path, float], tmp_path: Path) -> None:  # noqa: ANN001
+def test_killed_at_ten_random_points(flags: Argv, whole: tuple[Path, float], tmp_path: Path) -> None:
     """kill -9, each time at a random moment of a whole run's length; then to the end."""
     folder, seconds = whole
     out, rng, kills = tmp_path / "run", random.Random(0), 0
@@ -129,8 +77,8 @@ def test_killed_at_ten_random_points(flags, whole: tuple[Path, float], tmp_path:
 
 @pytest.mark.parametrize(("number", "step"), [(1, 2), (3, 4)])  # checkpoints at 2, at 3, the end of epoch 0, and at 4
 def test_killed_in_the_middle_of_a_checkpoint(
-    flags, whole: tuple[Path, float], tmp_path: Path, number: int, step: int
-) -> None:  # noqa: ANN001
+    flags: Argv, whole: tuple[Path, float], tmp_path: Path, number: int, step: int
+) -> None:
     """Half of its bytes are on the disk, under another name: the one before it is taken, or none if it was the first."""
     out = tmp_path / "run"
     finish(flags(out), tmp_path / "log.txt", code=-signal.SIGKILL, die_in_save=number)
@@ -146,7 +94,9 @@ def test_killed_in_the_middle_of_a_checkpoint(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_ends_the_run_with_a_checkpoint(flags, whole: tuple[Path, float], tmp_path: Path, number: int) -> None:  # noqa: ANN001
+def test_a_signal_ends_the_run_with_a_checkpoint(
+    flags: Argv, whole: tuple[Path, float], tmp_path: Path, number: int
+) -> None:
     """In the middle of an epoch, where no checkpoint is due: exit code 0, a message, and the rest of the run equal."""
     out, log = tmp_path / "run", tmp_path / "log.txt"
     process = run_killed.start(flags(out, save_every_steps=1000, save_last_freq=1000, log_freq=1), log)
@@ -166,7 +116,9 @@ def test_a_signal_ends_the_run_with_a_checkpoint(flags, whole: tuple[Path, float
     ]
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(flags, whole: tuple[Path, float], tmp_path: Path) -> None:  # noqa: ANN001
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(
+    flags: Argv, whole: tuple[Path, float], tmp_path: Path
+) -> None:
     """As after a power cut on a disk that lied about fsync: checkpoint-last.pth is half a file."""
     out, log = tmp_path / "run", tmp_path / "log.txt"
     finish(flags(out, max_steps=8, epochs=100), log)
@@ -176,12 +128,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(flags, whole: tuple
     # max_steps 8 ended the schedule at step 8, so only the data order is compared here; the weights come from the older file
     finish(flags(out, max_steps=8), log)
     text = log.read_text()
-    assert f"left out: {out / LAST}" in text and f"the checkpoint before it is taken instead: {older}" in text
+    assert f"skipped: {out / LAST}" in text and f"the checkpoint before it is taken instead: {older}" in text
     assert load_latest(str(out))[1]["step"] == 8
 
 
 @pytest.mark.slow
-def test_one_process_continues_as_two(flags, tmp_path: Path) -> None:  # noqa: ANN001
+def test_one_process_continues_as_two(flags: Argv, tmp_path: Path) -> None:
     """Two micro-batches of one process or one of each of two: the same images, draws and dropout, hence weights and losses equal up to the
     order of float sums."""
     same = dict(max_steps=16, batch_size=2)
