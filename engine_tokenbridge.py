@@ -46,9 +46,9 @@ def train(
 ) -> None:
     """Train to the last step of the settings; writes checkpoint-last.pth, log.jsonl and tensorboard events.
 
-    arguments: the command line's, recorded in checkpoints. resumed: content and
-    path of the checkpoint that is continued. make_evaluator: for run.online_eval, called before any work; what it returns
-    is called with (model, vae, step). SIGTERM and SIGUSR1 end the run after a step, with a checkpoint.
+    arguments: the command line's, recorded in checkpoints. resumed: content and path of the checkpoint that is
+    continued. make_evaluator: for run.online_eval, called before any work; what it returns is called with (model, vae,
+    step). SIGTERM and SIGUSR1 end the run after a step, with a checkpoint.
     """
     trained_classes = ((resumed[0] or {}).get("config") or {}).get("classes")
     dataset = build_dataset(data, model, vae, model.config.img_size, trained_classes)
@@ -114,11 +114,12 @@ def train_one_epoch(
     outputs: RunOutputs | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Train from `state.step` to the end of its epoch (or of the run); the loader starts at that step's first micro-batch.
+    """Train from `state.step` to the end of its epoch (or of the run); the loader starts at that step's first
+    micro-batch.
 
-    A step whose loss or gradient is not finite is skipped on every process alike; max_bad_steps in a row are an error that
-    names step, lr and gradient norm. should_stop() is asked after each step, by every process, all of which get the same
-    answer; returns True if it was to stop.
+    A step whose loss or gradient is not finite is skipped on every process alike; max_bad_steps in a row are an error
+    that names step, lr and gradient norm. should_stop() is asked after each step, by every process, all of which get
+    the same answer; returns True if it was to stop.
     """
     s, model = settings, state.model.train()
     last = min((state.step // s.steps_per_epoch + 1) * s.steps_per_epoch, s.total_steps)
@@ -197,7 +198,8 @@ def announce(name: str, settings: TrainSettings, images: int, state: TrainState)
     model = state.model
     levels = model.config.quant_levels
     logger.info(
-        "%s: %.2f M parameters, %d tokens x %d dimensions x %d levels; %d images, global batch %d, lr %.3g, %d epochs of %d "
+        "%s: %.2f M parameters, %d tokens x %d dimensions x %d levels; %d images, global batch %d, lr %.3g, %d epochs "
+        "of %d "
         "steps, %s on %s",
         name,
         sum(p.numel() for p in model.parameters()) / 1e6,
@@ -214,7 +216,9 @@ def announce(name: str, settings: TrainSettings, images: int, state: TrainState)
 def sample_grid(
     model: TokenBridge, vae: AutoencoderKL, settings: GenerationSettings, path: Path, device: torch.device
 ) -> Tensor | None:
-    """Write a grid of images of up to 16 classes, evenly spaced; the same seeds each time. Returns it (3, H, W) on rank 0."""
+    """Write a grid of images of up to 16 classes, evenly spaced; the same seeds each time. Returns it (3, H, W) on rank
+    0.
+    """
     count = min(16, model.class_num)
     labels = [i * model.class_num // count for i in range(count)]
     batches = generate_batches(model, vae, labels, range(dist.rank(), count, dist.world_size()), settings, device)

@@ -1,8 +1,9 @@
 """Train a TokenBridge model, evaluate it (FID, Inception Score), or sample images from it.
 
-train      torchrun --nproc_per_node=8 main_tokenbridge.py --model tokenbridge_large --data_path DIR --output_dir OUT --resume OUT
-evaluate   torchrun --nproc_per_node=8 main_tokenbridge.py --evaluate --resume OUT --cfg 3.1 --temperature 0.96 --num_images 50000
-sample     python main_tokenbridge.py --sample --resume OUT --classes 207,360 --num_images 8 --seed 0 --output_dir PICTURES
+train      torchrun --nproc_per_node=8 main_tokenbridge.py --model tokenbridge_large --data_path DIR --output_dir OUT
+--resume OUT evaluate   torchrun --nproc_per_node=8 main_tokenbridge.py --evaluate --resume OUT --cfg 3.1 --temperature
+0.96 --num_images 50000 sample     python main_tokenbridge.py --sample --resume OUT --classes 207,360 --num_images 8
+--seed 0 --output_dir PICTURES
 """
 
 import argparse
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -35,16 +37,25 @@ from util import checkpoint, dist
 from util.cli import add_process_flags, make_parser, parse
 from util.heap import keep_freed_memory
 from util.log import get_logger, log_lines, run_cli
-from util.options import ArgumentError, add_options, flag_names, read_options
+from util.options import add_options, flag_names, read_options
 from util.presets import Preset, apply_preset, load_preset, preset_names
 
 logger = get_logger()
 # --cfg and --temperature take several values here; --compile is one flag for training and sampling
 SAMPLER_FLAGS = [name for name in OPTION_NAMES if name not in ("cfg", "temperature", "compile")]
-SWEPT = {
-    "cfg": "guidance scale; 1 means none; several with --evaluate, --online_eval and --sample: all of them in turn",
-    "temperature": "several with --evaluate and --online_eval: all pairs with --cfg",
+SWEPT = {  # help, and with what several values go
+    "cfg": ("guidance scale; 1 means none; several: all of them in turn", ["evaluate", "online_eval", "sample"]),
+    "temperature": ("divides the logits; several: all pairs with --cfg", ["evaluate", "online_eval"]),
 }
+
+
+class Loaded(NamedTuple):
+    """What a run starts from: models, and the checkpoint's path and content if there is one."""
+
+    model: TokenBridge
+    vae: AutoencoderKL
+    source: Path | None
+    content: dict | None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,7 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("what to do (default: train)")
     group.add_argument("--evaluate", action="store_true", help="generate --num_images images and print their scores")
     group.add_argument("--sample", action="store_true", help="write images of --classes to --output_dir")
-    about = "a recipe or evaluation of configs/, with the numbers to expect: sets all its flags, printed; any flag given wins"
+    about = (
+        "a recipe or evaluation of configs/: sets all its flags, printed, with the numbers to expect; a given flag wins"
+    )
     group.add_argument("--preset", default=None, choices=preset_names(), help=about)
     add_options(parser, StructureOptions, "model and tokenizer")
     add_options(parser, TrainSettings, "training")
@@ -62,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("generation")
     about = "which of a checkpoint's weights generate images"
     group.add_argument("--weights", default="ema", choices=("ema", "model"), help=about)
-    for name, about in SWEPT.items():
+    for name, (about, _) in SWEPT.items():
         group.add_argument(f"--{name}", type=float, nargs="+", default=1.0, help=about)
     add_options(parser, SamplerOptions, "sampler", only=SAMPLER_FLAGS, num_iter=256)
     add_options(parser, EvaluationOptions, "evaluation")
@@ -80,11 +93,6 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} changes --sample only; give --sample too, or leave it out")
     if args.sample:
         read_options(SampleOptions, args)
-    if args.posthoc_ema_freq and args.start_epoch:
-        raise ArgumentError(
-            "posthoc_ema_freq",
-            "posthoc_ema_freq averages from the first step on: it does not go with start_epoch; leave one of them out",
-        )
     evaluation, evaluates = read_options(EvaluationOptions, args), args.evaluate or args.online_eval
     if evaluates:
         evaluation.check_enough_images()
@@ -116,10 +124,7 @@ def sweep_values(args: argparse.Namespace) -> list[tuple[float, float]]:
     ValueError if several are given where only one makes sense.
     """
     values = []
-    for name, modes in {
-        "cfg": ["evaluate", "online_eval", "sample"],
-        "temperature": ["evaluate", "online_eval"],
-    }.items():
+    for name, (_, modes) in SWEPT.items():
         given = getattr(args, name)
         several = list(dict.fromkeys(given if isinstance(given, list) else [given]))
         if len(several) > 1 and (args.sample and "sample" not in modes or not any(getattr(args, m) for m in modes)):
@@ -131,10 +136,10 @@ def sweep_values(args: argparse.Namespace) -> list[tuple[float, float]]:
     return list(itertools.product(*values))
 
 
-def load_models(
-    args: argparse.Namespace, given: set[str], device: torch.device
-) -> tuple[TokenBridge, AutoencoderKL, Path | None, dict | None]:
-    """Model and VAE of the flags and of --resume, its path and its content; the model has its weights if it is to generate."""
+def load_models(args: argparse.Namespace, given: set[str], device: torch.device) -> Loaded:
+    """Model and VAE of the flags and of --resume, its path and its content; the model has its weights if it is to
+    generate.
+    """
     structure, trains = read_options(StructureOptions, args), not (args.evaluate or args.sample)
     if not trains:
         download.provide(args.vae_path, "--vae_path", args.no_download)
@@ -150,15 +155,14 @@ def load_models(
     if not trains:
         load_generator_weights(model, content, source, args.weights)
         model = model.to(device)
-    return model, vae.to(device), source, content
+    return Loaded(model, vae.to(device), source, content)
 
 
 def run_training(
     args: argparse.Namespace,
     settings: TrainSettings,
     preset: Preset | None,
-    models: tuple[TokenBridge, AutoencoderKL],
-    resumed: tuple[dict | None, Path | None],
+    loaded: Loaded,
     device: torch.device,
     pairs: Sequence[tuple[float, float]],
 ) -> None:
@@ -167,14 +171,15 @@ def run_training(
     differences = training_differences(preset, vars(args), device, cache) if preset else []
     log_lines(differences)
     train(
-        *models,
+        loaded.model,
+        loaded.vae,
         read_options(DataOptions, args),
         device,
         settings,
         read_options(RunSettings, args),
         generation_settings(args, device),
         arguments=vars(args),
-        resumed=resumed,
+        resumed=(loaded.content, loaded.source),
         make_evaluator=lambda: partial(make_evaluator(args, device).during_training, pairs),
     )
     log_lines(differences)  # again, where somebody looks after a long run
@@ -189,11 +194,13 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
     check_arguments(args)
     process = {"seed": args.seed, "num_workers": args.num_workers, "pin_memory": args.pin_mem}
     settings = read_options(TrainSettings, args, **process)
-    read_options(RunSettings, args), read_options(StructureOptions, args)  # refused before anything is read
+    read_options(RunSettings, args).check(settings)  # before anything is read
+    read_options(StructureOptions, args)
     device = dist.init(args.device, args.dist_url)
     if device.type == "cpu" and not args.evaluate:  # the scores of many images need the memory more than the time
         keep_freed_memory()
-    model, vae, source, content = load_models(args, given, device)
+    loaded = load_models(args, given, device)
+    model, vae, source, content = loaded
     if args.evaluate:
         about = {"vae_path": args.vae_path, "weights": args.weights, "preset": preset}
         make_evaluator(args, device).run(model, vae, pairs, checkpoint=source, **about)
@@ -205,7 +212,7 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
     else:
         settings = optimizer_settings(settings, given, content, source)
         args.weight_decay = settings.weight_decay
-        run_training(args, settings, preset, (model, vae), (content, source), device, pairs)
+        run_training(args, settings, preset, loaded, device, pairs)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

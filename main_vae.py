@@ -1,11 +1,12 @@
 """Train a KL autoencoder for your own images; its file is what --vae_path of the other scripts takes.
 
-  one process   python main_vae.py --data_path DIR --img_size 256 --output_dir OUT --resume OUT
-  several       torchrun --nproc_per_node=8 main_vae.py --data_path DIR --img_size 256 --batch_size 16 --output_dir OUT --resume OUT
+  python main_vae.py --data_path DIR --img_size 256 --output_dir OUT --resume OUT
+  torchrun --nproc_per_node=8 main_vae.py --data_path DIR --img_size 256 --output_dir OUT --resume OUT
 
-DIR/train/<class>/<image> are the images. OUT/vae.pth, written at the end, holds the weights, the VAE's config (shape, measured
-scale of its latents, frequency order of its channels) and, if DIR/val exists, the PSNR of reconstructions. OUT/vae_state.pth
-is for --resume. The loss is mean |x - x'| + kl_weight * KL + perceptual_weight * edges (training/vae.py).
+DIR/train/<class>/<image> are the images. OUT/vae.pth, written at the end, holds the weights, the VAE's config (shape,
+measured scale of its latents, frequency order of its channels) and, if DIR/val exists, the PSNR of reconstructions.
+OUT/vae_state.pth is for --resume. The loss is mean |x - x'| + kl_weight * KL + perceptual_weight * edges
+(training/vae.py).
 """
 
 import argparse

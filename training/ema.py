@@ -15,8 +15,9 @@ SIGMA_RELS = (0.05, 0.10)
 class ModelEma:
     """EMA of every parameter, float32, under its name in the model: what the checkpoint calls `model_ema`.
 
-    After each optimizer step: ema = rate * ema + (1 - rate) * parameter. It starts as a copy of the parameters.
-    warmup: step t (from 0) takes the rate min(rate, (1 + t) / (10 + t)), so that the random weights are soon forgotten; published: none.
+    After each optimizer step: ema = rate * ema + (1 - rate) * parameter. It starts as a copy of the parameters. warmup:
+    step t (from 0) takes the rate min(rate, (1 + t) / (10 + t)), so that the random weights are soon forgotten;
+    published: none.
     """
 
     def __init__(self, model: nn.Module, rate: float, warmup: bool = False):
@@ -44,7 +45,8 @@ class ModelEma:
     def load_state_dict(self, state: dict[str, Tensor], source: str = "checkpoint") -> None:
         """Copy the averages; ValueError if a parameter is missing, has another shape or holds NaN.
 
-        Buffers in `state` are ignored (MAR's files have a whole state dict); the copies never require grad, whatever `state` does.
+        Buffers in `state` are ignored (MAR's files have a whole state dict); the copies never require grad, whatever
+        `state` does.
         """
         bad = [n for n, value in self.shadow.items() if getattr(state.get(n), "shape", None) != value.shape]
         if bad:
@@ -57,10 +59,11 @@ class ModelEma:
 
 
 def power_exponent(sigma_rel: float) -> float:
-    """gamma of the profile tau^gamma on [0, t] whose standard deviation is sigma_rel * t (Karras et al. 2024, arXiv 2312.02696, section 3).
+    """gamma of the profile tau^gamma on [0, t] whose standard deviation is sigma_rel * t (Karras et al. 2024, arXiv
+    2312.02696, section 3).
 
-    sigma_rel^2 = (g + 1) / ((g + 2)^2 (g + 3)), so g is the largest root of g^3 + 7 g^2 + (16 - s) g + (12 - s) with s = sigma_rel^-2.
-    ValueError outside (0, 12^-1/2]: at the upper end gamma is 0, and all steps count alike.
+    sigma_rel^2 = (g + 1) / ((g + 2)^2 (g + 3)), so g is the largest root of g^3 + 7 g^2 + (16 - s) g + (12 - s) with s
+    = sigma_rel^-2. ValueError outside (0, 12^-1/2]: at the upper end gamma is 0, and all steps count alike.
     """
     if not 0 < sigma_rel <= 12**-0.5:
         raise ArgumentError("sigma_rel", f"sigma_rel must be in (0, {12**-0.5:.4f}], got {sigma_rel}")
@@ -69,9 +72,11 @@ def power_exponent(sigma_rel: float) -> float:
 
 
 class PowerEma(ModelEma):
-    """Average with a power-function profile: after t steps, the weights after step s count as s^(gamma+1) - (s-1)^(gamma+1), over t^(gamma+1).
+    """Average with a power-function profile: after t steps, the weights after step s count as s^(gamma+1) -
+    (s-1)^(gamma+1), over t^(gamma+1).
 
-    Its length is always the same share of the training so far; the random initial weights have no part in it (same section).
+    Its length is always the same share of the training so far; the random initial weights have no part in it (same
+    section).
     """
 
     def __init__(self, model: nn.Module, sigma_rel: float):

@@ -7,7 +7,8 @@ checkpointing computes a second time.
 
 from models.config import TokenBridgeConfig
 
-# Dense peak, TFLOP/s, from the makers' data sheets: (half precision with float32 sums, float32 as TF32 where the device has it).
+# Dense peak, TFLOP/s, from the makers' data sheets: (half precision with float32 sums, float32 as TF32 where the device
+# has it).
 # The first name that is part of the device's own name counts, so the special ones come first.
 PEAKS: dict[str, tuple[float, float]] = {
     "B200": (2250, 1125),
@@ -43,7 +44,7 @@ def peak_tflops(device_name: str, precision: str) -> float | None:
 
 
 def block_flops(tokens: int, width: int, mlp_ratio: float) -> float:
-    """Forward FLOPs of one transformer block over a sequence: projections and MLP, then scores and their weighted sum."""
+    """Forward FLOPs of one transformer block: projections and MLP, then scores and their weighted sum."""
     return 2 * tokens * width**2 * (4 + 2 * mlp_ratio) + 4 * tokens**2 * width
 
 

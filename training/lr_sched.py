@@ -15,7 +15,8 @@ def base_learning_rate(lr: float | None, blr: float, global_batch: int) -> float
 def learning_rate(
     epoch: float, *, peak: float, min_lr: float, schedule: str, warmup_epochs: float, epochs: float
 ) -> float:
-    """Learning rate at a fractional epoch: of the iteration after `step` optimizer steps, epoch = step / steps per epoch, as published.
+    """Learning rate at a fractional epoch: of the iteration after `step` optimizer steps, epoch = step / steps per
+    epoch, as published.
 
     So the first iteration of a warm-up has rate 0. ValueError that lists the choices for an unknown schedule.
     """

@@ -2,9 +2,10 @@
 
   python -m tools.posthoc_ema OUT/model --sigma_rel 0.08 [--step 40000] [--output FILE.pth]
 
-Training with --posthoc_ema_freq N keeps two averages with power-function profiles and writes both every N steps. A weighted sum of these snapshots
-is an average with another profile; the weights are those that bring it nearest to the wanted one, whose standard deviation is --sigma_rel times
-the steps trained. The file that is written is one that --resume takes for --sample and --evaluate.
+Training with --posthoc_ema_freq N keeps two averages with power-function profiles and writes both every N steps. A
+weighted sum of these snapshots is an average with another profile; the weights are those that bring it nearest to the
+wanted one, whose standard deviation is --sigma_rel times the steps trained. The file that is written is one that
+--resume takes for --sample and --evaluate.
 
 Letters: K averages in the snapshots, N wanted lengths.
 """
@@ -29,34 +30,28 @@ logger = get_logger()
 FOLDER = "posthoc_ema"  # of the snapshots, in the run's folder
 MAX_RESIDUAL = 0.1  # a profile that is off by more is another average than the one asked for
 NOT_THE_COURSE = (
-    "resume",
-    "start_epoch",
-    "batch_size",
-    "accum_iter",
-    "log_freq",
-    "save_last_freq",
-    "save_every_steps",
-    "keep_last",
-    "sample_freq",
-    "online_eval",
-    "eval_freq",
-    "eval_bsz",
-    "posthoc_ema_freq",
-    "device",
-    "num_workers",
-    "pin_mem",
-    "world_size",
-    "local_rank",
-    "dist_on_itp",
-    "dist_url",
+    *(
+        "resume",
+        "start_epoch",
+        "batch_size",
+        "accum_iter",
+        "log_freq",
+        "save_last_freq",
+        "save_every_steps",
+        "keep_last",
+    ),
+    *("sample_freq", "online_eval", "eval_freq", "eval_bsz", "posthoc_ema_freq", "device", "num_workers", "pin_mem"),
+    *("world_size", "local_rank", "dist_on_itp", "dist_url"),
 )
 
 
-# ------------------------------------------------------------------------------------------------------------- the fit
+# ---- the fit
 
 
 def inner_product(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
-    """Integral of p_a p_b, where p(tau) = (gamma + 1) tau^gamma / t^(gamma+1) on [0, t]; the arguments broadcast (appendix C)."""
+    """Integral of p_a p_b, where p(tau) = (gamma + 1) tau^gamma / t^(gamma+1) on [0, t]; the arguments broadcast
+    (appendix C).
+    """
     earlier, later = np.minimum(t_a, t_b), np.maximum(t_a, t_b)
     both = (gamma_a + 1) * (gamma_b + 1) / ((gamma_a + gamma_b + 1) * later)
     return both * (earlier / later) ** np.where(t_a < t_b, gamma_b, gamma_a)
@@ -65,10 +60,11 @@ def inner_product(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b
 def fit(
     steps: Sequence[int], sigma_rels: Sequence[float], step: int, wanted: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (K, N) that add the averages of `sigma_rels` at `steps` (K each) up to those of length `wanted` (N) at `step`, and residuals (N,).
+    """Weights (K, N) that add the averages of `sigma_rels` at `steps` (K each) up to those of length `wanted` (N) at
+    `step`, and residuals (N,).
 
-    Least squares over the profiles. The weights of each sum add up to 1, as every profile's integral does (the paper leaves that free). Residual:
-    ||sum - wanted profile|| / ||wanted profile||, in L2.
+    Least squares over the profiles. The weights of each sum add up to 1, as every profile's integral does (the paper
+    leaves that free). Residual: ||sum - wanted profile|| / ||wanted profile||, in L2.
     """
     # (K, 1)
     t, gamma = np.array(steps, dtype=np.float64)[:, None], np.array([power_exponent(s) for s in sigma_rels])[:, None]
@@ -93,7 +89,7 @@ def possible(steps: Sequence[int], sigma_rels: Sequence[float], step: int) -> st
     return f"from {good.min():.3f} to {good.max():.3f}"
 
 
-# ------------------------------------------------------------------------------------------------------------- snapshots of a run
+# ---- snapshots of a run
 
 
 def snapshot_path(folder: Path, step: int) -> Path:
@@ -115,21 +111,24 @@ def run_name(config: dict, data: dict) -> str:
 
 
 def choose_run(output_dir: str, config: dict, data: dict, content: dict | None) -> str:
-    """The name of a run: its checkpoint's, or that of a new one. ValueError if the folder holds snapshots of another."""
+    """The name of a run: its checkpoint's, or a new one. ValueError if the folder holds snapshots of another run."""
     run = ((content or {}).get("config") or {}).get("run") or run_name(config, data)
     check_run(Path(output_dir), run)
     return run
 
 
 def read_snapshot(path: Path, run: str | None) -> dict[str, dict[str, Tensor]]:
-    """{sigma_rel as text: {name: float16}} of one file, tensors left on the disk until they are used. ValueError if it is none of this run's."""
+    """{sigma_rel as text: {name: float16}} of one file, tensors left on the disk until they are used. ValueError if it
+    is none of this run's.
+    """
     content = load_file(path, flag="", mmap=True)
     averages = content.get("averages")
     if not isinstance(averages, dict) or not all(isinstance(averages.get(f"{s:g}"), dict) for s in SIGMA_RELS):
         raise ValueError(f"{path} is no snapshot of --posthoc_ema_freq: it lacks averages; move it away")
     if content.get("run") != run:
         raise ValueError(
-            f"{path} belongs to another run (named {content.get('run')}, this one is {run}): move that run's {FOLDER} away, or use "
+            f"{path} belongs to another run (named {content.get('run')}, this one is {run}): move that run's {FOLDER} "
+            "away, or use "
             "another folder (--output_dir)"
         )
     return averages
@@ -147,7 +146,9 @@ def check_run(run_folder: Path, run: str) -> None:
 
 
 class SnapshotWriter(CheckpointWriter):
-    """Writes snapshots in the background. Those later than `step`, where the run (again) begins, are of a course that it left, and go."""
+    """Writes snapshots in the background. Those later than `step`, where the run (again) begins, are of a course that
+    it left, and go.
+    """
 
     def __init__(self, run_folder: Path, run: str, step: int):
         super().__init__(run_folder / FOLDER)
@@ -175,11 +176,13 @@ class SnapshotWriter(CheckpointWriter):
         atomic_save(content, snapshot_path(self.folder, content["step"]))
 
 
-# ------------------------------------------------------------------------------------------------------------- adding up
+# ---- adding up
 
 
 def add_up(files: Sequence[Path], run: str, weights: np.ndarray, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sum of weights (len(files), len(SIGMA_RELS)) x averages, float32, with the names and shapes of `like`; one file after the other is read."""
+    """Sum of weights (len(files), len(SIGMA_RELS)) x averages, float32, with the names and shapes of `like`; one file
+    after the other is read.
+    """
     total = {name: torch.zeros(value.shape) for name, value in like.items()}
     for path, row in zip(files, weights, strict=True):
         averages = read_snapshot(path, run)
@@ -188,29 +191,34 @@ def add_up(files: Sequence[Path], run: str, weights: np.ndarray, like: dict[str,
             bad = [name for name, value in total.items() if getattr(average.get(name), "shape", None) != value.shape]
             if bad:
                 raise ValueError(
-                    f"{path} lacks or misshapes {len(bad)} parameters of the run's model: {', '.join(bad[:3])}; move it away"
+                    f"{path} lacks or misshapes {len(bad)} parameters of the run's model: {', '.join(bad[:3])}; move "
+                    "it away"
                 )
             for name, value in total.items():
                 value.add_(average[name].float(), alpha=float(weight))
     not_finite = [name for name, value in total.items() if not torch.isfinite(value).all()]
     if not_finite:
         raise ValueError(
-            f"the snapshots in {files[0].parent} hold NaN or values too large for float16, first in {', '.join(not_finite[:3])}"
+            f"the snapshots in {files[0].parent} hold NaN or values too large for float16, first in "
+            f"{', '.join(not_finite[:3])}"
         )
     return total
 
 
 def reconstruct(source: Path, sigma_rel: float, step: int | None = None) -> dict:
-    """A checkpoint whose model and model_ema are the average of length `sigma_rel` at `step` (the last snapshot's, if None) of the run of `source`.
+    """A checkpoint whose model and model_ema are the average of length `sigma_rel` at `step` (the last snapshot's, if
+    None) of the run of `source`.
 
-    `fit` in it says how near it is. ValueError if there are no snapshots, they are another run's, or cannot be added up to that length.
+    `fit` in it says how near it is. ValueError if there are no snapshots, they are another run's, or cannot be added up
+    to that length.
     """
     content = load_file(source, flag="", mmap=True)
     config, last = content["config"] if isinstance(content.get("config"), dict) else {}, content.get("step", 0)
     files = {at: path for at, path in snapshot_files(source.parent).items() if at <= last}
     if not files:
         raise ValueError(
-            f"{source.parent / FOLDER} holds no snapshots up to step {last} of {source}: they are written by training with "
+            f"{source.parent / FOLDER} holds no snapshots up to step {last} of {source}: they are written by training "
+            "with "
             "--posthoc_ema_freq N, from its first step on"
         )
     for path in files.values():
@@ -225,8 +233,10 @@ def reconstruct(source: Path, sigma_rel: float, step: int | None = None) -> dict
     weights, (residual,) = fit(steps, sigma_rels, step, [sigma_rel])
     if residual > MAX_RESIDUAL:
         raise ValueError(
-            f"--sigma_rel {sigma_rel:g} cannot be fitted with the {len(files)} snapshots up to step {step}: the profile would be off by "
-            f"{100 * residual:.0f} %; choose {possible(steps, sigma_rels, step)}, or train with a smaller --posthoc_ema_freq"
+            f"--sigma_rel {sigma_rel:g} cannot be fitted with the {len(files)} snapshots up to step {step}: the "
+            "profile would be off by "
+            f"{100 * residual:.0f} %; choose {possible(steps, sigma_rels, step)}, or train with a smaller "
+            "--posthoc_ema_freq"
         )
     average = add_up(
         list(files.values()), config["run"], weights.reshape(len(files), len(SIGMA_RELS)), content["model_ema"]

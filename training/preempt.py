@@ -1,4 +1,6 @@
-"""Being told to stop: SIGTERM and SIGUSR1 end a run after its step, with a checkpoint, on all processes at the same step."""
+"""Being told to stop: SIGTERM and SIGUSR1 end a run after its step, with a checkpoint, on all processes at the same
+step.
+"""
 
 import contextlib
 import signal
@@ -24,7 +26,9 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within the block the signals set the flag; afterwards they do what they did before. Only the main thread can listen."""
+        """Within the block the signals set the flag; afterwards they do what they did before. Only the main thread can
+        listen.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -40,9 +44,10 @@ class StopRequest:
     def agreed(self) -> bool:
         """True on every process at the same call, once a signal has reached one of them.
 
-        With several processes the answer is the one collected during the previous call: the hosts then never wait for each other, nor for
-        the device; the run stops one step later. (A tensor on the CPU goes through gloo, also beside nccl. A group of its own would not come
-        back after one of torchrun's restarts: torch 2.15 then meets the addresses of the processes before.)
+        With several processes the answer is the one collected during the previous call: the hosts then never wait for
+        each other, nor for the device; the run stops one step later. (A tensor on the CPU goes through gloo, also
+        beside nccl. A group of its own would not come back after one of torchrun's restarts: torch 2.15 then meets the
+        addresses of the processes before.)
         """
         if not torch.distributed.is_initialized():
             return self.received is not None

@@ -1,6 +1,8 @@
-"""Progress of a training: one line on the terminal, the same numbers in the log and in tensorboard, the stop after bad steps.
+"""Progress of a training: one line on the terminal, the same numbers in the log and in tensorboard, the stop after bad
+steps.
 
-Numbers stay on the device until a line is due; then all of the window are fetched together. Nothing else waits for them.
+Numbers stay on the device until a line is due; then all of the window are fetched together. Nothing else waits for
+them.
 """
 
 import math
@@ -69,11 +71,14 @@ class Progress:
         self.window = Window()
 
     def due(self, step: int, norm: Tensor) -> bool:
-        """Whether to flush after `step` steps: every log_freq steps, and at once after a bad step where that costs nothing."""
+        """Whether to flush after `step` steps: every log_freq steps, and at once after a bad step where that costs
+        nothing.
+        """
         return step % self.settings.log_freq == 0 or self.device.type == "cpu" and not math.isfinite(norm)
 
     def flush(self, step: int, bad_in_row: int) -> int:
-        """Fetch and log the window that ends after `step` steps; returns how many steps in a row, up to now, were skipped.
+        """Fetch and log the window that ends after `step` steps; returns how many steps in a row, up to now, were
+        skipped.
 
         ArgumentError naming step, lr and gradient norm once those are max_bad_steps.
         """
@@ -110,7 +115,8 @@ class Progress:
             raise ArgumentError(
                 "max_bad_steps",
                 f"{bad_in_row} steps in a row had a loss or gradient that is not finite; stopped at step {step} with "
-                f"lr {lr:.3g}, loss {loss}, grad norm {norm}. Those steps changed no weight and the files written so far "
+                f"lr {lr:.3g}, loss {loss}, grad norm {norm}. Those steps changed no weight and the files written so "
+                "far "
                 "are as they were. Check the data, lower the learning rate or grad_clip, or use precision bf16 or fp32",
             )
 

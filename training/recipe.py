@@ -1,4 +1,6 @@
-"""The recipe of a resumed training: what it takes from its checkpoint, and which settings differ from it (docs/spec.md 7)."""
+"""The recipe of a resumed training: what it takes from its checkpoint, and which settings differ from it (docs/spec.md
+7).
+"""
 
 import argparse
 import math
@@ -25,7 +27,7 @@ RECIPE_NAMES = (
 
 
 def recorded_arguments(content: Mapping) -> dict:
-    """The arguments that a checkpoint was trained with: of our config, or of the published files' `args`; {} if absent."""
+    """The arguments that a checkpoint was trained with: our config's, or the published files' `args`; {} if absent."""
     config, recorded = content.get("config"), content.get("args")
     if isinstance(config, dict):
         recorded = config.get("args")
@@ -112,7 +114,8 @@ def log_older_recipe(arguments: Mapping, content: dict, source: Path) -> None:
     """Log how a training begun with an earlier version of this code continues; `arguments` holds the model's rates."""
     if content.get("config") and "recipe" not in content["config"]:
         logger.info(
-            "%s was begun without dropout in the head and with one mask ratio for all processes; it continues as published: "
+            "%s was begun without dropout in the head and with one mask ratio for all processes; it continues as "
+            "published: "
             "attn_dropout %g and proj_dropout %g in the head too, a mask ratio for each micro-batch",
             source,
             arguments["attn_dropout"],

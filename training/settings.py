@@ -1,4 +1,4 @@
-"""Settings of a training run: every flag that concerns training is a field here, with its default, range and help text."""
+"""Settings of a training run: each flag that concerns training is a field here, with default, range and help text."""
 
 import math
 from dataclasses import dataclass, replace
@@ -70,7 +70,8 @@ class TrainSettings(LoopSettings):
     ema_warmup: bool = option(False, "a lower EMA rate in the first steps, (1 + t) / (10 + t); published: off")
     posthoc_ema_freq: int = option(
         0,
-        "steps between snapshots for an EMA whose length is chosen afterwards (python -m tools.posthoc_ema); 0 for none",
+        "steps between snapshots for an EMA whose length is chosen afterwards (python -m tools.posthoc_ema); 0 for "
+        "none",
         lowest=0,
     )
     compile: bool = option(
@@ -118,6 +119,14 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    def check(self, settings: TrainSettings) -> None:
+        """ArgumentError for what does not go with the settings of the training."""
+        if settings.posthoc_ema_freq and self.start_epoch:
+            raise ArgumentError(
+                "posthoc_ema_freq",
+                "posthoc_ema_freq averages from the first step on: it does not go with start_epoch; leave one of them out",
+            )
 
 
 def due(epoch: int, every: int) -> bool:

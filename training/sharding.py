@@ -1,6 +1,8 @@
-"""Weights cut over the processes (--fsdp, torch's fully_shard), and whole again for checkpoints, which keep the published layout.
+"""Weights cut over the processes (--fsdp, torch's fully_shard), and whole again for checkpoints, which keep the
+published layout.
 
-A sharded parameter is a DTensor: it has the whole shape, and this process's part of the numbers. Plain tensors pass through unchanged.
+A sharded parameter is a DTensor: it has the whole shape, and this process's part of the numbers. Plain tensors pass
+through unchanged.
 """
 
 from collections.abc import Iterable
@@ -13,11 +15,13 @@ from util.options import ArgumentError
 
 
 def cannot_shard(device: torch.device) -> str:
-    """Why sharding does not work on the device with this torch, "" if it does: on a CPU 2.6 fails, and 2.7 sums gradients."""
+    """Why sharding does not work on the device with this torch, "" if it does: on a CPU 2.6 fails, and 2.7 sums
+    gradients.
+    """
     from torch.distributed.fsdp import FSDPModule
 
     if device.type == "cpu" and not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
-        return f"fsdp on a CPU needs torch 2.8 or later, this is {torch.__version__}: leave it out, or install a later torch"
+        return f"fsdp on a CPU needs torch 2.8 or later, this is {torch.__version__}: leave it out, or update torch"
     return ""
 
 
@@ -26,7 +30,8 @@ def check_sharding(fsdp: bool, device: torch.device) -> None:
     if fsdp and dist.world_size() == 1:
         raise ArgumentError(
             "fsdp",
-            "fsdp shards the weights over several processes, and there is one: start it with torchrun --nproc_per_node, or "
+            "fsdp shards the weights over several processes, and there is one: start it with torchrun "
+            "--nproc_per_node, or "
             "leave it out",
         )
     if fsdp and (reason := cannot_shard(device)):
@@ -34,9 +39,11 @@ def check_sharding(fsdp: bool, device: torch.device) -> None:
 
 
 def shard(model: nn.Module, units: Iterable[nn.Module], device: torch.device) -> None:
-    """Cut the parameters over all processes, in place: each unit is gathered when it runs and freed after; the rest makes one more unit.
+    """Cut the parameters over all processes, in place: each unit is gathered when it runs and freed after; the rest
+    makes one more unit.
 
-    Inner units come before the ones that hold them. Only one unit at a time is ever whole on the device. Ask `cannot_shard` first.
+    Inner units come before the ones that hold them. Only one unit at a time is ever whole on the device. Ask
+    `cannot_shard` first.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # slow to import; only for runs that shard
@@ -60,7 +67,9 @@ def full(value: Tensor) -> Tensor:
 
 
 def like(value: Tensor, reference: Tensor) -> Tensor:
-    """This process's part of the whole tensor `value`, if `reference` is cut and has its shape; every process brings the same numbers."""
+    """This process's part of the whole tensor `value`, if `reference` is cut and has its shape; every process brings
+    the same numbers.
+    """
     if not is_sharded(reference) or value.shape != reference.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -71,7 +80,8 @@ def like(value: Tensor, reference: Tensor) -> Tensor:
 
 
 def to_host(value: object, keep: bool = True) -> object:
-    """A copy on the CPU of all tensors in nested dicts, lists and tuples, whole; every process must ask, only those with `keep` get it.
+    """A copy on the CPU of all tensors in nested dicts, lists and tuples, whole; every process must ask, only those
+    with `keep` get it.
 
     One tensor is gathered after the other, so that no device ever holds all of them.
     """

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps: model, optimizer, EMA, scaler, step; on one process, on several (DDP), or sharded (--fsdp)."""
+"""What a checkpoint keeps: model, optimizer, EMA, scaler, step; on one process, several (DDP), or sharded (--fsdp)."""
 
 import inspect
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,8 @@ from util.options import ArgumentError
 
 logger = get_logger()
 
-# How AdamW computes is not part of its state: files carry the published optimizer's defaults, so that any AdamW takes them.
+# How AdamW computes is not part of its state: files carry the published optimizer's defaults, so that any AdamW takes
+# them.
 IMPLEMENTATION = {"fused": None, "foreach": None, "capturable": False}
 
 
@@ -57,7 +58,8 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def compile_blocks(model: TokenBridge) -> None:
-    """Compile every transformer block by itself, in place: few shapes, short compilation, and keys and hooks stay as they are.
+    """Compile every transformer block by itself, in place: few shapes, short compilation, and keys and hooks stay as
+    they are.
 
     The number of visible tokens changes from step to step, so sizes are symbols.
     """
@@ -68,8 +70,8 @@ def compile_blocks(model: TokenBridge) -> None:
 def wrap(model: TokenBridge, accumulates: bool) -> nn.Module:
     """The model itself on one process; on several, DDP, which averages their gradients.
 
-    Every step uses the same parameters, so its graph is static, except with accumulation: DDP's first backward pass would
-    have to average then (torch 2.15 stops with an internal error), and a resumed run would sum in another order.
+    Every step uses the same parameters, so its graph is static, except with accumulation: DDP's first backward pass
+    would have to average then (torch 2.15 stops with an internal error), and a resumed run would sum in another order.
     """
     if dist.world_size() == 1:
         return model
@@ -89,8 +91,8 @@ def wrap(model: TokenBridge, accumulates: bool) -> nn.Module:
 class TrainState:
     """Model, optimizer, EMA, scaler and the number of optimizer steps done.
 
-    The model comes with its weights, on the CPU with fsdp (no device then ever holds all of it), otherwise wherever it is
-    to stay, unless `device` says where.
+    The model comes with its weights, on the CPU with fsdp (no device then ever holds all of it), otherwise wherever it
+    is to stay, unless `device` says where.
     """
 
     def __init__(self, model: TokenBridge, settings: TrainSettings, device: torch.device | None = None):
@@ -118,7 +120,7 @@ class TrainState:
             average.update(self.step)
 
     def hold_gradients(self, hold: bool) -> None:
-        """Whether the coming backward pass only adds to this process's gradients, or averages them over the processes."""
+        """Whether the next backward pass only adds to this process's gradients, or averages them over the processes."""
         if self.fsdp:
             self.model.set_requires_gradient_sync(not hold)
         elif isinstance(self.wrapped, DistributedDataParallel):
@@ -127,8 +129,8 @@ class TrainState:
     def snapshot(self, steps_per_epoch: int) -> dict | None:
         """A copy on the CPU, for rank 0 (None elsewhere); every process must call it. Sharded tensors are gathered.
 
-        The published checkpoint layout (docs/spec.md 7) and, beyond it, `step`, `rng`, `versions`, and `posthoc_ema` where
-        those averages are kept. `epoch` is the last one finished, -1 before that.
+        The published checkpoint layout (docs/spec.md 7) and, beyond it, `step`, `rng`, `versions`, and `posthoc_ema`
+        where those averages are kept. `epoch` is the last one finished, -1 before that.
         """
         rng = dist.gather_objects(checkpoint.random_state(self.device))
         if not dist.is_main() and not self.fsdp:
@@ -180,7 +182,9 @@ class TrainState:
         self._load_random_state(content, source)
 
     def _fitted(self, saved: dict) -> dict:
-        """A saved optimizer state with this optimizer's settings, sharded as the parameters are. ValueError if it does not fit."""
+        """A saved optimizer state with this optimizer's settings, sharded as the parameters are. ValueError if it does
+        not fit.
+        """
         groups, own = saved["param_groups"], self.optimizer.param_groups
         sizes, own_sizes = ([len(group["params"]) for group in either] for either in (groups, own))
         if sizes != own_sizes:
@@ -193,7 +197,8 @@ class TrainState:
             shape = getattr(saved["state"].get(number, {}).get("exp_avg"), "shape", parameter.shape)
             if shape != parameter.shape:
                 raise ValueError(
-                    f"the moments of parameter {number} have shape {tuple(shape)}, the parameter {tuple(parameter.shape)}"
+                    f"the moments of parameter {number} have shape {tuple(shape)}, the parameter "
+                    f"{tuple(parameter.shape)}"
                 )
         state = {
             number: {k: like(v, parameters[number]) if isinstance(v, Tensor) else v for k, v in entry.items()}
@@ -210,7 +215,8 @@ class TrainState:
         self.step = step if same else (epoch + 1) * steps_per_epoch
         if step is not None and not same:
             logger.warning(
-                "%s was written with %s steps per epoch, now there are %d (batch size or data changed): continuing after "
+                "%s was written with %s steps per epoch, now there are %d (batch size or data changed): continuing "
+                "after "
                 "its last full epoch",
                 source,
                 saved_steps,
@@ -220,7 +226,8 @@ class TrainState:
         if len(set(steps)) > 1:
             raise ArgumentError(
                 "resume",
-                f"the processes read different checkpoints of {source}: they are at steps {steps}; is it on a disk that all "
+                f"the processes read different checkpoints of {source}: they are at steps {steps}; is it on a disk "
+                "that all "
                 "nodes share?",
             )
 
@@ -248,7 +255,9 @@ class TrainState:
                 average.load_state_dict(saved[key], source)
 
     def _load_random_state(self, content: dict, source: str) -> None:
-        """The loop seeds its draws by step; this is for whatever else draws. Left as it is if the number of processes changed."""
+        """The loop seeds its draws by step; this is for whatever else draws. Left as it is if the number of processes
+        changed.
+        """
         rng, saved_versions = content.get("rng"), content.get("versions")
         if isinstance(rng, list) and len(rng) == dist.world_size():
             try:
@@ -257,7 +266,8 @@ class TrainState:
                 raise ValueError(f"the random state in {source} cannot be restored: {error}") from error
         elif rng:
             logger.info(
-                "%s is of %d processes, now there are %d: data, token orders and noise stay those of their step; mask ratios "
+                "%s is of %d processes, now there are %d: data, token orders and noise stay those of their step; mask "
+                "ratios "
                 "and dropout do where batch_size is the same",
                 source,
                 len(rng),

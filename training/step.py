@@ -150,7 +150,8 @@ def optimizer_step(state: Stepped, parameters: Sequence[nn.Parameter], grad_clip
     """Clip the gradients and step; returns their norm before clipping, on the device.
 
     Weights and moments stay as they are if the norm is not finite. The gradients are averaged over the processes, so
-    the norm, and with it the decision, is the same on every rank without another message. No host sync without a scaler.
+    the norm, and with it the decision, is the same on every rank without another message. No host sync without a
+    scaler.
     """
     optimizer, scaler = state.optimizer, state.scaler
     scaler.unscale_(optimizer)

@@ -56,7 +56,8 @@ class VaeSettings(LoopSettings):
     norm_groups: int = option(32, "groups of every GroupNorm; must divide the width of every level", lowest=1)
     kl_weight: float = option(
         1e-6,
-        "weight of the KL in nats per image; 1e-5 suits 64 latents (32-pixel digits), images with more latents need less",
+        "weight of the KL in nats per image; 1e-5 suits 64 latents (32-pixel digits), images with more latents need "
+        "less",
         lowest=0,
     )
     perceptual_weight: float = option(0.0, "weight of the edge term; 0 leaves it out", lowest=0)
@@ -76,7 +77,8 @@ class VaeSettings(LoopSettings):
         if wrong:
             raise ArgumentError(
                 "norm_groups",
-                f"norm_groups {self.norm_groups} does not divide a level's width, {wrong[0]} (width {self.width} times 1 or "
+                f"norm_groups {self.norm_groups} does not divide a level's width, {wrong[0]} (width {self.width} "
+                "times 1 or "
                 "ch_mult); give another width or norm_groups",
             )
 
@@ -110,7 +112,8 @@ def edge_distance(a: Tensor, b: Tensor, scales: int = 3) -> Tensor:
     """Mean absolute difference of the edges of two image batches (B, 3, H, W): scalar.
 
     Edges are differences of horizontal and of vertical neighbours, compared at `scales` resolutions, each half the one
-    before (2x2 averages), and averaged. Cheap, and no substitute for a learned metric: it only asks for equally steep edges.
+    before (2x2 averages), and averaged. Cheap, and no substitute for a learned metric: it only asks for equally steep
+    edges.
     """
     error, distances = a - b, []  # edges are linear, so the difference's edges are enough
     for _ in range(scales):
@@ -175,13 +178,14 @@ class VaeState:
         self.step = int(content["step"])
 
     def save(self, settings: VaeSettings) -> None:
-        """Write output_dir/vae_state.pth on rank 0. ValueError on every rank, and no file, if a weight is not finite."""
+        """Write vae_state.pth on rank 0. ArgumentError on every rank, and no file, if a weight is not finite."""
         broken = [name for name, value in self.vae.named_parameters() if not torch.isfinite(value).all()]
         if broken:
             lr = self.optimizer.param_groups[0]["lr"]
             raise ArgumentError(
                 "lr",
-                f"{len(broken)} weights are NaN or infinite at step {self.step} with lr {lr:.3g}, first: {broken[0]}; the files "
+                f"{len(broken)} weights are NaN or infinite at step {self.step} with lr {lr:.3g}, first: {broken[0]}; "
+                "the files "
                 "written so far are as they were. Lower the learning rate",
             )
         if dist.is_main():
@@ -206,8 +210,8 @@ def step_noise(shape: Sequence[int], seed: int, step: int, device: torch.device)
 def train_epoch(state: VaeState, loader: Iterable, settings: VaeSettings, log: JsonlLog | None) -> None:
     """Train from `state.step` to the end of its epoch (or of the run), saving the state every save_freq steps.
 
-    The loader starts at that step's batch. A step without a finite gradient changes no weight; max_bad_steps in a row are
-    an error that names step and lr, on every process alike, because DDP has averaged the gradients.
+    The loader starts at that step's batch. A step without a finite gradient changes no weight; max_bad_steps in a row
+    are an error that names step and lr, on every process alike, because DDP has averaged the gradients.
     """
     s, vae, device = settings, state.vae.train(), state.device
     last = min((state.step // s.steps_per_epoch + 1) * s.steps_per_epoch, s.total_steps)

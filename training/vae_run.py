@@ -68,7 +68,8 @@ def read_state(settings: VaeSettings) -> tuple[Path | None, dict | None]:
 def build_vae(
     settings: VaeSettings, given: set[str], content: dict | None, source: Path | None
 ) -> tuple[AutoencoderKL, VaeSettings]:
-    """The VAE of the settings or of the training state, on the CPU with random weights, and the settings with its structure.
+    """The VAE of the settings or of the training state, on the CPU with random weights, and the settings with its
+    structure.
 
     ArgumentError if a setting that was given contradicts the state.
     """
@@ -78,7 +79,8 @@ def build_vae(
             if name in given and own[key] != saved[key]:
                 raise ArgumentError(
                     name,
-                    f"{name} contradicts {source}, whose VAE has {key} = {saved[key]}; leave it out or train in another folder",
+                    f"{name} contradicts {source}, whose VAE has {key} = {saved[key]}; leave it out or train in "
+                    "another folder",
                 )
         same = {name: saved[key] for name, key in STRUCTURE.items()}
         same |= {"ch_mult": ",".join(map(str, saved["ch_mult"])), "no_attention": not saved["attention"]}
@@ -144,7 +146,8 @@ def resume(state: VaeState, settings: VaeSettings, content: dict, source: Path) 
     logger.info("resumed from %s at step %d", source, state.step)
     if content["steps_per_epoch"] != settings.steps_per_epoch:
         logger.warning(
-            "%s was written with %s steps per epoch, now there are %d (batch size or data changed): the order of images is "
+            "%s was written with %s steps per epoch, now there are %d (batch size or data changed): the order of "
+            "images is "
             "not that of an uninterrupted run",
             source,
             content["steps_per_epoch"],
@@ -156,7 +159,8 @@ def announce(state: VaeState, settings: VaeSettings, images: int) -> None:
     """Log what is trained."""
     vae, side = state.vae, settings.img_size // state.vae.stride
     logger.info(
-        "VAE: %.2f M parameters, %d px -> %d x %d x %d latents; %d images, global batch %d, lr %.3g, %d steps, %d per epoch, "
+        "VAE: %.2f M parameters, %d px -> %d x %d x %d latents; %d images, global batch %d, lr %.3g, %d steps, %d per "
+        "epoch, "
         "%s on %s",
         sum(p.numel() for p in vae.parameters()) / 1e6,
         *(settings.img_size, vae.embed_dim, side, side, images, settings.images_per_step, settings.lr),
@@ -174,8 +178,8 @@ def measure(
 ) -> float | None:
     """Set the VAE's scale_factor (1/std of posterior samples) and channel_order from training images; PSNR on `val`.
 
-    The PSNR (dB, mean over images) is of images decoded from the posterior mean, in uint8. At most MEASURED_IMAGES of each
-    set, in float32. ArgumentError if the latents are not finite.
+    The PSNR (dB, mean over images) is of images decoded from the posterior mean, in uint8. At most MEASURED_IMAGES of
+    each set, in float32. ArgumentError if the latents are not finite.
     """
     device = next(vae.parameters()).device
 

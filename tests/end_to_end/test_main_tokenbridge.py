@@ -1,4 +1,6 @@
-"""main_tokenbridge.py at toy size: training from images and from a cache, checkpoints, exact resume, sampling, evaluation."""
+"""main_tokenbridge.py at toy size: training from images and from a cache, checkpoints, exact resume, sampling,
+evaluation.
+"""
 
 import json
 import math
@@ -47,7 +49,7 @@ def load(folder: Path) -> dict:
     return torch.load(folder / "checkpoint-last.pth", weights_only=True)
 
 
-# ------------------------------------------------------------------------------------------------------- training
+# ---- training
 
 
 def test_a_checkpoint_has_the_published_layout_and_says_what_it_is(trained: Path, toy_vae: Path) -> None:
@@ -85,7 +87,9 @@ def test_the_log_says_where_the_loss_starts(flags: Argv, tmp_path: Path, message
 def test_a_resumed_run_is_the_run_never_stopped(
     trained: Path, flags: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
-    """Stopped after step `stop`, whose last checkpoint is of step 3: weights, EMA, optimizer and log are equal bit for bit."""
+    """Stopped after step `stop`, whose last checkpoint is of step 3: weights, EMA, optimizer and log are equal bit for
+    bit.
+    """
     real, out = engine_tokenbridge.train_one_epoch, tmp_path / "run"
 
     def killed(state, vae, loader, settings, device, log, **more) -> bool:
@@ -193,7 +197,9 @@ def test_the_parallel_head_trains_and_samples(flags: Argv, toy_vae: Path, tmp_pa
 
 
 def test_what_a_run_shows(flags: Argv, tmp_path: Path, messages: list[str]) -> None:
-    """One line with everything, the details of logging steps in the log and in tensorboard, a grid of samples that repeats."""
+    """One line with everything, the details of logging steps in the log and in tensorboard, a grid of samples that
+    repeats.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from training.flops import step_flops
@@ -261,7 +267,7 @@ def test_sharding_on_a_cpu_is_refused_where_torch_cannot(
     assert not list((tmp_path / "run").glob("*")) and cannot_shard(torch.device("cuda")) == ""
 
 
-# ------------------------------------------------------------------------------------------------------- sampling and evaluation
+# ---- sampling and evaluation
 
 
 def sampled(trained: Path, toy_vae: Path, out: Path, *more: object) -> dict[str, np.ndarray]:
@@ -355,7 +361,9 @@ def test_online_evaluation_leaves_training_as_it_is(
 def test_checkpoints_and_evaluations_are_due_as_published(
     flags: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cfg: tuple, scales: tuple
 ) -> None:
-    """Epochs 0, N, 2N, ... and the last one; at cfg 1 and then at each --cfg that is neither 1 nor 0. Three steps are an epoch."""
+    """Epochs 0, N, 2N, ... and the last one; at cfg 1 and then at each --cfg that is neither 1 nor 0. Three steps are
+    an epoch.
+    """
     saved, scored = [], []
 
     class Recorder(Evaluator):

@@ -26,7 +26,7 @@ SIZE, STEPS = 16, 10  # 16-pixel images; two classes of 8 at batch 4 make epochs
 
 
 def arguments(data: Path, out: Path, **changes: object) -> list[str]:
-    """A command line for a tiny VAE: 32 wide, two levels (stride 2), 4 latent channels; `changes` replace or add flags."""
+    """A command line for a tiny VAE: 32 wide, two levels (stride 2), 4 latent channels; `changes` replace flags."""
     shape = dict(img_size=SIZE, vae_embed_dim=4, width=32, ch_mult="1,1", num_res_blocks=1, no_attention=True)
     training = dict(kl_weight=1e-5, batch_size=4, lr=1e-3, max_steps=STEPS, log_freq=4, save_freq=5)
     return argv_of(**(shape | training | dict(data_path=data, output_dir=out, num_workers=0, device="cpu") | changes))
@@ -56,7 +56,7 @@ def train_images(data: Path, split: str = "train") -> Tensor:
     return torch.stack([dataset.load(i) for i in range(len(dataset))])
 
 
-# ------------------------------------------------------------------------------------------------------- what it writes
+# ---- what it writes
 
 
 def test_result_loads_and_says_what_it_is(finished: Path, data: Path) -> None:
@@ -90,7 +90,9 @@ def test_scale_is_one_over_the_std_of_posterior_samples(finished: Path, data: Pa
 
 
 class RiggedVae(AutoencoderKL):
-    """Its latents are known: channel 0 alternates from place to place, channel 1 varies slowly, channel 2 lies between; no noise."""
+    """Its latents are known: channel 0 alternates from place to place, channel 1 varies slowly, channel 2 lies between;
+    no noise.
+    """
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         wave = torch.arange(x.shape[-1] // self.stride) * torch.pi
@@ -155,7 +157,7 @@ def test_no_flip_mirrors_nothing(data: Path, tmp_path: Path, monkeypatch: pytest
         assert len(set(found) & plain) == len(plain) or not flag  # an epoch shows every image
 
 
-# ------------------------------------------------------------------------------------------------------- loss
+# ---- loss
 
 
 def test_objective_is_the_documented_sum() -> None:
@@ -181,7 +183,7 @@ def test_edge_distance_of_known_pictures() -> None:
     assert torch.isfinite(edge_distance(torch.randn(1, 3, 2, 2), torch.zeros(1, 3, 2, 2)))
 
 
-# ------------------------------------------------------------------------------------------------------- resume
+# ---- resume
 
 
 class Killed(BaseException):
@@ -238,7 +240,7 @@ def test_resume_takes_the_shape_from_the_state(finished: Path, data: Path, tmp_p
     assert load(out / "vae_state.pth")["config"]["args"]["width"] == 32
 
 
-# ------------------------------------------------------------------------------------------------------- NaN
+# ---- NaN
 
 
 def test_nan_stops_names_step_and_lr_and_keeps_the_last_good_state(
@@ -289,7 +291,7 @@ def test_absurd_lr_stops_without_a_file(data: Path, tmp_path: Path, lr: float) -
     assert not (tmp_path / "vae.pth").exists() and not (tmp_path / "vae_state.pth").exists()
 
 
-# ------------------------------------------------------------------------------------------------------- bad input
+# ---- bad input
 
 
 @pytest.mark.parametrize(
@@ -413,7 +415,7 @@ def test_resume_from_a_file_that_is_no_training_state(data: Path, finished: Path
     assert sorted(contents(tmp_path)) == ["vae_state.pth"]
 
 
-# ------------------------------------------------------------------------------------------------------- processes
+# ---- processes
 
 
 def test_two_processes_equal_one_with_twice_the_batch(data: Path, tmp_path: Path) -> None:

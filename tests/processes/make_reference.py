@@ -1,4 +1,4 @@
-"""make_reference.py FOLDER OUT: a reference of the folder's images with stand-in features, by however many processes."""
+"""make_reference.py FOLDER OUT: a reference of the folder's images with stand-in features."""
 
 import sys
 

@@ -1,4 +1,6 @@
-"""main_tokenbridge.py whose rank 1 is killed once, when the first checkpoint is there and torchrun has not restarted anything yet."""
+"""main_tokenbridge.py whose rank 1 is killed once, when the first checkpoint is there and torchrun has not restarted
+anything yet.
+"""
 
 import os
 import signal

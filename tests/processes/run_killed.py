@@ -1,4 +1,6 @@
-"""Toy training runs for test_resume.py, in processes that can be killed: forked from a server that has imported everything already."""
+"""Toy training runs for test_resume.py, in processes that can be killed: forked from a server that has imported
+everything already.
+"""
 
 import multiprocessing
 import os
@@ -15,7 +17,9 @@ CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def main(flags: list[str], log: str, die_in_save: int | None) -> None:
-    """Train in this process, its messages in the file `log`. die_in_save: kill -9 in the middle of the so-manieth checkpoint's bytes."""
+    """Train in this process, its messages in the file `log`. die_in_save: kill -9 in the middle of the so-manieth
+    checkpoint's bytes.
+    """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     descriptor = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)

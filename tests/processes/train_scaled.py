@@ -1,6 +1,8 @@
-"""Train the tiny model on fixed moments, wrapped in some way, and write a whole checkpoint; test_scale.py runs it in two processes.
+"""Train the tiny model on fixed moments, wrapped in some way, and write a whole checkpoint; test_scale.py runs it in
+two processes.
 
-train_scaled.py OUT.pth '{"fsdp": true, "compiled": false, "grad_checkpointing": false, "accum_iter": 2, "batch_size": 4, "steps": 4}' [CHECKPOINT]
+train_scaled.py OUT.pth '{"fsdp": true, "compiled": false, "grad_checkpointing": false, "accum_iter": 2, "batch_size":
+4, "steps": 4}' [CHECKPOINT]
 """
 
 import json

@@ -1,4 +1,5 @@
-"""Train the tiny model for a few steps on fixed moments and write its weights; test_engine.py runs it in one process and in two.
+"""Train the tiny model for a few steps on fixed moments and write its weights; test_engine.py runs it in one process
+and in two.
 
 train_tiny.py OUT.pth BATCH_PER_PROCESS ACCUM_ITER STEPS [NaN step, rank]
 """
@@ -22,7 +23,9 @@ IMAGES = 48
 
 
 class Moments(TensorDataset):
-    """Fixed moments (32, 4, 4) and labels; notes which samples were asked for, and spoils those of one step on one rank with NaN."""
+    """Fixed moments (32, 4, 4) and labels; notes which samples were asked for, and spoils those of one step on one rank
+    with NaN.
+    """
 
     def __init__(self, spoil_from: int | None = None):
         generator = torch.Generator().manual_seed(3)

@@ -101,7 +101,9 @@ def test_rates_that_are_none(rate):
 
 
 def test_warm_up_by_hand():
-    """Rates 1/10, 2/11, 3/12 ... until the rate itself; from 1 with the weight at 5: 1 * 0.1 + 5 * 0.9 = 4.6, then 4.6 * 2/11 + 5 * 9/11."""
+    """Rates 1/10, 2/11, 3/12 ... until the rate itself; from 1 with the weight at 5: 1 * 0.1 + 5 * 0.9 = 4.6, then 4.6
+    * 2/11 + 5 * 9/11.
+    """
     model = nn.Linear(1, 1, bias=False)
     nn.init.ones_(model.weight)
     ema = ModelEma(model, 0.99, warmup=True)
@@ -138,7 +140,7 @@ def test_closed_form_over_a_ramp():
     assert ema.state_dict()["weight"].item() == pytest.approx(50 - (1 - r**50) * r / (1 - r), abs=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------- power-function profiles
+# ---- power-function profiles
 
 
 @pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94), (12**-0.5, 0.0)])
@@ -159,7 +161,9 @@ def test_lengths_that_no_profile_has(sigma_rel: float) -> None:
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.10])
 def test_power_function_average_by_its_closed_form(sigma_rel: float) -> None:
-    """Weights 1, 4, 9 ... after steps 1, 2, 3 ..., from 1000: sum of s^2 (s^(g+1) - (s-1)^(g+1)) / t^(g+1), whatever they began with."""
+    """Weights 1, 4, 9 ... after steps 1, 2, 3 ..., from 1000: sum of s^2 (s^(g+1) - (s-1)^(g+1)) / t^(g+1), whatever
+    they began with.
+    """
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, 1000)
     average, g = PowerEma(model, sigma_rel), power_exponent(sigma_rel)

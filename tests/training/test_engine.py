@@ -1,4 +1,6 @@
-"""The training loop: draws, groups, schedules, skipped steps; processes and micro-batches stand for each other. Generation."""
+"""The training loop: draws, groups, schedules, skipped steps; processes and micro-batches stand for each other.
+Generation.
+"""
 
 import json
 import math
@@ -31,8 +33,8 @@ CPU = torch.device("cpu")
 def assert_close(mine: dict, other: dict) -> None:
     """Equal up to the order of float32 sums, which ten steps of AdamW may carry to 2e-5.
 
-    Biases of attention keys are left out: a softmax does not feel them, their gradient is 0 but for rounding, and AdamW makes steps of full
-    size out of its noise.
+    Biases of attention keys are left out: a softmax does not feel them, their gradient is 0 but for rounding, and AdamW
+    makes steps of full size out of its noise.
     """
     assert mine.keys() == other.keys()
     for name in mine:
@@ -44,7 +46,7 @@ def assert_close(mine: dict, other: dict) -> None:
         assert torch.allclose(a, b, rtol=0, atol=2e-5), f"{name}: {(a - b).abs().max()}"
 
 
-# ------------------------------------------------------------------------------------------------------- draws
+# ---- draws
 
 
 def test_draws_depend_on_seed_and_step_alone() -> None:
@@ -101,7 +103,9 @@ def draws_of(
 
 @pytest.mark.parametrize("world, accum", [(4, 2), (2, 4), (1, 8)])
 def test_processes_and_micro_batches_draw_the_same(monkeypatch: pytest.MonkeyPatch, world: int, accum: int) -> None:
-    """8 processes x 1 micro-batch, 4 x 2, 2 x 4, 1 x 8: the same ratios, masks, dropped labels and noise for the same images."""
+    """8 processes x 1 micro-batch, 4 x 2, 2 x 4, 1 x 8: the same ratios, masks, dropped labels and noise for the same
+    images.
+    """
     model = tiny_model(label_drop_prob=0.3)
     eight, split = (draws_of(monkeypatch, model, 3, *layout) for layout in ((8, 1), (world, accum)))
     assert eight.keys() == split.keys() == set(range(8))
@@ -124,9 +128,11 @@ def test_the_size_of_the_micro_batches_changes_the_mask_ratios_alone(monkeypatch
 
 
 def test_32_ranks_draw_ratios_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over 60 steps: a truncated normal by the Kolmogorov-Smirnov test (bound of 0.1 %), its mean, and no correlation of neighbours.
+    """Over 60 steps: a truncated normal by the Kolmogorov-Smirnov test (bound of 0.1 %), its mean, and no correlation
+    of neighbours.
 
-    With L = 256 tokens ceil(L * ratio) <= k is ratio <= k / L, so that the counts' distribution is exact at the multiples of 1 / L.
+    With L = 256 tokens ceil(L * ratio) <= k is ratio <= k / L, so that the counts' distribution is exact at the
+    multiples of 1 / L.
     """
     model = tiny_model(img_size=256)
     assert model.num_tokens == 256
@@ -151,7 +157,7 @@ def test_flops_count_every_micro_batch_of_every_process(monkeypatch: pytest.Monk
     assert counted == expected[0] + expected[1] and len(set(counted)) > 1
 
 
-# ------------------------------------------------------------------------------------------------------- steps
+# ---- steps
 
 
 def test_no_decay_for_biases_and_vectors() -> None:
@@ -201,12 +207,14 @@ def test_gradients_are_clipped_to_the_norm(clip: float, expected: float) -> None
     )
 
 
-# ------------------------------------------------------------------------------------------------------- the loop
+# ---- the loop
 
 
 @pytest.fixture(scope="module")
 def big_batch(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainState, list[int], list[dict]]:
-    """Ten steps of 16 images in one process, two micro-batches each, with dropout: state, samples seen, lines of the log."""
+    """Ten steps of 16 images in one process, two micro-batches each, with dropout: state, samples seen, lines of the
+    log.
+    """
     path = tmp_path_factory.mktemp("engine") / "log.jsonl"
     log = JsonlLog(path)
     state, seen = train_tiny.run(8, 2, 10, log)
@@ -289,7 +297,7 @@ def test_bad_steps_are_skipped_counted_and_stop_the_run(tmp_path: Path) -> None:
     assert all("loss" not in line for line in lines[3:])  # no NaN in the JSON
 
 
-# ------------------------------------------------------------------------------------------------------- generation
+# ---- generation
 
 SAMPLE = GenerationSettings(
     num_iter=3, cfg=2.0, cfg_schedule="linear", temperature=1.0, seed=5, batch_size=4, precision="fp32"

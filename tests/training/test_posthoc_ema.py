@@ -1,4 +1,6 @@
-"""training/posthoc_ema.py: the fit against numbers computed otherwise, snapshots of runs that are stopped and resumed, the command."""
+"""training/posthoc_ema.py: the fit against numbers computed otherwise, snapshots of runs that are stopped and resumed,
+the command.
+"""
 
 import json
 import shutil
@@ -20,7 +22,7 @@ from tools.posthoc_ema import main
 from training.ema import SIGMA_RELS, PowerEma, power_exponent
 from training.posthoc_ema import SnapshotWriter, add_up, fit, inner_product, snapshot_files
 
-# ------------------------------------------------------------------------------------------------------- the fit
+# ---- the fit
 
 
 def profile(tau: np.ndarray, step: float, sigma_rel: float) -> np.ndarray:
@@ -62,7 +64,9 @@ def test_what_was_kept_is_found_again() -> None:
 
 @pytest.mark.parametrize("sigma_rel", [0.04, 0.07, 0.15])
 def test_a_length_that_was_also_tracked(tmp_path: Path, sigma_rel: float) -> None:
-    """A random walk of 1,000 steps, snapshots in float16 every 50: the sum is off the tracked average by under 2 % of what the nearest one is."""
+    """A random walk of 1,000 steps, snapshots in float16 every 50: the sum is off the tracked average by under 2 % of
+    what the nearest one is.
+    """
     torch.manual_seed(0)
     model = nn.Linear(20, 20)
     kept, tracked = [PowerEma(model, s) for s in SIGMA_RELS], PowerEma(model, sigma_rel)
@@ -90,7 +94,7 @@ def test_a_length_that_was_also_tracked(tmp_path: Path, sigma_rel: float) -> Non
     assert distance(found, wanted) < 0.02 * distance(nearest, wanted)
 
 
-# ------------------------------------------------------------------------------------------------------- toy runs
+# ---- toy runs
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +121,9 @@ def assert_same_averages(mine: dict, other: dict) -> None:
 
 
 def test_snapshots_and_checkpoint_of_a_run(trained: Path) -> None:
-    """Every second step and the last; float16 of the checkpoint's averages, which are float32; the rest of the checkpoint as ever."""
+    """Every second step and the last; float16 of the checkpoint's averages, which are float32; the rest of the
+    checkpoint as ever.
+    """
     files, content = snapshot_files(trained), load(trained / "checkpoint-last.pth")
     assert list(files) == [2, 4, 6, 7] and not list((trained / "posthoc_ema").glob(".*"))
     last = load(files[7])
@@ -143,7 +149,9 @@ def test_off_it_leaves_no_trace(trained: Path, flags: Argv, tmp_path: Path) -> N
 def test_a_resumed_run_keeps_the_same_averages(
     trained: Path, flags: Argv, tmp_path: Path, messages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the step after the checkpoint of step 3 and the snapshot of step 4: that snapshot goes, and all end as never stopped."""
+    """Killed in the step after the checkpoint of step 3 and the snapshot of step 4: that snapshot goes, and all end as
+    never stopped.
+    """
     real, out = engine_tokenbridge.train_one_epoch, tmp_path / "run"
 
     def killed(state, vae, loader, settings, device, log, **more) -> bool:
@@ -172,7 +180,9 @@ def test_a_resumed_run_keeps_the_same_averages(
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_write_the_same_snapshots(flags: Argv, tmp_path: Path, sharded: bool) -> None:
-    """As one process with two micro-batches; stopped after an epoch and resumed. A folder with another run's snapshots ends both alike."""
+    """As one process with two micro-batches; stopped after an epoch and resumed. A folder with another run's snapshots
+    ends both alike.
+    """
     if sharded:
         skip_unless_shardable()
     same = dict(batch_size=2, lr_schedule="constant")
@@ -219,7 +229,9 @@ def test_a_run_without_averages_cannot_take_them_up(
 
 
 def test_snapshots_of_another_run_are_refused(trained: Path, flags: Argv, tmp_path: Path) -> None:
-    """By a new training in their folder, whose name is not theirs; but the same command, begun anew before its first checkpoint, goes on."""
+    """By a new training in their folder, whose name is not theirs; but the same command, begun anew before its first
+    checkpoint, goes on.
+    """
     out = tmp_path / "run"
     (out / "posthoc_ema").mkdir(parents=True)
     shutil.copy(snapshot_files(trained)[4], out / "posthoc_ema")
@@ -235,13 +247,15 @@ def test_snapshots_of_another_run_are_refused(trained: Path, flags: Argv, tmp_pa
     assert list(snapshot_files(out)) == [2]
 
 
-# ------------------------------------------------------------------------------------------------------- the command
+# ---- the command
 
 
 def test_the_command_and_its_file(
     trained: Path, flags: Argv, toy_vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture, messages: list[str]
 ) -> None:
-    """The file's average is the fitted sum of the snapshots; --sample and generation.load draw with it, no training goes on from it."""
+    """The file's average is the fitted sum of the snapshots; --sample and generation.load draw with it, no training
+    goes on from it.
+    """
     main([str(trained), "--sigma_rel", "0.08", "--output", str(tmp_path / "ema.pth")])
     said, content, files = capsys.readouterr().out, load(tmp_path / "ema.pth"), snapshot_files(trained)
     assert (

@@ -25,7 +25,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 SAVED = dict(weight_decay=0.07, betas=(0.8, 0.9), eps=1e-6)  # no default, so that a default would be noticed
 
 
-# ------------------------------------------------------------------------------------------------------- as the published script does it
+# ---- as the published script does it
 
 
 def published_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -46,7 +46,8 @@ def published_optimizer(
 def published_file(path: Path, model: nn.Module, layout: str = "parameters", steps: int = 2) -> Path:
     """Train `steps` steps of fp16 with an enabled scaler and write the file as the published script does.
 
-    layout: "parameters" (the EMA's values are nn.Parameter), "mar" (a whole state dict), "namespace" (with the arguments beside).
+    layout: "parameters" (the EMA's values are nn.Parameter), "mar" (a whole state dict), "namespace" (with the
+    arguments beside).
     """
     model = copy.deepcopy(model).train()
     optimizer, scaler = published_optimizer(model, **SAVED), torch.amp.GradScaler("cpu", enabled=True)
@@ -90,7 +91,9 @@ def published_file(path: Path, model: nn.Module, layout: str = "parameters", ste
 
 
 def published_resume(path: Path, model: nn.Module) -> tuple[torch.optim.AdamW, dict[str, Tensor], torch.amp.GradScaler]:
-    """Read a file as the published script does, into a model, an optimizer and a scaler of its making; (optimizer, EMA by name, scaler)."""
+    """Read a file as the published script does, into a model, an optimizer and a scaler of its making; (optimizer, EMA
+    by name, scaler).
+    """
     content = torch.load(path, map_location="cpu")
     model.load_state_dict(content["model"])
     ema = {name: content["model_ema"][name] for name, _ in model.named_parameters()}
@@ -101,11 +104,11 @@ def published_resume(path: Path, model: nn.Module) -> tuple[torch.optim.AdamW, d
     return optimizer, ema, scaler
 
 
-# ------------------------------------------------------------------------------------------------------- theirs here
+# ---- theirs here
 
 
 def resumed(path: Path, precision: str) -> tuple[TrainState, dict]:
-    """A training state that continues from the file with the file's hyper-parameters, and what our reader found in it."""
+    """A training state that continues from the file with its hyper-parameters, and the content of the file."""
     _, content = checkpoint.load_latest(str(path))
     model = tiny_model()
     checkpoint.load_state(model, content["model"], str(path))
@@ -141,7 +144,9 @@ def weights_of(state: TrainState) -> dict[str, Tensor]:
 @pytest.mark.parametrize("layout", ["parameters", "mar", "namespace"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_published_checkpoint_resumes(tmp_path: Path, precision: str, layout: str) -> None:
-    """Its moments, EMA and scaler are read; a good step changes the weights, a NaN one nothing; the result is saved and read again."""
+    """Its moments, EMA and scaler are read; a good step changes the weights, a NaN one nothing; the result is saved and
+    read again.
+    """
     state, content = resumed(published_file(tmp_path / "checkpoint-last.pth", tiny_model(), layout), precision)
     assert content["optimizer"]["param_groups"][0]["fused"] is None and state.step == 2
     assert all(
@@ -212,7 +217,7 @@ def test_an_optimizer_of_other_groups_is_refused(tmp_path: Path) -> None:
         saved_hyper_parameters({"optimizer": {}}, "a.pth")
 
 
-# ------------------------------------------------------------------------------------------------------- ours there
+# ---- ours there
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -242,7 +247,7 @@ def test_our_checkpoint_resumes_in_the_published_code(tmp_path: Path, precision:
     assert sum(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)) > 0.9 * len(before)
 
 
-# ------------------------------------------------------------------------------------------------------- hyper-parameters
+# ---- hyper-parameters
 
 
 def test_a_given_flag_wins_otherwise_the_checkpoint(messages: list[str]) -> None:
@@ -308,7 +313,7 @@ def test_other_settings_are_named_in_one_line(messages: list[str], where: str) -
     assert messages == []
 
 
-# ------------------------------------------------------------------------------------------------------- the command
+# ---- the command
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +369,9 @@ def test_the_command_continues_a_published_training(
 def test_inspect_measures_the_distance_of_a_whole_state_dict(
     digits: tuple, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """MAR's layout: channel_mask holds -inf in both; the distance is that of the parameters, and equal to the other layout's."""
+    """MAR's layout: channel_mask holds -inf in both; the distance is that of the parameters, and equal to the other
+    layout's.
+    """
     facts = [
         inspect.describe(published_file(tmp_path / f"{layout}.pth", digits[0], layout, steps=1))
         for layout in ("mar", "parameters")

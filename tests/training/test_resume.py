@@ -1,4 +1,6 @@
-"""A run that was killed, stopped by a signal, or cut in its checkpoint, and resumed, is the run never stopped: weights, EMA, optimizer, log."""
+"""A run that was killed, stopped by a signal, or cut in its checkpoint, and resumed, is the run never stopped: weights,
+EMA, optimizer, log.
+"""
 
 import os
 import random
@@ -79,7 +81,7 @@ def test_killed_at_ten_random_points(flags: Argv, whole: tuple[Path, float], tmp
 def test_killed_in_the_middle_of_a_checkpoint(
     flags: Argv, whole: tuple[Path, float], tmp_path: Path, number: int, step: int
 ) -> None:
-    """Half of its bytes are on the disk, under another name: the one before it is taken, or none if it was the first."""
+    """Half of its bytes are on the disk, under another name: the one before it is taken, or none before the first."""
     out = tmp_path / "run"
     finish(flags(out), tmp_path / "log.txt", code=-signal.SIGKILL, die_in_save=number)
     assert [path.name for path in out.glob(".*.tmp")] == [f".checkpoint-{step:08d}.pth.tmp"]
@@ -125,7 +127,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(
     older, newest = numbered(out)
     newest.write_bytes(newest.read_bytes()[:-500])  # checkpoint-last.pth is the same file
     assert (out / LAST).samefile(newest)
-    # max_steps 8 ended the schedule at step 8, so only the data order is compared here; the weights come from the older file
+    # max_steps 8 ended the schedule at step 8, so only the data order is compared here; the weights come from the older
+    # file
     finish(flags(out, max_steps=8), log)
     text = log.read_text()
     assert f"skipped: {out / LAST}" in text and f"the checkpoint before it is taken instead: {older}" in text
@@ -134,8 +137,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(
 
 @pytest.mark.slow
 def test_one_process_continues_as_two(flags: Argv, tmp_path: Path) -> None:
-    """Two micro-batches of one process or one of each of two: the same images, draws and dropout, hence weights and losses equal up to the
-    order of float sums."""
+    """Two micro-batches of one process or one of each of two: the same images, draws and dropout, hence weights and
+    losses equal up to the order of float sums.
+    """
     same = dict(max_steps=16, batch_size=2)
     finish(flags(tmp_path / "one", accum_iter=2, **same), tmp_path / "log.txt")
     out = tmp_path / "two"

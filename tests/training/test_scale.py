@@ -1,4 +1,6 @@
-"""Ways to train more with less: DDP, accumulation, checkpointing, compilation, sharding; none changes what is learned, or the checkpoint's layout."""
+"""Ways to train more with less: DDP, accumulation, checkpointing, compilation, sharding; none changes what is learned,
+or the checkpoint's layout.
+"""
 
 import json
 import shutil
@@ -36,7 +38,9 @@ def two_processes(out: Path, timeout: float = 240, **options: object) -> dict:
 
 
 def assert_close(a: dict, b: dict, atol: float = 2e-5) -> None:
-    """Same keys and shapes; equal up to the order of float32 sums. Biases of attention keys, whose gradient is rounding alone, are left out."""
+    """Same keys and shapes; equal up to the order of float32 sums. Biases of attention keys, whose gradient is rounding
+    alone, are left out.
+    """
     assert a.keys() == b.keys()
     for name in a:
         assert a[name].shape == b[name].shape
@@ -93,7 +97,7 @@ def test_the_averaged_model_has_the_ema_and_the_tables(alone: dict) -> None:
 
 @pytest.mark.slow
 def test_accumulation_and_checkpointing_under_ddp(alone_with_dropout: dict, tmp_path: Path) -> None:
-    """Held gradients, recomputation and dropout together: two processes x two micro-batches x 4 images are 16 images."""
+    """Held gradients, recomputation and dropout together: 2 processes x 2 micro-batches x 4 images are 16 images."""
     found = two_processes(tmp_path / "a.pth", batch_size=4, accum_iter=2, grad_checkpointing=True, **DROPOUT)
     assert_same_training(found, alone_with_dropout)
 
@@ -144,7 +148,8 @@ def test_sharded_and_plain_runs_continue_each_other(tmp_path: Path, first: str) 
 
 @pytest.mark.slow
 def test_nan_on_one_of_two_stops_both_when_sharded(tmp_path: Path) -> None:
-    """Rank 1's images are NaN from its third step on; with three bad steps in a row allowed, both end with the same words, none hangs.
+    """Rank 1's images are NaN from its third step on; with three bad steps in a row allowed, both end with the same
+    words, none hangs.
 
     (test_engine.py has the same for DDP.)
     """
@@ -165,7 +170,7 @@ def test_nan_on_one_of_two_stops_both_when_sharded(tmp_path: Path) -> None:
     ), result.stderr[-3000:]
 
 
-# ------------------------------------------------------------------------------------------------------- one process
+# ---- one process
 
 
 def gradients(model: torch.nn.Module) -> tuple[float, dict[str, torch.Tensor]]:
@@ -242,9 +247,11 @@ def test_a_loss_that_is_not_finite_spoils_every_gradient() -> None:
 
 
 def test_learning_and_stepping_never_wait_for_a_gpu() -> None:
-    """The host syncs of a forward pass with metrics, and of clipping, AdamW's step and the averages, on fake GPU tensors: none.
+    """The host syncs of a forward pass with metrics, and of clipping, AdamW's step and the averages, on fake GPU
+    tensors: none.
 
-    The backward pass on fake GPU tensors needs a CUDA build that this machine may lack; its operations are the forward's transposes.
+    The backward pass on fake GPU tensors needs a CUDA build that this machine may lack; its operations are the
+    forward's transposes.
     """
     with fake_gpu(allow_non_fake_inputs=True), torch.device("cuda"):
         model = tiny_model_on_gpu()
