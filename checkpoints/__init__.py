@@ -1,0 +1,1 @@
+"""From files to models: downloads, published layouts, the model that a file and settings describe."""

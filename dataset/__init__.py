@@ -1,0 +1,1 @@
+"""Images and cached latents as training data: one listing of class folders, decoding, shards, encoding."""

@@ -1,0 +1,1 @@
+"""Scores of generated and reconstructed images, and what they are compared with."""

@@ -27,6 +27,7 @@ class ImageCount(int):
     """A number of images, or "all"."""
 
     def __new__(cls, text: str | int) -> "ImageCount":
+        """From the flag's text."""
         return super().__new__(cls, sys.maxsize if text == "all" else text)
 
 

@@ -134,6 +134,7 @@ class TableQuantizer(nn.Module):
         return {"kind": self.kind, "bits": self.bits, "min": self.min_value, "max": self.max_value} | tables
 
     def extra_repr(self) -> str:
+        """For print(module)."""
         return f"{self.kind}, bits={self.bits}, range=[{self.min_value}, {self.max_value}]"
 
 

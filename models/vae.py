@@ -31,6 +31,7 @@ class ResidualBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, in, H, W) -> (B, out, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
@@ -48,6 +49,7 @@ class SpatialAttention(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, ch, H, W) -> the same shape."""
         h = self.norm(x)
         q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, HW, ch), one head
@@ -62,6 +64,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, ch, H, W) -> (B, ch, H/2, W/2)."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -73,6 +76,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, ch, H, W) -> (B, ch, 2H, 2W)."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -87,6 +91,7 @@ class Middle(nn.Module):
         self.block_2 = ResidualBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, ch, h, w) -> the same shape."""
         x = self.block_1(x)
         if hasattr(self, "attn_1"):
             x = self.attn_1(x)
@@ -105,6 +110,7 @@ class Level(nn.Module):
             self.add_module(name, module)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, in, H, W) -> (B, out, H, W), H and W halved or doubled where the resolution changes."""
         for i, block in enumerate(self.block):
             x = block(x)
             if len(self.attn):
@@ -138,6 +144,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 2C, h, w)."""
         x = self.conv_in(x)  # (B, ch, H, W)
         for level in self.down:
             x = level(x)  # (B, ch*mult, H/2^i, W/2^i)
@@ -169,6 +176,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, 3, H, W)."""
         x = self.mid(self.conv_in(z))  # (B, ch*mult[-1], h, w)
         for level in reversed(self.up):
             x = level(x)

@@ -104,7 +104,9 @@ def toy_flags(toy_vae: Path, image_root: Path) -> Argv:
 
 @pytest.fixture
 def messages() -> Iterator[list[str]]:
-    """The lines that the project's logger writes during the test, INFO and above (it does not propagate, so caplog misses them)."""
+    """The lines that the project's logger writes during the test, INFO and above (it does not propagate, so caplog
+    misses them).
+    """
     logger, handler = logging.getLogger("tokenbridge"), _Messages()
     level = logger.level
     logger.addHandler(handler)

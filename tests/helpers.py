@@ -47,7 +47,9 @@ def golden_json(name: str) -> dict:
 
 
 def golden_weight(key: str, shape: Sequence[int]) -> np.ndarray:
-    """The weight that the golden rule gives a parameter: float64, from its state-dict key and shape alone (tests/golden/README.md)."""
+    """The weight that the golden rule gives a parameter: float64, from its state-dict key and shape alone
+    (tests/golden/README.md).
+    """
     shape = tuple(shape)
     noise = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape)
     if len(shape) == 1:
@@ -69,7 +71,9 @@ def fill_golden(module: nn.Module) -> nn.Module:
 
 
 def tiny_config(**changes: object) -> dict:
-    """Constructor arguments of the golden tiny model: 4x4 tokens of 16 channels, 16 levels, 10 classes, dropout and label drop 0."""
+    """Constructor arguments of the golden tiny model: 4x4 tokens of 16 channels, 16 levels, 10 classes, dropout and
+    label drop 0.
+    """
     return golden_json("train_tiny")["config"] | dict(attn_dropout=0.0, proj_dropout=0.0, label_drop_prob=0.0) | changes
 
 
@@ -119,7 +123,7 @@ def write_image_folder(root: Path, per_class: int = 6, size: tuple[int, int] = (
     return root
 
 
-# ------------------------------------------------------------------------------------------------------- command lines, caches
+# ---- command lines, caches
 
 
 Argv = Callable[..., list[str]]  # (folder, flag=value, ...) -> a command line
@@ -182,13 +186,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# ------------------------------------------------------------------------------------------------------- log, processes, operations
+# ---- log, processes, operations
 
 
 def run_processes(
     arguments: Sequence[str | Path], nproc: int, timeout: float = 120, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess:
-    """`torchrun --nproc_per_node=nproc ARGUMENTS` on a free port, in the repository, one thread each; output captured as text."""
+    """`torchrun --nproc_per_node=nproc ARGUMENTS` on a free port, in the repository, one thread each; output captured
+    as text.
+    """
     command = [
         sys.executable,
         "-m",
@@ -222,7 +228,9 @@ def skip_unless_shardable() -> None:
 
 
 class RecordOps(TorchDispatchMode):
-    """Within the block: `names` of the aten operations in order, and of each tensor they made its `devices` entry and `largest` size."""
+    """Within the block: `names` of the aten operations in order, and of each tensor they made its `devices` entry and
+    `largest` size.
+    """
 
     def __init__(self) -> None:
         super().__init__()

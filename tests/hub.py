@@ -1,4 +1,6 @@
-"""A local stand-in for the Hugging Face hub: the routes that huggingface_hub calls to list and to download, for tests through HF_ENDPOINT."""
+"""A local stand-in for the Hugging Face hub: the routes that huggingface_hub calls to list and to download, for tests
+through HF_ENDPOINT.
+"""
 
 import hashlib
 import json
@@ -14,8 +16,10 @@ class Hub:
     """Serves `files` (name -> bytes) of the repository `name`, and each at /plain/NAME.SUFFIX. Use as a context
     manager; `url` is its address.
 
-    cut: the first so many answers to GET end after half of what they announced. said: name -> what the hub says instead of the file's SHA-256.
-    listed: extra names in the list. token: what every request must carry. requests: (method, path, Range) of each request, in order.
+    cut: the first so many answers to GET end after half of what they announced. said: name -> what the hub says
+    instead of the file's SHA-256.
+    listed: extra names in the list. token: what every request must carry. requests: (method, path, Range) of each
+    request, in order.
     """
 
     def __init__(self, name: str, files: dict[str, bytes]):

@@ -1,0 +1,1 @@
+"""One training step, its settings, state, averages, learning rate and outputs."""

@@ -39,6 +39,7 @@ class ModelEma:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The averages by parameter name."""
         return self.shadow
 
     @torch.no_grad()

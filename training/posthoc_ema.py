@@ -93,6 +93,7 @@ def possible(steps: Sequence[int], sigma_rels: Sequence[float], step: int) -> st
 
 
 def snapshot_path(folder: Path, step: int) -> Path:
+    """Where the snapshot of a step stands."""
     return folder / f"step-{step:08d}.pth"
 
 

@@ -125,7 +125,7 @@ class RunSettings:
         if settings.posthoc_ema_freq and self.start_epoch:
             raise ArgumentError(
                 "posthoc_ema_freq",
-                "posthoc_ema_freq averages from the first step on: it does not go with start_epoch; leave one of them out",
+                "posthoc_ema_freq averages from the first step on and excludes start_epoch: leave one of them out",
             )
 
 

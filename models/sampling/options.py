@@ -104,14 +104,31 @@ class SamplerModel(Protocol):
     fake_latent: Tensor  # (1, D) class embedding of no class
     training: bool
 
-    def train(self, mode: bool = True) -> nn.Module: ...
-    def modules(self) -> Iterable[nn.Module]: ...
-    def patchify(self, latents: Tensor) -> Tensor: ...  # (B, C, H, W) -> (B, L, C)
-    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]: ...  # indices and their values
-    def dequantize(self, indices: Tensor) -> Tensor: ...
-    def run_encoder(self, values: Tensor, visible: Tensor, class_embedding: Tensor) -> Tensor: ...
-    def run_decoder(self, x: Tensor, visible: Tensor, targets: Tensor | None = None) -> Tensor: ...
-    def leading_logits(self, z: Tensor) -> Tensor: ...  # of the leading dimension
+    def train(self, mode: bool = True) -> nn.Module:
+        """Of nn.Module."""
+
+    def modules(self) -> Iterable[nn.Module]:
+        """Of nn.Module."""
+
+    def patchify(self, latents: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, L, C)."""
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices and their values, both of x's shape."""
+
+    def dequantize(self, indices: Tensor) -> Tensor:
+        """Values of indices, same shape."""
+
+    def run_encoder(self, values: Tensor, visible: Tensor, class_embedding: Tensor) -> Tensor:
+        """(B, V, C), (B, V), (B, D) -> (B, S+V, D)."""
+
+    def run_decoder(self, x: Tensor, visible: Tensor, targets: Tensor | None = None) -> Tensor:
+        """(B, S+V, D) -> z of the targets (B, M, D), or of all tokens."""
+
+    def leading_logits(self, z: Tensor) -> Tensor:
+        """(N, D) -> logits (N, K) of the leading dimension."""
+
     def channel_sample(
         self, z: Tensor, uniforms: Tensor, temperature: Sequence[float], top_k: int, top_p: float
-    ) -> tuple[Tensor, Tensor]: ...  # indices in head order, and whether they are valid
+    ) -> tuple[Tensor, Tensor]:
+        """Indices (N, C) in head order, and whether all of a token's are valid (N,)."""

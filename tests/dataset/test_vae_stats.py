@@ -146,7 +146,9 @@ def test_latent_scale_is_one_over_std() -> None:
 
 
 def test_frequency_order_finds_slow_channels() -> None:
-    """A gradient, a chequerboard and white noise: the order is gradient, noise, chequerboard, whatever mean and size they have."""
+    """A gradient, a chequerboard and white noise: the order is gradient, noise, chequerboard, whatever mean and size
+    they have.
+    """
     y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
     gradient, board = (x + y) / 8, (-1) ** (x + y)
     noise = torch.randn(20, 16, 16, generator=torch.Generator().manual_seed(0))

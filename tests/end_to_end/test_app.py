@@ -161,7 +161,10 @@ def wait_for(what: Callable[[], object], seconds: float = 60):  # noqa: ANN201
 
 @pytest.mark.slow
 def test_the_page_in_a_browser(studio, page, browser, monkeypatch):  # noqa: ANN001, ANN201
-    """Choose a class and seed, generate, take the result, paint, regenerate. Pixels are compared with the pipeline's."""
+    """Choose a class and seed, generate, take the result, paint, regenerate.
+
+    Pixels are compared with the pipeline's.
+    """
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys

@@ -1,9 +1,11 @@
-"""Every command of README.md and docs/*.md is run as it stands there, on toy data: taken from the markdown, read by shell rules, started in this process.
+"""Every command of README.md and docs/*.md is run as it stands there, on toy data: taken from the markdown, read by
+shell rules, started in this process.
 
-What is not as on a reader's machine: DIR holds a few pictures, the models of all names are tiny, the published weights are stand-ins in the published
-layout, Inception's features are a few colours, AlexNet is random, training and sampling are cut to a step or two, torchrun and the launchers start one
-process, which is this one (tests of two, and of the launchers themselves, are elsewhere), `make` only says what it would do, and demo.app does not wait
-for a visitor.
+What is not as on a reader's machine: DIR holds a few pictures, the models of all names are tiny, the published
+weights are stand-ins in the published layout, Inception's features are a few colours, AlexNet is random, training
+and sampling are cut to a step or two, torchrun and the launchers start one process, which is this one (tests of two,
+and of the launchers themselves, are elsewhere), `make` only says what it would do, and demo.app does not wait for a
+visitor.
 """
 
 import importlib
@@ -38,7 +40,8 @@ README = DOCUMENTS[REPO / "README.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.M | re.S)  # (language, content)
 # What makes a command small; appended, so that the last word is this one's. None: run as it stands.
 TOY = {
-    "main_vae.py": "--width 32 --norm_groups 8 --num_res_blocks 1 --max_steps 1 --batch_size 4 --num_workers 0 --device cpu",
+    "main_vae.py": "--width 32 --norm_groups 8 --num_res_blocks 1 --max_steps 1 --batch_size 4 --num_workers 0 "
+    "--device cpu",
     "main_cache.py": "--num_workers 0 --device cpu",
     "reconstruction.py": "--num_images 2 --num_workers 0 --device cpu --no_rfid",
     "main_tokenbridge.py": "--device cpu",
@@ -84,7 +87,9 @@ def tiny(width: int, **sizes: int) -> partial:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the documents suppose it: data, published weights, a VAE, a cache in the published layout, a demo that has run."""
+    """A folder as the documents suppose it: data, published weights, a VAE, a cache in the published layout, a demo
+    that has run.
+    """
     root = tmp_path_factory.mktemp("readme")
     for split in ("train", "val"):
         write_image_folder(root / "DIR", per_class=4, size=(80, 72), split=split)
@@ -214,7 +219,9 @@ def test_there_are_commands_and_shells_can_read_them() -> None:
 
 
 def test_no_command_hides() -> None:
-    """Code stands in fences at the line's start whose language is said; none is indented, where test_every_command_runs would miss it."""
+    """Code stands in fences at the line's start whose language is said; none is indented, where test_every_command_runs
+    would miss it.
+    """
     for path, text in DOCUMENTS.items():
         assert {language for language, _ in BLOCK.findall(text)} <= {"bash", "python", "text"}, path.name
         assert len(re.findall("```", text)) == 2 * len(BLOCK.findall(text)), path.name
@@ -237,7 +244,10 @@ def test_published_commands_are_in_it() -> None:
 
 @pytest.mark.slow
 def test_every_command_runs(run: Callable[[str], None], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's, then the other documents', each once: what one writes another reads. Downloads and the page are stand-ins."""
+    """The README's, then the other documents', each once: what one writes another reads.
+
+    Downloads and the page are stand-ins.
+    """
     served = []
     monkeypatch.setattr(
         "demo.app.need_gradio",
