@@ -19,7 +19,7 @@ from evaluation.image_metrics import psnr
 from evaluation.inception import InceptionFeatures, fetch_inception_weights
 from evaluation.metrics import IS_SPLITS, METRICS, Reference
 from evaluation.published import comparison
-from evaluation.reference import load_reference_stats, load_references
+from evaluation.reference import check_published, load_reference_stats, load_references
 from evaluation.report import scores_in_words, sweep_table, write_sweep
 from evaluation.scores import evaluate
 from evaluation.store import SAVE_IMAGES, EvalStore
@@ -86,7 +86,7 @@ class EvaluationOptions:
         for name in ("fid_stats", "pr_reference"):
             path = getattr(self, name)
             if path and img_size == download.PUBLISHED_SIZE:
-                download.provide(path, f"--{name}", self.no_download)
+                download.provide(path, f"--{name}", self.no_download, check_published)
             if path and not Path(path).exists():
                 load_reference_stats(path, f"--{name}")  # raises, before Inception's weights are asked for
         if self.no_download:

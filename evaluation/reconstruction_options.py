@@ -12,7 +12,7 @@ from dataset.images import PIXELS
 from evaluation.image_metrics import SMALLEST_FOR_LPIPS, SMALLEST_FOR_SSIM, Lpips, find_alexnet_weights
 from evaluation.inception import InceptionFeatures, fetch_inception_weights
 from evaluation.metrics import Reference
-from evaluation.reference import load_reference
+from evaluation.reference import check_published, load_reference
 from models.quantizer import MAX_BITS
 from models.quantizer_tables import QUANTIZERS
 from util import dist
@@ -168,7 +168,7 @@ class Measures:
             self.no_fid = self.no_rfid or "no --fid_stats"
             return
         try:
-            download.provide(path, "--fid_stats", options.no_download)
+            download.provide(path, "--fid_stats", options.no_download, check_published)
         except (OSError, ValueError) as error:  # ValueError: another process could not
             if options.fid_stats_given:
                 raise

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from checkpoints.download import PUBLISHED_SIZE
 from dataset.folders import list_images
 from dataset.images import center_crop_adm, read_image
 from dataset.loader import build_loader
@@ -31,7 +32,6 @@ logger = get_logger()
 CROPS = ("adm", "none")
 KEEP_FEATURES = 10_000  # as many images as ADM's reference batches have
 ABOUT = ("img_size", "crop", "num_images", "inception_sha256")  # what a file of ours records of its images
-PUBLISHED_SIZE = 256  # pixels of the images of ADM's file, which does not record it
 TOOL = "python -m tools.fid_stats"
 
 
@@ -202,6 +202,14 @@ def load_reference_stats(
     if features is not None and (features.ndim != 2 or features.shape[1] != dim):
         raise ValueError(f"{path} ({flag}): features {tuple(features.shape)}, expected (N, {dim})")
     return reference
+
+
+def check_published(name: str, path: Path) -> None:
+    """ValueError unless the file can be the published one of that name, "stats" or "adm_batch", by its content."""
+    reference = load_reference_stats(path, name)
+    if name == "adm_batch" and (npz_shape(path, name)[1] != PUBLISHED_SIZE or reference.spatial is None):
+        expected = f"expected mu_s, sigma_s and images of {PUBLISHED_SIZE} pixels"
+        raise ValueError(f"{path} is not ADM's reference batch: {expected}")
 
 
 def _check_fits(reference: Reference, path: Path, extractor: InceptionFeatures, img_size: int, flag: str) -> None:

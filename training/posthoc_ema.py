@@ -22,7 +22,7 @@ from torch import Tensor
 from training.ema import SIGMA_RELS, PowerEma, power_exponent
 from training.sharding import to_host
 from util import dist
-from util.checkpoint import CheckpointWriter, atomic_save, load_file
+from util.checkpoint import CheckpointWriter, atomic_save, read_file
 from util.log import get_logger
 
 logger = get_logger()
@@ -122,7 +122,7 @@ def read_snapshot(path: Path, run: str | None) -> dict[str, dict[str, Tensor]]:
     """{sigma_rel as text: {name: float16}} of one file, tensors left on the disk until they are used. ValueError if it
     is none of this run's.
     """
-    content = load_file(path, flag="", mmap=True)
+    content = read_file(path, mmap=True)
     averages = content.get("averages")
     if not isinstance(averages, dict) or not all(isinstance(averages.get(f"{s:g}"), dict) for s in SIGMA_RELS):
         raise ValueError(f"{path} is no snapshot of --posthoc_ema_freq: it lacks averages; move it away")
@@ -213,7 +213,7 @@ def reconstruct(source: Path, sigma_rel: float, step: int | None = None) -> dict
     `fit` in it says how near it is. ValueError if there are no snapshots, they are another run's, or cannot be added up
     to that length.
     """
-    content = load_file(source, flag="", mmap=True)
+    content = read_file(source, mmap=True)
     config, last = content["config"] if isinstance(content.get("config"), dict) else {}, content.get("step", 0)
     files = {at: path for at, path in snapshot_files(source.parent).items() if at <= last}
     if not files:

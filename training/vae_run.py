@@ -55,7 +55,7 @@ def read_state(settings: VaeSettings) -> tuple[Path | None, dict | None]:
         raise ValueError(f"{output} (--output_dir) already holds {' and '.join(present)}: {advice} another folder")
     if path is None:
         return None, None
-    content = checkpoint.load_file(path)
+    content = checkpoint.read_file(path, "resume")
     lacking = [key for key in ("model", "optimizer", "step", "steps_per_epoch", "config") if key not in content]
     if lacking:
         raise ArgumentError(
@@ -125,7 +125,7 @@ def train(
     if state.step >= settings.total_steps:
         logger.info("no training left to do: %d of %d steps are done", state.step, settings.total_steps)
         result = output / RESULT
-        if result.is_file() and checkpoint.load_file(result, "--output_dir").get("step") == state.step:
+        if result.is_file() and checkpoint.read_file(result).get("step") == state.step:
             logger.info("%s is already there", result)
             return
     log = JsonlLog(output / LOG, state.step) if dist.is_main() else None

@@ -48,7 +48,7 @@ def read_file(path: str | Path, argument: str = "", mmap: bool = False) -> dict:
     path = Path(path)
     if not path.is_file():
         advice = f"give a checkpoint file, or a folder with {LAST} or {SAFE}"
-        raise MissingFile(argument, f"no checkpoint at {path}{_flag(argument)}: {advice}")
+        raise MissingFile(argument, f"no checkpoint at {path}: {advice}")
     if path.suffix == ".safetensors":
         return _read_safetensors(path, argument)
     try:
@@ -57,18 +57,12 @@ def read_file(path: str | Path, argument: str = "", mmap: bool = False) -> dict:
         ):  # published checkpoints keep their arguments in one
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except Exception as error:
-        raise ArgumentError(argument, f"{path}{_flag(argument)} {_why_unreadable(error)}") from error
+        raise ArgumentError(argument, f"{path} {_why_unreadable(error)}") from error
     if not isinstance(content, dict):
         kind = type(content).__name__
-        message = (
-            f'{path}{_flag(argument)} is not a checkpoint: it holds a {kind}, not a dict with weights under "model"'
-        )
+        message = f'{path} is not a checkpoint: it holds a {kind}, not a dict with weights under "model"'
         raise ArgumentError(argument, message)
     return {key: _detached(value) for key, value in content.items()}
-
-
-def _flag(argument: str) -> str:
-    return f" ({argument})" if argument.startswith("--") else ""
 
 
 def _why_unreadable(error: Exception) -> str:
@@ -100,9 +94,7 @@ def _read_safetensors(path: Path, argument: str) -> dict:
     try:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
-        message = (
-            f"{path}{_flag(argument)} cannot be read as safetensors; it is cut short, or another kind of file: {error}"
-        )
+        message = f"{path} cannot be read as safetensors; it is cut short, or another kind of file: {error}"
         raise ArgumentError(argument, message) from error
     beside = path.with_name("config.json") if path.name == SAFE else path.with_suffix(".json")
     try:
@@ -280,11 +272,3 @@ def set_random_state(state: dict, device: torch.device) -> None:
     np.random.set_state(tuple(state["numpy"]))
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
-
-
-def load_file(path: str | Path, flag: str = "--resume", mmap: bool = False) -> dict:
-    """`read_file`, until its callers have moved."""
-    return read_file(path, flag, mmap)
-
-
-resolve = find_file

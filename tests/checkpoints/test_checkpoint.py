@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.helpers import Explosive, tiny_model
-from util import checkpoint
-from util.checkpoint import atomic_save, load_file, load_state, resolve
+from util.checkpoint import LAST, atomic_save, find_file, load_state, read_file
+from util.options import ArgumentError
 
 
 class Unpicklable:
@@ -34,7 +34,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     }
     path = tmp_path / "made" / "too" / "a.pth"
     atomic_save(content, path)
-    found = load_file(path)
+    found = read_file(path)
     assert torch.equal(found["model"].pop("w"), torch.arange(3.0))
     content["model"].pop("w")
     assert found == content
@@ -48,7 +48,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
     with pytest.raises(RuntimeError, match="cannot be saved"):
         atomic_save({"w": torch.zeros(1000), "bad": Unpicklable()}, path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.pth"]
-    assert load_file(path) == {"step": 1}
+    assert read_file(path) == {"step": 1}
 
 
 def test_the_new_file_is_complete_on_disk_before_the_old_one_goes(tmp_path, monkeypatch):
@@ -66,7 +66,7 @@ def test_the_new_file_is_complete_on_disk_before_the_old_one_goes(tmp_path, monk
         real_fsync(number)
 
     def replace(source, target):
-        events.append(("rename", load_file(source) == {"step": 2}, load_file(path) == {"step": 1}))
+        events.append(("rename", read_file(source) == {"step": 2}, read_file(path) == {"step": 1}))
         real_replace(source, target)
 
     monkeypatch.setattr(torch, "save", save)
@@ -74,7 +74,7 @@ def test_the_new_file_is_complete_on_disk_before_the_old_one_goes(tmp_path, monk
     monkeypatch.setattr(os, "replace", replace)
     atomic_save({"step": 2}, path)
     assert events == [("save", True, True), "fsync", ("rename", True, True), "fsync"]  # the last one is of the folder
-    assert load_file(path) == {"step": 2}
+    assert read_file(path) == {"step": 2}
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -94,16 +94,16 @@ def test_broken_files_are_named(tmp_path, kind, mmap):
             "directory entry cut": content[:-30],
         }[kind]
     )
-    with pytest.raises(ValueError, match="checkpoint-last.pth.*--resume.*cut short") as caught:
-        load_file(path, mmap=mmap)
-    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="checkpoint-last.pth.*cut short") as caught:
+        read_file(path, "resume", mmap=mmap)
+    assert "\n" not in str(caught.value) and caught.value.argument == "resume"
 
 
 def test_code_is_refused_and_not_run(tmp_path):
     path = tmp_path / "a.pth"
     torch.save({"model": {}, "args": Explosive(tmp_path / "boom")}, path)
     with pytest.raises(ValueError, match="holds code"):
-        load_file(path)
+        read_file(path)
     assert not (tmp_path / "boom").exists()
     with zipfile.ZipFile(path) as archive:  # the trap is real: pickle, a reader that runs code, springs it
         pickle.loads(archive.read("a/data.pkl"))
@@ -115,28 +115,29 @@ def test_published_files_with_their_arguments_load(tmp_path):
     torch.save(
         {"model": {}, "epoch": 399, "args": argparse.Namespace(lr=1e-4, model="tokenbridge_large")}, tmp_path / "a.pth"
     )
-    assert load_file(tmp_path / "a.pth")["args"].model == "tokenbridge_large"
+    assert read_file(tmp_path / "a.pth")["args"].model == "tokenbridge_large"
 
 
 @pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), "text", 5])
 def test_files_without_a_dict(tmp_path, content):
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=f"not a checkpoint: it holds a {type(content).__name__}"):
-        load_file(tmp_path / "a.pth")
+        read_file(tmp_path / "a.pth")
 
 
 def test_absent_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint at .*absent.pth .*--other"):
-        load_file(tmp_path / "absent.pth", "--other")
+    with pytest.raises(FileNotFoundError, match="no checkpoint at .*absent.pth") as caught:
+        read_file(tmp_path / "absent.pth", "other")
+    assert isinstance(caught.value, ArgumentError) and caught.value.argument == "other"
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        load_file(tmp_path)  # a folder is no file
+        read_file(tmp_path)  # a folder is no file
 
 
 def test_a_folder_means_its_last_checkpoint(tmp_path):
-    assert checkpoint.LAST == "checkpoint-last.pth"
-    assert resolve(str(tmp_path)) == tmp_path / "checkpoint-last.pth"
+    assert LAST == "checkpoint-last.pth"
+    assert find_file(tmp_path) == tmp_path / "checkpoint-last.pth"
     (tmp_path / "epoch7.pth").touch()
-    assert resolve(str(tmp_path / "epoch7.pth")) == tmp_path / "epoch7.pth"
+    assert find_file(str(tmp_path / "epoch7.pth")) == tmp_path / "epoch7.pth"
 
 
 # ------------------------------------------------------------------------------------------------------- into the model

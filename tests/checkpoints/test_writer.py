@@ -14,7 +14,7 @@ import torch
 from training.preempt import StopRequest
 from training.progress import duration
 from util import checkpoint
-from util.checkpoint import LAST, CheckpointWriter, load_file, numbered
+from util.checkpoint import LAST, CheckpointWriter, numbered, read_file
 
 CPU = torch.device("cpu")
 
@@ -39,9 +39,9 @@ def test_it_writes_in_the_background_and_never_two_at_once(tmp_path: Path, monke
     go.set()
     for step in (2, 3):
         writer.save({"step": step})
-        assert load_file(tmp_path / LAST)["step"] == step - 1
+        assert read_file(tmp_path / LAST)["step"] == step - 1
     writer.close()
-    assert load_file(tmp_path / LAST)["step"] == 3 and most == 1 and not numbered(tmp_path)
+    assert read_file(tmp_path / LAST)["step"] == 3 and most == 1 and not numbered(tmp_path)
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / LAST).samefile(numbered(tmp_path)[-1]) and len(list(tmp_path.iterdir())) == 4
     writer.save({"step": 1000})  # the same step once more: one file, two names
     writer.close()
-    assert load_file(tmp_path / LAST)["step"] == 1000 and len(list(tmp_path.iterdir())) == 4
+    assert read_file(tmp_path / LAST)["step"] == 1000 and len(list(tmp_path.iterdir())) == 4
 
 
 def test_without_hard_links_it_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +64,7 @@ def test_without_hard_links_it_is_a_copy(tmp_path: Path, monkeypatch: pytest.Mon
     writer = CheckpointWriter(tmp_path, keep_last=2)
     writer.save({"step": 7})
     writer.close()
-    assert load_file(tmp_path / LAST) == load_file(numbered(tmp_path)[0]) == {"step": 7}
+    assert read_file(tmp_path / LAST) == read_file(numbered(tmp_path)[0]) == {"step": 7}
     assert not (tmp_path / LAST).samefile(numbered(tmp_path)[0])
 
 
@@ -82,7 +82,7 @@ def test_an_error_reaches_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(OSError, match="No space left"):
         writer.save({"step": 3})
     writer.close()
-    assert load_file(tmp_path / LAST)["step"] == 1
+    assert read_file(tmp_path / LAST)["step"] == 1
 
 
 def test_random_states_are_put_back(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_random_states_are_put_back(tmp_path: Path) -> None:
     checkpoint.seed_generators(5)
     checkpoint.atomic_save({"rng": checkpoint.random_state(CPU)}, tmp_path / "a.pth")
     first = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
-    checkpoint.set_random_state(load_file(tmp_path / "a.pth")["rng"], CPU)
+    checkpoint.set_random_state(read_file(tmp_path / "a.pth")["rng"], CPU)
     assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == first
     checkpoint.seed_generators(5)
     assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == first

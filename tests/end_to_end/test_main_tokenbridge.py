@@ -391,5 +391,5 @@ def test_checkpoints_and_evaluations_are_due_as_published(
 def test_two_processes_train_and_sample(flags: Argv, toy_vae: Path, tmp_path: Path) -> None:
     result = run_processes([REPO / "main_tokenbridge.py", *flags(tmp_path / "run", batch_size=2)], nproc=2)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert checkpoint.load_file(tmp_path / "run" / "checkpoint-last.pth")["step"] == 6
+    assert checkpoint.read_file(tmp_path / "run" / "checkpoint-last.pth")["step"] == 6
     assert len(log_of(tmp_path / "run")) == 6

@@ -312,10 +312,10 @@ def test_absurd_lr_stops_without_a_file(data: Path, tmp_path: Path, lr: float) -
         (dict(batch_size=17), "16 samples, fewer than one global batch .*--batch_size"),
         (dict(class_num=1), "2 class folders, more than --class_num 1"),
         (dict(data_path="no_such_folder"), r"no_such_folder.train \(--data_path\)"),
-        (dict(num_workers=-1), "--num_workers must be at least 0"),
+        (dict(num_workers=-1), r"num_workers must be at least 0.*\(--num_workers\)"),
         (dict(device="cuda"), "--device cuda .* no CUDA device"),
         (dict(device="tpu"), "--device 'tpu' is not one of"),
-        (dict(resume="state.pth"), r"no checkpoint at state.pth \(--resume\)"),
+        (dict(resume="state.pth"), r"no checkpoint at state.pth.*\(--resume\)"),
     ],
 )
 def test_bad_flags_are_refused_before_any_work(
@@ -403,7 +403,7 @@ def test_other_runs_files_are_not_overwritten(data: Path, finished: Path, tmp_pa
 def test_resume_from_a_file_that_is_no_training_state(data: Path, finished: Path, tmp_path: Path) -> None:
     whole = (finished / "vae_state.pth").read_bytes()
     (tmp_path / "vae_state.pth").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"vae_state\.pth \(--resume\) cannot be read as a checkpoint"):
+    with pytest.raises(ValueError, match=r"vae_state\.pth cannot be read as a checkpoint.*\(--resume\)"):
         main(arguments(data, tmp_path, resume=tmp_path))
     with pytest.raises(ValueError, match=r"vae\.pth is not a training state .* lacks optimizer.*\(--resume\)"):
         main(arguments(data, tmp_path / "out", resume=finished / "vae.pth"))

@@ -474,7 +474,7 @@ def test_missing_statistics_are_reported(
 def test_the_default_statistics_are_fetched(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, fetched = tmp_path / ADM_FILE, []
     path.unlink()
-    monkeypatch.setattr(download, "fetch_all", lambda names, args: (fetched.append(names), path.touch()))
+    monkeypatch.setattr(download, "fetch_all", lambda names, *_: (fetched.append(names), path.touch()))
     results = run("--num_images", "2", "--grid_images", "0", no_rfid=False, size=256)
     assert fetched == [["stats"]] and results["rows"][0]["fid"] is not None
 

@@ -151,7 +151,7 @@ def test_editing_keeps_what_it_must(folder, pipeline, tmp_path):
         (("--classes", "0", "--init", "x.png"), r"go together.*\(--init\)"),
         (("--classes", "0", "--top_p", "0"), r"top_p must be above 0.*\(--top_p\)"),
         (("--classes", "0", "--top_p", "1.1"), "top_p must be at most 1"),
-        (("--classes", "0", "--seed", "-1"), "--seed must be at least 0"),
+        (("--classes", "0", "--seed", "-1"), "seed must be at least 0"),
         (("--classes", "0", "--cfg", "1", "nan"), "cfg must be finite"),
         (("--classes", "0", "--channel_temperature", "1", "1", "1"), "2 or 4 factors"),
         (("--classes", "0", "--top_k", "-1"), "top_k"),

@@ -244,7 +244,7 @@ def test_the_published_command_fetches_what_is_missing(tmp_path: Path, monkeypat
     weights = {"model": model.state_dict(), "model_ema": dict(model.named_parameters()), "epoch": 799, "config": config}
     contents = {"large": weights, "vae": {"model": vae.state_dict(), "config": vae.config}, "stats": None}
 
-    def fetch(names: list[str], args: object) -> None:
+    def fetch(names: list[str], *_: object) -> None:
         for name in names:
             fetched.append(name)
             target = Path(download.PUBLISHED[name].target)

@@ -39,7 +39,7 @@ def run(
     torch.manual_seed(0)
     s = settings(batch_size, accum_iter, steps, fsdp=fsdp, compile=compiled, posthoc_ema_freq=100)
     model, device = tiny_model(label_drop_prob=0.2, **model_changes), torch.device("cpu")
-    content = checkpoint.load_file(resume) if resume else None
+    content = checkpoint.read_file(resume) if resume else None
     if content is not None:
         checkpoint.load_state(model, content["model"], resume)
     state = TrainState(model, s, device)

@@ -173,7 +173,7 @@ def test_a_published_checkpoint_resumes(tmp_path: Path, precision: str, layout: 
         torch.equal(old, entry["exp_avg"]) for old, entry in zip(moments, state.optimizer.state.values(), strict=True)
     )
     checkpoint.atomic_save(state.snapshot(1), tmp_path / "ours.pth")
-    again = checkpoint.load_file(tmp_path / "ours.pth")
+    again = checkpoint.read_file(tmp_path / "ours.pth")
     assert all(torch.equal(again["model"][name], value) for name, value in after.items()) and ("scaler" in again) == (
         precision == "fp16"
     )
@@ -351,7 +351,7 @@ def test_the_command_continues_a_published_training(
         output_dir=tmp_path / "ours",
     )
     main([str(part) for name, value in flags.items() for part in (f"--{name}", value)])
-    content = checkpoint.load_file(tmp_path / "ours" / "checkpoint-last.pth")
+    content = checkpoint.read_file(tmp_path / "ours" / "checkpoint-last.pth")
     assert content["step"] == 4 and content["config"]["args"]["weight_decay"] == SAVED["weight_decay"]
     assert (
         content["config"]["optimizer"] == SAVED

@@ -126,7 +126,7 @@ def test_local_rank_of_old_launchers(monkeypatch, flag):
 
 def test_num_workers_may_be_0_but_not_less():
     assert parse(small_parser(), ["--num_workers", "0"])[0].num_workers == 0
-    with pytest.raises(ValueError, match="--num_workers must be at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"num_workers must be at least 0, got -1 \(--num_workers\)"):
         parse(small_parser(), ["--num_workers", "-1"])
 
 
