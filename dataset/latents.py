@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from dataset.folders import list_folder
 from dataset.loader import Index, split_index
-from dataset.record import NOT_FINISHED, RECORD, read_record
+from dataset.record import NOT_FINISHED, RECORD, read_record, recorded_classes
 from dataset.shards import Shard
 from util.seeds import coin, pick
 
@@ -28,7 +28,7 @@ class CachedLatents(Dataset):
 
     def __init__(self, root: str | Path, flip: bool = True, class_num: int | None = None, flag: str = "--cached_path"):
         self.record = read_record(root, flag)
-        listing = list_folder(root, (".npz",), class_num, flag)
+        listing = list_folder(root, (".npz",), class_num, flag, recorded_classes(self.record))
         samples = sorted(listing.samples, key=lambda s: (s[1], *os.path.split(s[0].removesuffix(".npz"))))
         self.folder = dataclasses.replace(listing, samples=samples)
         self.flip, self.flag = flip, flag

@@ -146,6 +146,12 @@ def check_record(
     check_classes(cache, record.get("classes"), classes)
 
 
+def recorded_classes(record: dict | None) -> list[str]:
+    """The class names of a record; none without one."""
+    found = (record or {}).get("classes")
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+
+
 def check_classes(
     folder: str | Path, found: object, trained: Sequence[str] | None, flag: str = "--cached_path"
 ) -> None:
@@ -259,7 +265,9 @@ def check_no_record(cache: Path) -> None:
 def check_folders(cache: Path, classes: Sequence[str]) -> None:
     """ValueError if the cache has folders that are no class of the data, which training would count as classes."""
     folders = cache.iterdir() if cache.is_dir() else ()
-    foreign = sorted(entry.name for entry in folders if entry.is_dir() and entry.name not in classes)
+    foreign = sorted(
+        entry.name for entry in folders if entry.is_dir() and entry.name[0] != "." and entry.name not in classes
+    )
     if foreign:
         what = f"holds {len(foreign)} folders that are no class of --data_path, first: {foreign[0]}"
         advice = "training would count them as classes. Choose another folder, or remove them"

@@ -41,6 +41,8 @@ class Reference:
     crop: str | None = None
     num_images: int | None = None
     inception_sha256: str | None = None
+    num_available: int | None = None  # images of the source, of which num_images were taken
+    selection: str | None = None  # how
 
     @property
     def pool(self) -> Statistics:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dataset.folders import ImageFolderDataset
+from dataset.folders import ImageFolderDataset, spread_evenly
 from dataset.images import save_png, to_uint8
 from dataset.loader import build_loader
 from evaluation.image_metrics import psnr, ssim
@@ -49,11 +49,6 @@ def first_of_each_class(labels: Sequence[int], images_per_class: int, num_images
         counts[label] += 1
         chosen += [number] if counts[label] <= images_per_class else []
     return chosen if num_images is None else spread_evenly(chosen, num_images)
-
-
-def spread_evenly(items: Sequence, count: int) -> list:
-    """`count` items at equal distances, the first among them; all of them if there are not more."""
-    return list(items) if count >= len(items) else [items[i * len(items) // count] for i in range(count)]
 
 
 class NumberedImages(Dataset):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from checkpoints.download import PUBLISHED_SIZE
-from dataset.folders import list_images
+from dataset.folders import list_folder, spread_evenly
 from dataset.images import center_crop_adm, read_image
 from dataset.loader import build_loader
 from evaluation.inception import FEATURE_DIM, SPATIAL_DIM, InceptionFeatures
@@ -31,7 +31,9 @@ from util.options import ArgumentError
 logger = get_logger()
 CROPS = ("adm", "none")
 KEEP_FEATURES = 10_000  # as many images as ADM's reference batches have
-ABOUT = ("img_size", "crop", "num_images", "inception_sha256")  # what a file of ours records of its images
+# what a file of ours records of its images
+ABOUT = ("img_size", "crop", "num_images", "inception_sha256", "num_available", "selection")
+SELECTION = "evenly spaced"  # num_images of the num_available images, sorted by class and path, and features of these
 TOOL = "python -m tools.fid_stats"
 
 
@@ -72,17 +74,24 @@ def npz_shape(path: Path, flag: str) -> tuple[int, ...]:
     return shape
 
 
-def npz_batches(path: Path, batch_size: int, limit: int) -> Iterator[Tensor]:
-    """uint8 (B, 3, S, S) from arr_0, read as a stream: memory is that of a batch. ValueError for a truncated file."""
+def npz_batches(path: Path, batches: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+    """uint8 (B, 3, S, S) from arr_0 for each batch of image numbers, which increase; read as a stream.
+
+    Memory is that of a batch. ValueError for a truncated file.
+    """
     with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
         image_shape = _read_header(file)[0][1:]
         image_bytes = int(np.prod(image_shape))
-        for first in range(0, limit, batch_size):
-            count = min(batch_size, limit - first)
-            data = file.read(count * image_bytes)
-            if len(data) < count * image_bytes:
-                raise ValueError(f"{path}: arr_0 is truncated after {first} images")
-            yield torch.frombuffer(bytearray(data), dtype=torch.uint8).view(count, *image_shape).permute(0, 3, 1, 2)
+        position = 0
+        for batch in batches:
+            data = bytearray()
+            for number in batch:
+                while position <= number:  # those between are read and dropped
+                    image, position = file.read(image_bytes), position + 1
+                if len(image) < image_bytes:
+                    raise ValueError(f"{path}: arr_0 is truncated after {number} images")
+                data += image
+            yield torch.frombuffer(data, dtype=torch.uint8).view(len(batch), *image_shape).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
@@ -100,12 +109,14 @@ def make_reference(
 ) -> Reference:
     """Statistics of a folder of images or of an npz with arr_0; every process calls it and reads its share of batches.
 
-    The result is the same for any number of processes, on each of them. features: of the first `keep_features` images.
+    The result is the same for any number of processes, on each of them. num_images of the images, and `keep_features` of
+    these for features, are evenly spaced in the sorted list, so that each class has its share.
     ValueError or FileNotFoundError naming file and flag for what does not fit.
     """
     source = Path(source)
     if source.is_dir():
-        data = ImageFiles(list_images(source, flag)[:num_images], img_size, crop)
+        listed = [Path(path) for path, _ in list_folder(source, flag=flag, allow_flat=True).samples]
+        available, data = len(listed), ImageFiles(spread_evenly(listed, num_images or len(listed)), img_size, crop)
         total, size = len(data), data.img_size
         data[0]  # a wrong size is reported before the loader starts
     else:
@@ -120,39 +131,43 @@ def make_reference(
     if source.is_dir():
         stream = zip(batches[local], build_loader(data, batches[local], num_workers, False), strict=True)
     else:
-        every = zip(batches, npz_batches(source, batch_size, total), strict=True)
+        numbers = spread_evenly(range(available), total)
+        every = zip(batches, npz_batches(source, [numbers[b.start : b.stop] for b in batches]), strict=True)
         stream = (pair for i, pair in enumerate(every) if i % dist.world_size() == dist.rank())
-    pool, spatial, features = _extract(stream, len(batches[local]), extractor, keep_features, source)
-    return Reference(pool.mu, pool.sigma, spatial.mu, spatial.sigma, features, size, crop, total, extractor.sha256)
+    kept = set(spread_evenly(range(total), keep_features))
+    pool, spatial, features = _extract(stream, len(batches[local]), extractor, kept, source)
+    statistics = (pool.mu, pool.sigma, spatial.mu, spatial.sigma)
+    return Reference(*statistics, features, size, crop, total, extractor.sha256, available, SELECTION)
 
 
 def _extract(
-    stream: Iterator[tuple[range, Tensor]], count: int, extractor: InceptionFeatures, keep_features: int, source: Path
+    stream: Iterator[tuple[range, Tensor]], count: int, extractor: InceptionFeatures, keep: set[int], source: Path
 ) -> tuple[FeatureStatistics, FeatureStatistics, Tensor | None]:
-    """Merged statistics of pool and spatial features of all processes' batches, and the first images' pool features."""
+    """Merged statistics of pool and spatial features of all processes' batches, and pool features of the images `keep`."""
     pool, spatial, kept, error = FeatureStatistics(FEATURE_DIM), FeatureStatistics(SPATIAL_DIM), {}, None
     try:
         for done, (batch, images) in enumerate(stream, 1):
             found = extractor(images)
             pool.update(found["2048"])
             spatial.update(found["spatial"])
-            if batch[0] < keep_features:
-                kept[batch[0]] = found["2048"].cpu()
+            if rows := [row for row, number in enumerate(batch) if number in keep]:
+                kept[batch[0]] = found["2048"][rows].cpu()
             if done % 50 == 0 or done == count:
                 logger.info("features of %d of %d batches of %s", done, count, source)
     except (ValueError, OSError) as caught:
         error = caught
     dist.agree(error)
     features = None
-    if keep_features:
+    if keep:
         parts = {first: part for local in dist.gather_objects(kept) for first, part in local.items()}
-        features = torch.cat([parts[first] for first in sorted(parts)])[:keep_features]
+        features = torch.cat([parts[first] for first in sorted(parts)])
     return pool.merge(), spatial.merge(), features
 
 
 def save_reference(path: str | Path, reference: Reference) -> None:
     """An .npz with ADM's keys and ours."""
     arrays = {key: getattr(reference, key) for key in ("mu", "sigma", "mu_s", "sigma_s", *ABOUT)}
+    arrays = {key: value for key, value in arrays.items() if value is not None}
     if reference.features is not None:
         arrays["features"] = reference.features.numpy()
     with replacing(path, sync=True) as file:

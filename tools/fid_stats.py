@@ -31,7 +31,7 @@ class FidStatsOptions:
 
     img_size: int | None = option(None, "side of the images; default: that of the first image", lowest=1)
     crop: str = option("adm", "adm: resize and crop as training does; none: images have the size", choices=CROPS)
-    num_images: int | None = option(None, "only the first so many images", lowest=2)
+    num_images: int | None = option(None, "only so many images, evenly spaced in the list sorted by class", lowest=2)
     keep_features: int = option(
         KEEP_FEATURES, "features of so many images for precision, recall and KID (8 KiB each)", lowest=0
     )

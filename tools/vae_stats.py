@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Subset
 
 from checkpoints import download
 from dataset import latent_statistics as statistics
-from dataset.folders import BAD_IMAGE_CHOICES, ImageFolderDataset
+from dataset.folders import BAD_IMAGE_CHOICES, ImageFolderDataset, spread_evenly
 from dataset.images import to_uint8
 from evaluation.image_metrics import psnr
 from models.latent_space import VaeDescription, description_path
@@ -76,12 +76,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def spread(count: int, total: int) -> list[int]:
-    """At most `count` numbers below `total`, evenly spaced."""
-    count = min(count, total)
-    return [i * total // count for i in range(count)]
-
-
 @torch.no_grad()
 def encode(vae: AutoencoderKL, loader: DataLoader, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
     """One posterior sample (N, C, h, w) of each image and its moments (N, 2C, h, w), raw, on the CPU."""
@@ -110,7 +104,7 @@ def measure(
     vae: AutoencoderKL, options: StatsOptions, folder: ImageFolderDataset, device: torch.device, num_workers: int = 0
 ) -> tuple[dict, VaeDescription, TableQuantizer]:
     """All figures, the suggested description and the suggested quantizer; sets the VAE's scale to the suggested one."""
-    encoded = spread(options.num_images, len(folder))
+    encoded = spread_evenly(range(len(folder)), options.num_images)
     loader = DataLoader(Subset(folder, encoded), options.batch_size, num_workers=num_workers)
     latents, moments = encode(vae, loader, device, options.seed)
     scale, shift = statistics.suggest_scale(latents, options.per_channel)
@@ -123,7 +117,7 @@ def measure(
         return build_quantizer(options.quantizer, bits, -half, half, latents=fitted_to)
 
     points = statistics.rate_distortion(scaled, build, options.bits, options.range)
-    shown = spread(options.decoded_images, len(latents))  # of the encoded images
+    shown = spread_evenly(range(len(latents)), options.decoded_images)  # of the encoded images
     decoded = DataLoader(Subset(folder, [encoded[i] for i in shown]), options.batch_size)
     images = [batch.to(device) for batch, _ in decoded]
     alone, best = decoded_psnr(vae, images, latents[shown], nn.Identity()), statistics.best_ranges(points)

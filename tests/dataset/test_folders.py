@@ -1,13 +1,18 @@
 """dataset/folders.py and the published cache of dataset/latents.py: images, labels, latents, refused folders."""
 
+import collections
+import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
-from dataset.folders import ImageFolderDataset
+from dataset.folders import ImageFolderDataset, list_folder, substitutes
 from dataset.images import center_crop_adm
 from dataset.latents import CachedLatents
 from tests.helpers import photographs, write_image_folder
@@ -74,17 +79,43 @@ def test_a_bad_image_is_an_error_that_names_it(own_images, kind):
 
 
 def test_bad_images_are_skipped_named_once_and_counted(own_images, messages):
-    """The next readable image replaces it, with its own label; after the last image comes the first."""
-    for name in ("china/05.png", "flower/00.png", "flower/05.png"):
+    """Another image replaces it, with its own label: the same one for the same number or seed."""
+    names = ("china/05.png", "flower/00.png", "flower/05.png")
+    for name in names:
         (own_images / name).write_bytes(b"not a picture")
     data = ImageFolderDataset(own_images, img_size=64, flip=False, on_bad_image="skip")
-    for _ in range(2):
-        image, label = data[5]
-        assert label == 1 and torch.equal(image, data[7][0])
-        assert torch.equal(data[11][0], data[0][0]) and data[11][1] == 0
-    assert len(data.bad.paths) == len(messages) == 3
-    for i, (line, name) in enumerate(zip(messages, ("china/05.png", "flower/00.png", "flower/05.png"), strict=True)):
-        assert line.startswith(f"skipped bad image {i + 1}: ") and name in line
+    good = [data.load(i) for i in range(12) if i not in (5, 6, 11)]
+    for index in (5, 6, 11, (5, 1), (5, 2)):
+        image, label = data[index]
+        assert torch.equal(image, data[index][0]) and label == data[index][1]
+        assert [torch.equal(image, x) for x in good].count(True) == 1
+    skipped = [line for line in messages if line.startswith("skipped bad image")]
+    assert len(data.bad.paths) == len(skipped) == 3
+    assert all(sum(name in line for line in skipped) == 1 for name in names)
+    assert [line.split(":")[0] for line in skipped] == [f"skipped bad image {i}" for i in (1, 2, 3)]
+
+
+def test_substitutes_are_spread_over_the_whole_set(own_images):
+    """A run of bad images: every good one replaces them equally often, whatever its place and class.
+
+    Of 600 draws each of 8 images expects 75 with a standard deviation of 8.1.
+    """
+    for name in ("02", "03", "04", "05"):
+        (own_images / "china" / f"{name}.png").write_bytes(b"not a picture")
+    data = ImageFolderDataset(own_images, img_size=16, flip=False, on_bad_image="skip")
+    good = {data.load(i).numpy().tobytes(): i for i in range(12) if i not in (2, 3, 4, 5)}
+    counts = collections.Counter()
+    for seed in range(600):
+        image, label = data[2 + seed % 4, seed]
+        number = good[image.numpy().tobytes()]
+        assert label == data.labels[number]
+        counts[number] += 1
+    assert len(counts) == 8 and min(counts.values()) > 45 and max(counts.values()) < 105
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 12, 30, 97])
+def test_substitutes_visit_every_image_once(count):
+    assert all(sorted(substitutes(seed, count)) == list(range(count)) for seed in range(50))
 
 
 def test_only_bad_images(tmp_path):
@@ -103,7 +134,7 @@ def test_folders_that_are_refused(tmp_path, image_root):
     with pytest.raises(FileNotFoundError, match="no class folders"):
         ImageFolderDataset(tmp_path / "flat", 64)
     (tmp_path / "hollow" / "class").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="--image_dir.*no .*png"):
+    with pytest.raises(FileNotFoundError, match="--image_dir.*no image files"):
         ImageFolderDataset(tmp_path / "hollow", 64, flag="--image_dir")
     with pytest.raises(ValueError, match="2 class folders, more than --class_num 1"):
         ImageFolderDataset(image_root / "train", 64, class_num=1)
@@ -112,11 +143,100 @@ def test_folders_that_are_refused(tmp_path, image_root):
         ImageFolderDataset(image_root / "train", 64, on_bad_image="ignore")
 
 
-def test_an_empty_class_keeps_its_number(own_images):
-    """Labels must not shift because one class has no pictures yet."""
-    (own_images / "dog").mkdir()
-    data = ImageFolderDataset(own_images, 64)
-    assert data.classes == ["china", "dog", "flower"] and sorted(set(data.labels)) == [0, 2]
+def test_order_is_torchvisions(own_images):
+    """Paths, labels and classes of an ordinary data set: as the published code lists them."""
+    for folder in ("china/b", "china/a-b", "china/a", "flower/x/y"):
+        (own_images / folder).mkdir(parents=True)
+        shutil.copy(own_images / "china" / "00.png", own_images / folder / "10.PNG")
+    theirs, ours = ImageFolder(str(own_images)), list_folder(own_images)
+    assert ours.samples == theirs.samples and ours.classes == theirs.classes and len(ours.samples) == 16
+
+
+def test_what_a_listing_leaves_out(own_images, messages):
+    """Hidden, loose and other files, pipes, broken links and empty classes are counted in one line, and shift no label."""
+    before = list_folder(own_images)
+    for name in (".ipynb_checkpoints", "china/.ipynb_checkpoints"):
+        shutil.copytree(own_images / "flower", own_images / name)
+    shutil.copy(own_images / "china" / "00.png", own_images / "china" / "._00.png")
+    shutil.copy(own_images / "china" / "00.png", own_images / "loose.png")
+    (own_images / "anemone").mkdir()
+    (own_images / "texts").mkdir()
+    (own_images / "texts" / "a.txt").touch()
+    os.mkfifo(own_images / "china" / "pipe.png")
+    (own_images / "china" / "gone.png").symlink_to("absent.png")
+    (own_images / "china" / "folder.png").mkdir()
+    after = list_folder(own_images, class_num=2)
+    assert after.samples == before.samples and after.classes == before.classes
+    assert len(messages) == 2 and messages[0].endswith("(--data_path): 12 images in 2 classes")
+    assert "12 images in 2 classes; left out: 3 hidden (.ipynb_checkpoints, " in messages[1]
+    for part in ("2 no regular files (china/gone.png, china/pipe.png)", "1 of other types (texts/a.txt)"):
+        assert part in messages[1]
+    for part in ("2 empty class folders (anemone, texts)", "1 beside the class folders (loose.png)"):
+        assert part in messages[1]
+
+
+def test_every_format_that_pillow_reads_is_listed(own_images):
+    for i, suffix in enumerate(("avif", "jfif", "gif", "webp", "tga", "JPEG", "jp2", "bmp", "tif")):
+        Image.fromarray(photographs()[0][:20, :20]).save(own_images / "flower" / f"z{i}.{suffix}")
+    (own_images / "flower" / "z.h5").touch()
+    data = ImageFolderDataset(own_images, 16)
+    assert len(data) == 21 and all(data[i][0].shape == (3, 16, 16) for i in range(12, 21))
+
+
+def test_links_are_followed_without_loops(own_images, tmp_path):
+    """Two links to the folder itself, to its parent and to a listed folder add nothing; one to other pictures does."""
+    before = list_folder(own_images)
+    (own_images / "china" / "deep").mkdir()
+    shutil.move(own_images / "china" / "05.png", own_images / "china" / "deep" / "05.png")
+    for name, target in (("l1", "."), ("l2", "."), ("up", ".."), ("again", "deep"), ("deep/back", "..")):
+        (own_images / "china" / name).symlink_to(target, target_is_directory=True)
+    listed = list_folder(own_images)
+    assert len(listed.samples) == len(before.samples) and "china/deep/05.png" in listed.paths
+    shutil.move(own_images / "flower", tmp_path / "elsewhere")
+    (own_images / "flower").symlink_to(tmp_path / "elsewhere")
+    (own_images / "china" / "06.png").symlink_to(tmp_path / "elsewhere" / "00.png")
+    linked = list_folder(own_images)
+    assert linked.classes == before.classes and linked.labels == [0] * 7 + [1] * 6
+    (own_images / "self").symlink_to("self")
+    assert list_folder(own_images).classes == before.classes
+
+
+@pytest.mark.parametrize("children", [("train", "val"), ("train",), ("Test", "training", "valid")])
+def test_parts_of_a_data_set_are_no_classes(image_root, tmp_path, children):
+    for name in children:
+        shutil.copytree(image_root / "train", tmp_path / name)
+    part = "train" if "train" in children else "Test"
+    for flat in (False, True):
+        with pytest.raises(ValueError, match=rf"\(--image_dir\) holds .*not classes; .* is needed, .*/{part}$"):
+            list_folder(tmp_path, flag="--image_dir", allow_flat=flat)
+    (tmp_path / "car").mkdir()
+    shutil.copy(image_root / "train" / "china" / "00.png", tmp_path / "car")
+    assert list_folder(tmp_path).classes == sorted([*children, "car"])
+
+
+def test_flat_folders_and_class_folders_for_statistics(own_images, messages):
+    """Without class folders all files count; with them the same ones as in training."""
+    flat = list_folder(own_images / "china", allow_flat=True)
+    assert flat.classes == [""] and flat.paths == [f"{i:02d}.png" for i in range(6)]
+    shutil.copy(own_images / "china" / "00.png", own_images / "loose.png")
+    assert list_folder(own_images, allow_flat=True).samples == list_folder(own_images).samples
+
+
+def test_an_empty_class_of_a_recorded_cache_keeps_its_number(tmp_path):
+    """A class without a readable image has a folder and no files."""
+    root = write_cache(tmp_path)
+    (root / "class0b").mkdir()
+    assert CachedLatents(root).labels == [0, 0, 0, 1, 1, 1]
+    record = {
+        "format": "npz",
+        "complete": True,
+        "img_size": 16,
+        "classes": ["class0", "class0b", "class1"],
+        "images": 6,
+    }
+    (root / "cache.json").write_text(json.dumps(record))
+    data = CachedLatents(root)
+    assert data.classes == record["classes"] and data.labels == [0, 0, 0, 2, 2, 2]
 
 
 @pytest.mark.parametrize("compressed", [False, True])

@@ -117,17 +117,22 @@ def test_training_reads_it(finished: Path, cache_data: Path) -> None:
     assert torch.equal(latents[3][0], torch.from_numpy(arrays(finished / "china" / "03.png.npz")["moments"]))
 
 
-def test_a_class_without_images_keeps_its_number_and_names_keep_their_extension(
+def test_a_class_without_readable_images_keeps_its_number_and_names_keep_their_extension(
     npz: Argv, own_data: Path, tmp_path: Path
 ) -> None:
+    """An empty folder has none: the classes of images and cache are equal."""
     china = own_data / "train" / "china"
-    (own_data / "train" / "aaa").mkdir()
+    for name in ("aaa", "empty"):
+        (own_data / "train" / name).mkdir()
+    (own_data / "train" / "aaa" / "bad.png").touch()
     (china / "deep").mkdir()
     for copy in (china / "01.PNG.bmp", china / "deep" / "01.png"):  # sub-folders are listed too
         shutil.copy(china / "01.png", copy)
-    main(npz(tmp_path / "out", data_path=own_data))
+    main(npz(tmp_path / "out", data_path=own_data, on_bad_image="skip"))
     assert CachedLatents(tmp_path / "out").labels == [1] * 7 + [2] * 5
-    assert ImageFolderDataset(own_data / "train", CACHE_SIZE).labels == [1] * 7 + [2] * 5
+    images = ImageFolderDataset(own_data / "train", CACHE_SIZE)
+    assert images.labels == [0] + [1] * 7 + [2] * 5
+    assert images.classes == CachedLatents(tmp_path / "out").classes == ["aaa", "china", "flower"]
     assert all((tmp_path / "out" / "china" / name).is_file() for name in ("01.PNG.bmp.npz", "deep/01.png.npz"))
 
 
@@ -485,7 +490,7 @@ def test_other_images_than_those_that_were_cached(sharded: Argv, own_shards: Pat
     (own_data / "train" / "china" / "03.png").unlink()
     with pytest.raises(ValueError, match="images of data_path was .*--overwrite"):
         main(sharded(own_shards, data_path=own_data))
-    (own_data / "train" / "zebra").mkdir()
+    shutil.copytree(own_data / "train" / "china", own_data / "train" / "zebra")
     with pytest.raises(ValueError, match="class folders of data_path was"):
         main(sharded(own_shards, data_path=own_data))
 

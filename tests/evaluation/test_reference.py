@@ -26,7 +26,7 @@ SIZE = 24
 
 
 def test_folder_and_archive_give_the_same_statistics(tmp_path: Path) -> None:
-    """numpy's mean and covariance of all features, whatever the batch size; features of the first images."""
+    """numpy's mean and covariance of all features, whatever the batch size; features of evenly spaced images."""
     images = crops(11)
     folder = write_folder(tmp_path / "pictures", images)
     in_order = np.concatenate([images[0::2], images[1::2]])  # sorted by path: class 0, then class 1
@@ -37,7 +37,7 @@ def test_folder_and_archive_give_the_same_statistics(tmp_path: Path) -> None:
     for reference in (a, b):
         np.testing.assert_allclose(reference.mu, features.double().numpy().mean(0), rtol=1e-6)
         np.testing.assert_allclose(reference.sigma, np.cov(features.double().numpy(), rowvar=False), atol=1e-9)
-        torch.testing.assert_close(reference.features, features[:5])
+        torch.testing.assert_close(reference.features, features[[0, 2, 4, 6, 8]])
         assert (reference.num_images, reference.img_size, reference.crop) == (
             11,
             SIZE,
@@ -46,13 +46,33 @@ def test_folder_and_archive_give_the_same_statistics(tmp_path: Path) -> None:
     assert make_reference(folder, Colours(), img_size=16, num_images=6).crop == "adm"
 
 
+@pytest.mark.parametrize("kind", ["folder", "archive"])
+def test_a_part_of_the_images_is_spread_over_the_classes(tmp_path: Path, kind: str) -> None:
+    """4 of 11 images, of which class 0 has six: numbers 0, 2, 5 and 8 of the sorted list; the file records it."""
+    images = crops(11)
+    in_order = np.concatenate([images[0::2], images[1::2]])
+    source = write_folder(tmp_path / "pictures", images)
+    if kind == "archive":
+        source = write_stats(tmp_path / "pictures.npz", arr_0=in_order)
+    features = Colours()(torch.from_numpy(in_order[[0, 2, 5, 8]]).permute(0, 3, 1, 2))["2048"]
+    settings = dict(img_size=SIZE, num_images=4, keep_features=2, batch_size=3)
+    part = make_reference(source, Colours(), **settings)
+    np.testing.assert_allclose(part.mu, features.double().numpy().mean(0), rtol=1e-6)
+    torch.testing.assert_close(part.features, features[[0, 2]])
+    save_reference(tmp_path / "s.npz", part)
+    again = load_reference_stats(tmp_path / "s.npz")
+    assert (again.num_images, again.num_available, again.selection) == (4, 11, "evenly spaced")
+
+
 def test_an_archive_is_read_as_a_stream(tmp_path: Path) -> None:
     images = crops(10)
     path = tmp_path / "a.npz"
     np.savez_compressed(path, arr_0=images)
-    found = list(npz_batches(path, 4, 10))
+    found = list(npz_batches(path, [range(4), range(4, 8), range(8, 10)]))
     assert [len(part) for part in found] == [4, 4, 2]
     assert torch.equal(torch.cat(found), torch.from_numpy(images).permute(0, 3, 1, 2))
+    (some,) = npz_batches(path, [[1, 5, 9]])
+    assert torch.equal(some, torch.from_numpy(images[[1, 5, 9]]).permute(0, 3, 1, 2))
 
 
 def test_a_saved_reference_comes_back(tmp_path: Path) -> None:
