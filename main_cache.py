@@ -11,7 +11,7 @@ It stores mean and log-variance of the latents of each image DIR/train/<class>/<
 --format shards in few large files (dataset/shards.py), --format npz in one file per image, CACHE/<class>/<image>.npz,
 the published layout (docs/spec.md 8). CACHE/cache.json records the settings, CACHE/bad_images.txt lists images that
 cannot be read. After a kill run the same command again, on any number of processes: only missing shards or files are
-encoded, and the result is that of an uninterrupted run. One job at a time may write to a cache.
+encoded, and the result is that of an uninterrupted run. A cache that another job writes to is refused.
 """
 
 import argparse

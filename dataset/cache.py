@@ -1,18 +1,20 @@
 """What main_cache.py does with a cache folder: complete it, print what it holds, verify it."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from dataset.encode import Counts, Encode, NpzFiles, ShardFiles, Source, encode_all, read_moments
-from dataset.record import RECORD, CacheOptions, check_agreement, check_folders, read_record
+from dataset.record import RECORD, CacheOptions, check_agreement, check_folders, own_shards, read_record
 from dataset.shards import RecordSpec, Shard
 from util import dist
 from util.cli import check_writable
-from util.files import replacing, write_json
+from util.files import folder_lock, remove_leftovers, replacing, write_json
 from util.log import get_logger
 
 logger = get_logger()
 BAD_LIST = "bad_images.txt"
+LEFT_BEFORE = re.compile(r"\.shard-\d{5,}\.safetensors\.(tmp|partial)")  # by kills of earlier versions
 
 
 def fill(
@@ -24,24 +26,36 @@ def fill(
     """
     cache, problem = options.cache, None
     try:
-        if options.format == "npz":
-            check_folders(cache, source.classes)
-        if not options.overwrite:
-            check_agreement(options, record)
         check_writable(cache, "--cached_path")
     except (ValueError, OSError) as error:
         problem = error
     dist.agree(problem)
-    if options.format == "npz":
-        files = NpzFiles(cache, source, spec, options.batch_size)
-    else:
-        files = ShardFiles(cache, source, spec, options.batch_size, options.shard_size)
+    with dist.on_main(folder_lock(cache, "--cached_path")):
+        check(options, record, source)
+        if options.format == "npz":
+            files = NpzFiles(cache, source, spec, options.batch_size)
+        else:
+            files = ShardFiles(cache, source, spec, options.batch_size, options.shard_size)
+        try:
+            prepare(options, record, files)
+            counts = encode_all(files, encode, **loading)
+        finally:
+            files.pool.shutdown()
+        finish(options, record, files, counts)
+
+
+def check(options: CacheOptions, record: dict, source: Source) -> None:
+    """ValueError, on all processes, if the folder holds what does not fit, or what is not ours to replace."""
+    problem = None
     try:
-        prepare(options, record, files)
-        counts = encode_all(files, encode, **loading)
-    finally:
-        files.pool.shutdown()
-    finish(options, record, files, counts)
+        own_shards(options.cache)
+        if options.format == "npz":
+            check_folders(options.cache, source.classes)
+        if not options.overwrite:
+            check_agreement(options, record)
+    except (ValueError, OSError) as error:
+        problem = error
+    dist.agree(problem)
 
 
 def prepare(options: CacheOptions, record: dict, files: NpzFiles | ShardFiles) -> None:
@@ -53,8 +67,9 @@ def prepare(options: CacheOptions, record: dict, files: NpzFiles | ShardFiles) -
     if options.overwrite and npz:
         delete(cache / f"{path}.npz" for path in source.paths[dist.rank() :: dist.world_size()])
     if dist.is_main():
-        delete(cache.glob(".shard-*.safetensors.*"))  # left behind by a kill
-        delete(cache.glob("shard-*.safetensors") if options.overwrite else ())
+        remove_leftovers(cache)
+        delete(path for path in cache.glob(".shard-*") if LEFT_BEFORE.fullmatch(path.name))
+        delete(own_shards(cache) if options.overwrite else ())
     dist.barrier()
     if dist.is_main():
         for name in source.classes if npz else ():

@@ -27,7 +27,7 @@ from models.quantizer import TableQuantizer
 from models.vae import AutoencoderKL
 from util import dist
 from util.files import replacing
-from util.log import get_logger
+from util.log import first_line, get_logger
 from util.seeds import mixed_seed
 
 logger = get_logger()
@@ -323,7 +323,7 @@ def encode_all(
             error = problem
         except OSError as problem:
             advice = "What is finished stays valid; make room or mend the disk, then run the same command again"
-            error = OSError(f"cannot write to {cache} (--cached_path): {problem.strerror or problem}. {advice}")
+            error = OSError(f"{first_line(problem)} ({cache}, --cached_path). {advice}")
         if (k + 1) % SYNC_EVERY == 0 or k == rounds - 1 or dist.world_size() == 1:
             dist.agree(error)
             counts.waited = waited / max(time.perf_counter() - started, 1e-9)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset.folders import BAD_IMAGE_CHOICES
-from dataset.shards import DTYPES, MODES, NAME, RecordSpec
+from dataset.shards import DTYPES, MODES, NAME, RecordSpec, is_ours
 from models.quantizer import MAX_BITS, TableQuantizer, check_range
 from models.quantizer_tables import QUANTIZERS, build_quantizer
 from models.vae import AutoencoderKL
@@ -260,6 +260,28 @@ def check_no_record(cache: Path) -> None:
     if any(NAME.fullmatch(path.name) for path in cache.glob("shard-*")):
         unknown = f"holds shards but no {RECORD}, which says what made them"
         raise ValueError(f"{cache} (--cached_path) {unknown}; choose another folder, or --overwrite")
+
+
+def own_shards(cache: Path) -> list[Path]:
+    """The files of a cache folder that are shards of this format: the mark in their header says so, or cache.json.
+
+    ValueError for a file of another kind where a shard, or cache.json, would replace it.
+    """
+    path = cache / RECORD
+    try:
+        record = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError):
+        record = {}  # ours, damaged: nothing else is said about such a file
+    if not isinstance(record, dict) or (record and not record.keys() & {"complete", "latent_fingerprint", "img_size"}):
+        raise ValueError(f"{path} (--cached_path) is not a record of main_cache.py; choose another folder, or move it")
+    shards = record.get("shards")
+    listed = {entry.get("name") for entry in (shards if isinstance(shards, list) else ()) if isinstance(entry, dict)}
+    found = sorted(path for path in cache.glob("shard-*") if NAME.fullmatch(path.name))
+    for shard in found:
+        if shard.name not in listed and not is_ours(shard):
+            what = "is no shard of main_cache.py, which would replace it"
+            raise ValueError(f"{shard} (--cached_path) {what}; choose another folder, or move the file")
+    return found
 
 
 def check_folders(cache: Path, classes: Sequence[str]) -> None:

@@ -31,6 +31,7 @@ from util.files import replacing
 
 FORMAT = "tokenbridge-latents-2"
 READABLE = (FORMAT, "tokenbridge-latents-1")  # 1: U32 checksums, padded paths, flat metadata
+MARK = b"tokenbridge-latents-"  # in the header of every version
 MODES = ("moments", "mean", "indices")
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 SAFETENSORS_NAMES = {"F16": "float16", "F32": "float32", "BF16": "bfloat16", "U8": "uint8"}
@@ -123,6 +124,16 @@ def write_shard(path: Path, spec: RecordSpec, paths: Sequence[str], labels: np.n
     with replacing(path, sync=True) as file:
         # one metadata entry: safetensors writes several in any order, and equal contents must be equal files
         file.write(save(tensors, {"tokenbridge": json.dumps(about)}))
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file's header has the mark of this format, also if the rest is damaged."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            return MARK in file.read(min(length, LARGEST_HEADER))
+    except OSError:
+        return False
 
 
 class Shard:

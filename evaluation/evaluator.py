@@ -29,7 +29,7 @@ from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util import dist
 from util.cli import check_writable
-from util.files import file_sha256, write_json
+from util.files import file_sha256, write_json, writing
 from util.log import get_logger
 from util.options import ArgumentError, check_options, option
 from util.presets import Preset
@@ -268,7 +268,8 @@ class Evaluator:
         record = scores | {"vae_roundtrip": make_images.roundtrip} | plain(settings) | self.inputs | self.about | about
         record |= model_record(model, self.device)
         record |= {"seconds": time.perf_counter() - started, "time": time.time()}
-        with (self.output / "eval.jsonl").open("a") as file:
+        lines = self.output / "eval.jsonl"
+        with writing(lines), lines.open("a") as file:
             file.write(json.dumps(record) + "\n")
         pair = (settings.cfg, settings.temperature, settings.num_iter)
         logger.info("cfg %g, temperature %g, %d iterations: %s", *pair, scores_in_words(record))

@@ -24,7 +24,7 @@ from dataset.loader import build_loader
 from evaluation.inception import FEATURE_DIM, SPATIAL_DIM, InceptionFeatures
 from evaluation.metrics import FeatureStatistics, Reference
 from util import dist
-from util.files import replacing
+from util.files import plain_reason, replacing
 from util.log import get_logger
 from util.options import ArgumentError
 
@@ -202,7 +202,7 @@ def load_reference_stats(
     try:
         reference = Reference(**_read_arrays(path))
     except Exception as error:
-        raise ValueError(f"{path} ({flag}) is not a file of FID statistics: {error}") from error
+        raise ValueError(f"{path} ({flag}) is not a file of FID statistics: {plain_reason(error)}") from error
     for mu, sigma, size in (("mu", "sigma", dim), ("mu_s", "sigma_s", spatial_dim)):
         mean, covariance = getattr(reference, mu), getattr(reference, sigma)
         if mean is None:

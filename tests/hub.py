@@ -16,15 +16,17 @@ class Hub:
     """Serves `files` (name -> bytes) of the repository `name`, and each at /plain/NAME.SUFFIX. Use as a context
     manager; `url` is its address.
 
-    cut: the first so many answers to GET end after half of what they announced. said: name -> what the hub says
-    instead of the file's SHA-256.
-    listed: extra names in the list. token: what every request must carry. requests: (method, path, Range) of each
-    request, in order.
+    cut: the first so many answers to GET end after half of what they announced.
+    said: name -> what the hub says instead of the file's SHA-256.
+    commit: what the hub says is the commit, in its list and in headers. etag: what it says is the tag of every file.
+    list: what it answers instead of the list. listed: extra names in the list. token: what every request must carry.
+    requests: (method, path, Range) of each request, in order.
     """
 
     def __init__(self, name: str, files: dict[str, bytes]):
         self.name, self.files = name, files
         self.cut, self.said, self.listed, self.token = 0, {}, [], None
+        self.commit, self.etag, self.list = COMMIT, "", b""
         self.requests: list[tuple[str, str, str | None]] = []
         self.uploads: list[dict] = []
         hub = self
@@ -44,7 +46,7 @@ class Hub:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def __enter__(self) -> "Hub":
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,11 +73,8 @@ class Hub:
                 for name, content in self.files.items()
             ]
             siblings += [{"rfilename": name, "size": 1, "blobId": "0" * 40} for name in self.listed]
-            return self.send(
-                request,
-                200,
-                json.dumps({"id": self.name, "modelId": self.name, "sha": COMMIT, "siblings": siblings}).encode(),
-            )
+            listing = {"id": self.name, "modelId": self.name, "sha": self.commit, "siblings": siblings}
+            return self.send(request, 200, self.list or json.dumps(listing).encode())
         match = re.fullmatch(rf"/{re.escape(self.name)}/resolve/[^/]+/(.+)", path)
         if match and match[1] in self.files:
             return self.send_file(request, match[1])
@@ -108,12 +107,12 @@ class Hub:
         asked = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range") or "")
         if asked:
             start = int(asked[1])
-        etag = f'"{self.sha256(name)}"'
+        etag = f'"{self.etag or self.sha256(name)}"'
         headers = {
             "ETag": etag,
             "X-Linked-Etag": etag,
             "X-Linked-Size": str(len(content)),
-            "X-Repo-Commit": COMMIT,
+            "X-Repo-Commit": self.commit,
             "Accept-Ranges": "bytes",
         }
         if asked:

@@ -5,11 +5,9 @@ Knows no model: what the files of this project hold is in checkpoints/published.
 
 import argparse
 import json
-import os
 import platform
 import random
 import re
-import shutil
 import threading
 import zipfile
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from util import dist
-from util.files import replacing, sync_folder
+from util.files import replacing, second_name
 from util.log import get_logger
 from util.options import ArgumentError, MissingFile
 
@@ -224,22 +222,6 @@ class CheckpointWriter:
         if self.keep_last > 1:
             for path in numbered(self.folder)[: -self.keep_last]:
                 path.unlink()
-
-
-def second_name(path: Path, name: Path) -> None:
-    """Let `name` be the file `path` too, atomically: a hard link, or a copy where the file system has none."""
-    temporary = name.with_name(f".{name.name}.tmp")
-    name.parent.mkdir(parents=True, exist_ok=True)
-    temporary.unlink(missing_ok=True)
-    try:
-        try:
-            os.link(path, temporary)
-        except OSError:
-            shutil.copyfile(path, temporary)
-        os.replace(temporary, name)
-        sync_folder(name.parent)
-    finally:
-        temporary.unlink(missing_ok=True)  # still there if both names were one file before
 
 
 def versions() -> dict[str, str]:

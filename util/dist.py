@@ -168,6 +168,20 @@ def agree(error: Exception | None) -> None:
         raise ValueError(messages[0])
 
 
+@contextlib.contextmanager
+def on_main(context: contextlib.AbstractContextManager) -> Iterator[None]:
+    """Rank 0 enters `context`, the others wait for it; an error on entering is raised on every process."""
+    error = None
+    with contextlib.ExitStack() as stack:
+        try:
+            if is_main():
+                stack.enter_context(context)
+        except (ValueError, OSError) as problem:
+            error = problem
+        agree(error)
+        yield
+
+
 def shutdown() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():

@@ -1,26 +1,110 @@
-"""Writing files so that a kill leaves the old content or the new, never half of one."""
+"""Writing files so that a kill leaves the old content or the new, never half of one; locks of output folders."""
 
 import contextlib
+import errno
+import fcntl
+import functools
 import hashlib
+import io
 import json
 import os
+import re
+import secrets
+import socket
+import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+LONGEST_NAME = 200  # bytes of a file's name that its temporary name repeats
+TEMPORARY = re.compile(r"\..+\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.[0-9a-f]{12}\.tmp", re.DOTALL)
+LOCK = ".tokenbridge.lock"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class CannotWrite(OSError):
+    """A file that could not be written; the message is one line that names it. `errno` is that of the cause."""
+
+    def __init__(self, path: str | Path, error: OSError):
+        super().__init__(f"cannot write {path}: {os_reason(error)}")
+        self.path, self.errno = Path(path), error.errno
+
+
+def os_reason(error: OSError) -> str:
+    """Why the system refused something, without the path; "disk full" if that is the reason."""
+    why = error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
+    return f"disk full ({why})" if error.errno in FULL else why
+
+
+def plain_reason(error: Exception) -> str:
+    """The first line of an error of a file reader; numpy's advice to load a file unsafely is left out."""
+    if "pickle" in str(error):
+        return "it is no archive of arrays, or holds Python objects, which are never loaded"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _open_new(name: str, flags: int) -> int:
+    return os.open(name, flags | NOFOLLOW, 0o666)
+
+
+class _File(io.FileIO):
+    """A new file, never one that is there nor the target of a link. Keeps the error of a write that failed.
+
+    torch.save and others raise errors of their own after a failed write, which do not say what happened.
+    """
+
+    def __init__(self, path: Path):
+        self.failure: OSError | None = None
+        super().__init__(path, "x", opener=_open_new)
+
+    def write(self, data: object) -> int:
+        """As FileIO.write."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def why(self, error: Exception) -> OSError | None:
+        """The OSError that kept the content from the disk, None if `error` has another reason."""
+        if self.failure is not None:
+            return self.failure
+        if not isinstance(error, OSError) or isinstance(error, (CannotWrite, ConnectionError, TimeoutError)):
+            return None
+        if error.errno is not None:
+            return error if error.filename in (None, self.name, str(self.name)) else None
+        try:  # numpy and Pillow write past Python, and drop the reason: see whether the disk takes anything
+            number = os.open(self.name, os.O_WRONLY | os.O_APPEND | NOFOLLOW)
+            try:
+                os.write(number, bytes(2**16))
+            finally:
+                os.close(number)
+        except OSError as found:
+            return found
+        return None
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path, sync: bool = False) -> Iterator[BinaryIO]:
     """A file to write to, which takes the place of `path` (its folder is made) when the block ends without an error.
 
-    Its own name is fixed, .NAME.tmp beside `path`, so that writing again replaces what a kill left behind; one process at a time may write.
+    Until then it has a name of its own beside `path` (`temporary_name`), which is removed if the block fails. What
+    killed writers left in the folder is removed when a process first writes there. CannotWrite if the disk is full, or
+    the file cannot be written for another reason; `path` stays as it was.
     sync: on the disk (fsync) before it is renamed, for files that must survive a power cut.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_name(path)
     try:
-        with temporary.open("wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clean_once(path.parent.resolve())
+        raw = _File(temporary)
+    except OSError as error:
+        raise CannotWrite(path, error) from error
+    try:
+        with io.BufferedWriter(raw) as file:
             yield file
             file.flush()
             if sync:
@@ -28,8 +112,143 @@ def replacing(path: str | Path, sync: bool = False) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
         if sync:
             sync_folder(path.parent)
+    except Exception as error:
+        if (reason := raw.why(error)) is not None:
+            raise CannotWrite(path, reason) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Around writes to an open file at `path`: CannotWrite, which names it, instead of a bare OSError."""
+    try:
+        yield
+    except CannotWrite:
+        raise
+    except OSError as error:
+        raise CannotWrite(path, error) from error
+
+
+def temporary_name(path: Path) -> Path:
+    """A new name beside `path`: .NAME.HOST.PID.RANDOM.tmp, by which others see whose it is (`remove_leftovers`)."""
+    name = path.name
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return path.with_name(f".{name}.{_host_digest()}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files in `folder` of processes of this machine that are no longer alive."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return
+    for name in names:
+        match = TEMPORARY.fullmatch(name)
+        if match and match["host"] == _host_digest() and not _alive(int(match["pid"])):
+            with contextlib.suppress(OSError):
+                if stat.S_ISREG(os.lstat(folder / name).st_mode):
+                    os.unlink(folder / name)
+
+
+@functools.cache
+def _clean_once(folder: Path) -> None:
+    remove_leftovers(folder)
+
+
+def _host() -> str:
+    """This machine, and the namespace in which process numbers mean something (containers may share a host's name)."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _host_digest() -> str:
+    return hashlib.sha256(_host().encode()).hexdigest()[:8]
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process with this number runs on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OverflowError, OSError):
+        return True
+    return True
+
+
+_held: set[Path] = set()  # folders that this process has locked
+
+
+@contextlib.contextmanager
+def folder_lock(folder: str | Path, flag: str) -> Iterator[None]:
+    """Only one process writes to `folder` (which exists). ValueError that names the other one's host and process.
+
+    FOLDER/.tokenbridge.lock says who holds the lock: host, pid, start. That of a process of this machine which no
+    longer runs is taken over; that of another machine, which cannot be asked, is refused until the file is deleted.
+    One process of a run takes it: `with dist.on_main(folder_lock(...))`.
+    """
+    path = Path(folder).resolve() / LOCK
+    if path in _held:
+        raise ValueError(f"{folder} ({flag}) is in use by this process ({os.getpid()}) already")
+    number = _take_lock(path, f"{folder} ({flag})")
+    _held.add(path)
+    try:
+        yield
+    finally:
+        _held.discard(path)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        os.close(number)  # after unlink: until then no other process takes it
+
+
+def _take_lock(path: Path, named: str) -> int:
+    """The open and locked file at `path`, with this process in it."""
+    while True:
+        try:
+            number = os.open(path, os.O_RDWR | os.O_CREAT | NOFOLLOW, 0o666)
+        except OSError as error:
+            raise CannotWrite(path, error) from error
+        try:
+            _refuse_if_held(number, path, named)
+            same = os.path.samestat(os.fstat(number), os.stat(path))
+        except FileNotFoundError:
+            same = False  # its holder removed it meanwhile: try again
+        except BaseException:
+            os.close(number)
+            raise
+        if not same:
+            os.close(number)
+            continue
+        me = {"host": _host(), "pid": os.getpid(), "start": time.strftime("%Y-%m-%d %H:%M:%S")}
+        with writing(path):
+            os.ftruncate(number, 0)
+            os.pwrite(number, json.dumps(me).encode(), 0)
+        return number
+
+
+def _refuse_if_held(number: int, path: Path, named: str) -> None:
+    """Lock the open file; ValueError if another process has it, or if it is another machine's."""
+    try:
+        fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel when this process ends
+        held: bool | None = False
+    except OSError as error:  # None: this file system has no locks
+        held = True if error.errno in (errno.EACCES, errno.EAGAIN) else None
+    try:
+        holder = json.loads(os.pread(number, 4096, 0))
+        host, pid, start = str(holder["host"]), int(holder["pid"]), str(holder["start"])
+    except (ValueError, TypeError, KeyError):  # just made, or a kill came before it was written
+        host, pid, start = _host(), 0, "just now"
+    if held is None:
+        held = pid > 0 and pid != os.getpid() and _alive(pid)
+    if held or host != _host():
+        who = f"process {pid} on {host.split()[0]}, started {start}" if pid else "a process that started just now"
+        advice = f"wait for it, or choose another folder. If it no longer runs, delete {path}"
+        raise ValueError(f"{named} is in use by {who}: two runs would mix their files; {advice}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -46,10 +265,35 @@ def sync_folder(folder: Path) -> None:
         os.close(number)
 
 
+def second_name(path: Path, name: Path) -> None:
+    """Let `name` be the file `path` too, atomically: a hard link, or a copy where the file system has none."""
+    name.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(name)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        with replacing(name, sync=True) as file, path.open("rb") as source:
+            while block := source.read(2**22):
+                file.write(block)
+        return
+    try:
+        with writing(name):
+            os.replace(temporary, name)
+        sync_folder(name.parent)
+    finally:
+        temporary.unlink(missing_ok=True)  # still there if both names were one file before
+
+
 def write_json(path: str | Path, content: object) -> None:
     """`content` as indented JSON, on the disk before it replaces `path`."""
     with replacing(path, sync=True) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+def refuse_existing(path: str | Path, flag: str) -> None:
+    """FileExistsError if there is something at `path`: a command writes a file of its own only under a new name."""
+    if os.path.lexists(path):
+        raise FileExistsError(f"{path} ({flag}) is there already: choose another name, or delete it first")
 
 
 def file_sha256(path: str | Path) -> str:

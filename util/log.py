@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from util.files import replacing
+from util.files import replacing, writing
 
 
 def get_logger() -> logging.Logger:
@@ -85,7 +85,8 @@ class JsonlLog:
 
     def write(self, record: dict) -> None:
         """`record` holds "step" and numbers (or lists of numbers)."""
-        self.file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+        with writing(self.file.name):
+            self.file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
         if self.board is not None:
             for key, value in record.items():
                 if isinstance(value, (int, float)) and key != "step":

@@ -7,6 +7,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +30,8 @@ from main_cache import main
 from models.quantizer_tables import build_quantizer
 from models.vae import AutoencoderKL
 from models.vae_loading import load_vae
-from tests.helpers import CACHE_SHAPE, CACHE_SIZE, Argv, contents, run_processes, save_cache_vae
+from tests.helpers import CACHE_SHAPE, CACHE_SIZE, REPO, Argv, contents, run_processes, save_cache_vae
+from util.files import LOCK, _host_digest
 from util.log import run_cli
 from util.seeds import coin
 
@@ -301,10 +304,13 @@ def test_a_full_disk_is_a_clear_error_and_finished_shards_stay(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    stays = r"No space left on device\. What is finished stays valid.*same command"
+    stays = r"What is finished stays valid.*same command"
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", nth(os.replace, 3, full))  # cache.json, the first shard, the second
-        with pytest.raises(OSError, match=rf"cannot write to .* \(--cached_path\): {stays}"):
+        with pytest.raises(
+            OSError,
+            match=rf"cannot write \S*{SHARDS[1]}: disk full \(No space left on device\) .*--cached_path\)\. {stays}",
+        ):
             main(sharded(tmp_path))
     assert contents(tmp_path).keys() == {"cache.json", SHARDS[0]}
     assert contents(tmp_path)[SHARDS[0]] == contents(shards)[SHARDS[0]]
@@ -322,7 +328,7 @@ def test_a_limit_on_file_sizes_is_met_for_real(sharded: Argv, tmp_path: Path) ->
         try:
             main(sharded(tmp_path))
         except OSError as error:
-            os._exit(7 if "cannot write to" in str(error) and "--cached_path" in str(error) else 1)
+            os._exit(7 if "cannot write" in str(error) and "--cached_path" in str(error) else 1)
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
@@ -421,7 +427,7 @@ def test_complete_files_are_kept_and_all_others_mended(
     np.savez(out / "china" / "04.png.npz", moments=np.zeros(CACHE_SHAPE, np.float32))  # no moments_flip
     for name, array in (("00", np.zeros((8, 4, 4), np.float32)), ("01", np.full(CACHE_SHAPE, np.nan, np.float32))):
         np.savez(out / "flower" / f"{name}.png.npz", moments=array, moments_flip=array)
-    (out / "flower" / ".02.png.npz.tmp").write_bytes(b"left by a kill")
+    (out / "flower" / f".02.png.npz.{_host_digest()}.{2**22}.{'0' * 12}.tmp").write_bytes(b"left by a kill")
     (out / "flower" / "02.png.npz").unlink()
     kept = {name: stamps(out)[name] for name in ("flower/03.png.npz", "flower/04.png.npz")}
     main(npz(out))
@@ -429,6 +435,46 @@ def test_complete_files_are_kept_and_all_others_mended(
     assert says(messages, "8 images encoded, 2 were there, 0 corrupt")
     assert contents(out).keys() == contents(finished).keys()
     assert_same_latents(out, finished)
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_only_own_files_are_replaced(sharded: Argv, own_shards: Path, shards: Path, overwrite: bool) -> None:
+    """Rows 7 and 50: shards of others stay; where one of ours would replace a foreign file, it is refused before."""
+    again = {"overwrite": True} if overwrite else {}
+    foreign = ["shard-00001-of-00004.safetensors", "shard-of-my-llm.safetensors", ".shard-notes.safetensors.old"]
+    for name in foreign:
+        (own_shards / name).write_bytes(b"precious")
+    main(sharded(own_shards, **again))
+    assert all((own_shards / name).read_bytes() == b"precious" for name in foreign)
+    assert contents(own_shards).items() >= contents(shards).items()
+    (own_shards / "shard-00077.safetensors").write_bytes(b"precious")
+    before = contents(own_shards)
+    with pytest.raises(ValueError, match=r"shard-00077.*is no shard of main_cache\.py, which would replace it"):
+        main(sharded(own_shards, **again))
+    assert contents(own_shards) == before
+
+
+def test_a_foreign_cache_json_is_refused(sharded: Argv, tmp_path: Path) -> None:
+    for text in ('{"npm": 1}', "[1]"):
+        (tmp_path / "cache.json").write_text(text)
+        with pytest.raises(ValueError, match=r"cache\.json \(--cached_path\) is not a record of main_cache\.py"):
+            main(sharded(tmp_path, overwrite=True))
+        assert (tmp_path / "cache.json").read_text() == text and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_cache_that_another_process_writes_to_is_refused(sharded: Argv, tmp_path: Path) -> None:
+    code = f"import sys; from util.files import folder_lock\nwith folder_lock({str(tmp_path)!r}, '--cached_path'):\n"
+    code += " print('ready', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code]
+    other = subprocess.Popen(command, cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "ready\n"
+    with pytest.raises(ValueError, match=rf"--cached_path\) is in use by process {other.pid} on "):
+        main(sharded(tmp_path, overwrite=True))
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    other.kill()
+    other.wait(60)
+    main(sharded(tmp_path))
+    assert read_record(tmp_path)["complete"] and not (tmp_path / LOCK).exists()
 
 
 def test_a_deleted_or_damaged_shard_is_encoded_again(

@@ -84,7 +84,8 @@ def test_killed_in_the_middle_of_a_checkpoint(
     """Half of its bytes are on the disk, under another name: the one before it is taken, or none before the first."""
     out = tmp_path / "run"
     finish(flags(out), tmp_path / "log.txt", code=-signal.SIGKILL, die_in_save=number)
-    assert [path.name for path in out.glob(".*.tmp")] == [f".checkpoint-{step:08d}.pth.tmp"]
+    (left,) = out.glob(".*.tmp")
+    assert left.name.startswith(f".checkpoint-{step:08d}.pth.")
     assert (out / LAST).exists() == (number > 1)
     if number > 1:
         assert load_latest(str(out))[1]["step"] == step - 1
