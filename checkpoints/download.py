@@ -1,29 +1,34 @@
 """Published files: weights from the Hugging Face hub, ADM's ImageNet statistics and its reference batch.
 
-huggingface_hub downloads what the hub has; HF_HOME, HF_ENDPOINT and HF_TOKEN mean what they mean there. Other addresses
-are fetched by `fetch_url`, because pooch cannot resume an interrupted download, and the reference batch has 2 GB. Size
-and hash are checked; a file appears under its name only when it is complete.
+huggingface_hub lists what the hub has; HF_HOME, HF_ENDPOINT and HF_TOKEN mean what they mean there. Files are fetched by
+`fetch_url`: hf_hub_download makes paths of the server's headers, and pooch cannot resume an interrupted download, and
+the reference batch has 2 GB. Size and hash are checked; a file appears under its name only when it is complete.
 """
 
+import base64
+import fcntl
 import hashlib
+import http.client
 import os
 import re
-import shutil
+import stat
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
-from huggingface_hub import HfApi, errors, hf_hub_download
+from huggingface_hub import HfApi, constants, errors, hf_hub_url
+from huggingface_hub.utils import build_hf_headers
 from tqdm import tqdm
 
 from util import dist
 from util.checkpoint import LAST, SAFE, read_file
-from util.files import file_sha256
-from util.log import get_logger
+from util.files import NOFOLLOW, CannotWrite, file_sha256, second_name, temporary_name, writing
+from util.log import first_line, get_logger
 from util.options import ArgumentError, option
 
 logger = get_logger()
@@ -32,6 +37,8 @@ REPOSITORY = "Epiphqny/TokenBridge"
 SCHEME = "hf://"
 PARTS_OF_FOLDER = (LAST,), (SAFE, "config.json", "vae.safetensors", "vae.json")  # either, in this order
 CHUNK = 1 << 20
+COMMIT = re.compile(r"[0-9a-f]{40}")
+HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 ATTEMPTS = 6  # at one file of the hub, each of which resumes the one before
 
 
@@ -97,7 +104,9 @@ class DownloadOptions:
         for name in ADDRESSES:
             url = getattr(self, name)
             if url is not None and not url.startswith(("http://", "https://")):
-                raise ArgumentError(name, f"{name} must begin with http:// or https://, got {url!r}")
+                raise ArgumentError(
+                    name, f"{name} must begin with http:// or https://, got {without_password(repr(url))}"
+                )
 
     def target(self, name: str) -> Path:
         """Where the file of that name in PUBLISHED goes."""
@@ -122,13 +131,32 @@ class Unavailable(OSError):
     """The server cannot be reached, or does not have the file."""
 
 
-def unreachable(error: Exception, what: str, where: str) -> Unavailable:
-    """The error to show when a server cannot give a file: what to put where by hand."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    endpoint = "" if what.startswith("http") else os.environ.get("HF_ENDPOINT", "")
-    source = f"{what} from HF_ENDPOINT {endpoint}" if endpoint else what
+class NotListed(Unavailable):
+    """The server does not have the file."""
+
+
+class Incomplete(Unavailable):
+    """The connection ended before the file did; another attempt resumes it."""
+
+
+def without_password(text: str) -> str:
+    """A text whose URLs have no user and password."""
+    return re.sub(r"(?i)\b([a-z][a-z0-9+.-]*://)[^/\s?#]*@", r"\1", text)
+
+
+def unavailable(error: Exception) -> Unavailable:
+    """Why a server did not give something, in one line."""
+    if isinstance(error, http.client.InvalidURL):  # its text may repeat a password
+        return Unavailable("the address is not valid")
+    return Unavailable(without_password(f"{type(error).__name__}: {first_line(error)}"))
+
+
+def by_hand(error: Exception, what: str, where: str, hub: bool = False) -> Unavailable:
+    """The error to show in the end: what to put where by hand. hub: the hub was asked, where HF_ENDPOINT says."""
+    endpoint = os.environ.get("HF_ENDPOINT", "") if hub else ""
+    asked = f" from HF_ENDPOINT {endpoint}" if endpoint else ""
     advice = f"Without a connection, download it on another machine and put it at {where}"
-    return Unavailable(f"cannot get {source} ({type(error).__name__}: {reason}). {advice}")
+    return Unavailable(without_password(f"cannot get {what}{asked} ({first_line(error)}). {advice}"))
 
 
 @dataclass(frozen=True)
@@ -164,69 +192,108 @@ def problem(path: Path, remote: RemoteFile) -> str | None:
 def safe_name(name: str, source: str) -> str:
     """A file name of a remote list; ValueError if following it could leave the folder that it belongs to."""
     parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in parts[0] or "\0" in name:
+    odd = not name.isprintable() or name.startswith("/") or "\\" in name
+    if odd or not parts or ".." in parts or ":" in parts[0]:
         raise ValueError(f"{source}: the file name {name!r} is refused, it points out of its folder")
     return name
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
     """What huggingface_hub raises when it cannot reach or find something, in all versions that we allow."""
-    kinds = [OSError, errors.HFValidationError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError]
+    kinds = [OSError, errors.HFValidationError, errors.HfHubHTTPError]
     modules = [sys.modules[name] for name in ("httpx2", "httpx", "requests") if name in sys.modules]
     names = ("HTTPError", "RequestException", "InvalidURL")
     return (*kinds, *(getattr(module, name) for module in modules for name in names if hasattr(module, name)))
 
 
-def interruptions() -> tuple[type[Exception], ...]:
-    """What huggingface_hub 0.27 to 1.0 raises when a connection ends within a file; 2.4 resumes by itself."""
-    names = {"requests.exceptions": "ChunkedEncodingError", "httpx": "RemoteProtocolError"}
-    return tuple(getattr(sys.modules[library], name) for library, name in names.items() if library in sys.modules)
-
-
 def list_files(repository: str, revision: str | None = None) -> list[RemoteFile]:
-    """All files of a hub repository with size and hash, at the commit that `revision` means now."""
-    info = HfApi(endpoint=os.environ.get("HF_ENDPOINT")).model_info(repository, revision=revision, files_metadata=True)
-    commit, files = info.sha or revision or "main", []
-    for entry in info.siblings or []:
-        lfs = entry.lfs or {}
-        sha256 = lfs.get("sha256") if isinstance(lfs, dict) else getattr(lfs, "sha256", None)
-        name = safe_name(entry.rfilename, f"{SCHEME}{repository}")
-        files.append(RemoteFile(name, entry.size, sha256 or entry.blob_id, commit))
-    return files
+    """All files of a hub repository with size and hash, at the commit that `revision` means now.
 
-
-def fetch(repository: str, remote: RemoteFile, local_dir: Path | None = None) -> Path:
-    """The file in `local_dir`, or in huggingface_hub's cache, downloaded or resumed if need be.
-
-    ValueError if size or hash are wrong; the file is then deleted.
+    ValueError for a repository name that cannot be one, or names and hashes that must not become paths; Unavailable
+    if the hub does not answer, or with something else than a list of files.
     """
-    endpoint = os.environ.get("HF_ENDPOINT")
-    download = partial(hf_hub_download, revision=remote.revision, endpoint=endpoint, local_dir=local_dir)
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            path = Path(download(repository, remote.name))
-            break
-        except interruptions():
-            if attempt == ATTEMPTS:
-                raise
-    wrong = problem(path, remote)
-    if wrong:
-        path.resolve().unlink()  # or the cache would return it again
-        path.unlink(missing_ok=True)
-        raise ValueError(f"{remote.name} of {SCHEME}{repository} {wrong}; it was deleted, run the same command again")
-    return path
+    where, named = os.environ.get("HF_ENDPOINT"), f"{SCHEME}{repository}"
+    try:
+        info = HfApi(endpoint=where).model_info(repository, revision=revision, files_metadata=True)
+        listed = [(str(entry.rfilename), entry.size, _listed_hash(entry)) for entry in info.siblings or []]
+        commit = str(info.sha)
+    except errors.HFValidationError as error:
+        raise ValueError(f"{named} is no repository of the hub: {first_line(error)}") from error
+    except hub_errors() as error:
+        raise unavailable(error) from error
+    except Exception as error:  # an answer that is none of the hub's
+        why = f"the answer is not the hub's list of files ({type(error).__name__})"
+        raise Unavailable(f"{why}; is a login page or proxy in between?") from error
+    if not COMMIT.fullmatch(commit):
+        raise ValueError(
+            f"{named}: the hub names a commit {commit[:60]!r}, which is not 40 hexadecimal digits; refused"
+        )
+    wrong = next((value for _, _, value in listed if value is not None and not HASH.fullmatch(value)), None)
+    if wrong is not None:
+        raise ValueError(f"{named}: the hub names a hash {wrong[:60]!r}, which is none; refused")
+    return [RemoteFile(safe_name(name, named), size, value, commit) for name, size, value in listed]
+
+
+def _listed_hash(entry: object) -> str | None:
+    """The SHA-256 of a large file, the git hash of a small one, None where the hub says neither."""
+    lfs = entry.lfs or {}
+    sha256 = lfs.get("sha256") if isinstance(lfs, dict) else getattr(lfs, "sha256", None)
+    value = sha256 or entry.blob_id
+    return None if value is None else str(value)
+
+
+def fetch(repository: str, remote: RemoteFile) -> Path:
+    """The file in the cache of huggingface_hub (its layout), downloaded or resumed if need be, and checked.
+
+    Nothing that the server says becomes part of a path unchecked: the commit and the hash are hexadecimal, the name
+    stays inside its folder. ValueError if size or hash are wrong, OSError if the file cannot be had.
+    """
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    named = inside(folder / "snapshots" / remote.revision / remote.name, folder / "snapshots")
+    unnamed = hashlib.sha256(f"{remote.revision}/{remote.name}".encode()).hexdigest()
+    blob = inside(folder / "blobs" / (remote.hash or unnamed), folder / "blobs")
+    if not blob.is_file() or problem(blob, remote):
+        fetch_to(blob, repository, remote)
+    if not (named.exists() and named.samefile(blob)):
+        link_to(blob, named)
+    return named
 
 
 def fetch_to(target: Path, repository: str, remote: RemoteFile) -> None:
-    """Download a hub's file to `target`, by way of a folder beside it, which an interrupted download leaves."""
-    folder = target.parent / f".{target.name}.download"
-    try:
-        path = fetch(repository, remote, folder)
-    except ValueError:
-        shutil.rmtree(folder)
-        raise
-    os.replace(path, target)
-    shutil.rmtree(folder)
+    """Download a hub's file to `target`. ValueError if size or hash are wrong."""
+    endpoint = os.environ.get("HF_ENDPOINT")
+    url = hf_hub_url(repository, remote.name, revision=remote.revision, endpoint=endpoint)
+
+    def check(part: Path) -> None:
+        if wrong := problem(part, remote):
+            raise ValueError(f"{remote.name} of {SCHEME}{repository} {wrong}")
+
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return fetch_url(url, target, check, build_hf_headers())
+        except Incomplete:
+            if attempt == ATTEMPTS:
+                raise
+    return None
+
+
+def link_to(blob: Path, named: Path) -> None:
+    """Let `named` be a symbolic link to `blob`, as huggingface_hub has it; a hard link or copy where there are none."""
+    temporary = temporary_name(named)
+    with writing(named):
+        named.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.symlink(os.path.relpath(blob, named.parent), temporary)
+        except OSError:
+            return second_name(blob, named)
+        os.replace(temporary, named)
+
+
+def inside(path: Path, folder: Path) -> Path:
+    """`path`; ValueError if it is outside `folder`, links followed (of the path's folder, as files are replaced)."""
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{path} is refused, it leads out of {folder}")
+    return path
 
 
 def local_path(path: str, flag: str = "") -> str:
@@ -241,58 +308,133 @@ def local_path(path: str, flag: str = "") -> str:
     if not match or ".." in PurePosixPath(str(path)).parts:
         form = "hf://OWNER/REPOSITORY/PATH, with @REVISION after the repository if need be"
         raise ValueError(f"{named} is no address on the hub: {form}")
-    repository, revision, inside = match[1], match[2], (match[3] or "").rstrip("/")
+    repository, revision, below = match[1], match[2], (match[3] or "").rstrip("/")
     try:
         files = {file.name: file for file in list_files(repository, revision)}
-        if inside in files:
-            return str(fetch(repository, files[inside]))
-        prefix = f"{inside}/" if inside else ""
+        if below in files:
+            return str(fetch(repository, files[below]))
+        prefix = f"{below}/" if below else ""
         for parts in PARTS_OF_FOLDER:
             if prefix + parts[0] in files:
                 paths = [fetch(repository, files[prefix + part]) for part in parts if prefix + part in files]
                 return str(paths[0].parent)
-    except ValueError:
-        raise
-    except hub_errors() as error:
-        raise unreachable(error, named, f"any path, and give that path{f' with {flag}' if flag else ''}") from error
+    except Unavailable as error:
+        where = f"any path, and give that path{f' with {flag}' if flag else ''}"
+        raise by_hand(error, named, where, hub=True) from error
     kinds = " or ".join(parts[0] for parts in PARTS_OF_FOLDER)
     some = ", ".join(sorted(files)[:8])
     raise ValueError(f"{named}: no such file, nor a folder with {kinds}; the repository has {some}")
 
 
-def fetch_url(url: str, target: Path, check: Callable[[Path], None]) -> None:
-    """Download `url` to `target`, resuming target.part if it is there.
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects; what identifies the user is not sent to another host."""
 
-    check(part) raises ValueError for another file, which is deleted. OSError if the download stays incomplete.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    start = part.stat().st_size if part.is_file() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    def redirect_request(self, request, file, code, message, headers, url):  # noqa: ANN001, ANN201
+        following = super().redirect_request(request, file, code, message, headers, url)
+        if following is not None and urllib.parse.urlsplit(url)[:2] != urllib.parse.urlsplit(request.full_url)[:2]:
+            following.remove_header("Authorization")
+        return following
+
+
+def open_url(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+    """The answer to GET. user:password in the URL is sent as HTTP's basic authentication."""
+    parts = urllib.parse.urlsplit(url)
+    user, _, host = parts.netloc.rpartition("@")
+    if user:
+        credentials = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        headers = {"Authorization": f"Basic {credentials}"} | headers
+        url = parts._replace(netloc=host).geturl()
+    if not host or re.search(r"[\s\0-\x1f]", url):
+        raise http.client.InvalidURL("the address is not valid")
+    request = urllib.request.Request(url, headers=headers)
+    return urllib.request.build_opener(_Redirects).open(request, timeout=30)
+
+
+def open_part(path: Path) -> BinaryIO:
+    """The unfinished download at `path`, to be continued by this process alone. CannotWrite for a link and the like."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | NOFOLLOW | os.O_NONBLOCK, 0o666), "r+b")
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            start = start if answer.status == 206 else 0  # else the server sends the file from its beginning
-            length = answer.headers.get("Content-Length")
-            total = None if length is None else start + int(length)
-            bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=target.name)
-            with part.open("ab" if start else "wb") as file, bar:
-                while block := answer.read(CHUNK):
-                    file.write(block)
-                    bar.update(len(block))
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is left to send, or .part is longer than the file
-            part.unlink(missing_ok=True)
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise CannotWrite(path, OSError("it is not a regular file"))
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise CannotWrite(path, OSError("another process is downloading it; wait for it")) from None
+        except OSError:  # a file system without locks
+            pass
+    except CannotWrite:
+        file.close()
         raise
-    size = part.stat().st_size
-    if total is not None and size != total:
-        advice = "run the same command again to continue"
-        raise OSError(f"the connection ended after {size:,} of {total:,} bytes; {advice}")
+    return file
+
+
+def fetch_url(url: str, target: Path, check: Callable[[Path], None], headers: dict[str, str] | None = None) -> None:
+    """Download `url` to `target`, resuming target.part if it is there; check(part) raises ValueError for another file,
+    which is deleted.
+
+    Unavailable if the server does not give it, Incomplete if the connection ends too early; CannotWrite.
+    """
+    part = target.with_name(target.name + ".part")
+    with open_part(part) as file:
+        try:
+            receive(url, file, headers or {}, target)
+        except Exception as error:
+            nothing_left = isinstance(error.__cause__, urllib.error.HTTPError) and error.__cause__.code == 416
+            if nothing_left or not os.fstat(file.fileno()).st_size:  # 416: or .part is longer than the file
+                part.unlink(missing_ok=True)
+            raise
     try:
         check(part)
     except ValueError as error:
         part.unlink()
-        raise ValueError(f"{url}: {error}; what came was deleted") from error
-    os.replace(part, target)
+        raise ValueError(f"{without_password(url)}: {error}; what came was deleted") from error
+    with writing(target):
+        os.replace(part, target)
+
+
+def receive(url: str, file: BinaryIO, headers: dict[str, str], target: Path) -> None:
+    """Append what `file` lacks of `url`. Unavailable, Incomplete or CannotWrite (of `target`)."""
+    have, total = os.fstat(file.fileno()).st_size, None
+    range_header = {"Range": f"bytes={have}-"} if have else {}
+    try:
+        with open_url(url, headers | range_header) as answer:
+            if have and answer.status != 206:  # the server sends it from the start
+                have = 0
+            left = answer.headers.get("Content-Length") or ""
+            total = have + int(left) if left.isdecimal() else None
+            file.seek(have), file.truncate()
+            copy_blocks(answer, file, total, have, target)
+    except CannotWrite:
+        raise
+    except (http.client.IncompleteRead, ConnectionError, TimeoutError) as error:
+        if file.tell() > have:
+            raise incomplete(file.tell(), total) from error
+        raise unavailable(error) from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise unavailable(error) from error
+    if total is not None and file.tell() != total:
+        raise incomplete(file.tell(), total)
+
+
+def incomplete(have: int, total: int | None) -> Incomplete:
+    """The error for a download that ended too early."""
+    of = "" if total is None else f" of {total:,}"
+    return Incomplete(f"the connection ended after {have:,}{of} bytes; run the same command again to continue")
+
+
+def copy_blocks(answer: http.client.HTTPResponse, file: BinaryIO, total: int | None, have: int, target: Path) -> None:
+    """The answer's content to the file, with a progress bar. CannotWrite for the file's errors."""
+    with tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=target.name) as bar:
+        try:
+            while block := answer.read(CHUNK):
+                with writing(target):
+                    file.write(block)
+                bar.update(len(block))
+        finally:
+            with writing(target):
+                file.flush()
 
 
 def check_content(name: str, path: Path, expected: str | None, check: Check | None = None) -> None:
@@ -323,12 +465,12 @@ def fetch_address(name: str, options: DownloadOptions, check: Check | None = Non
         print(f"{name}: {target} is there and right")
         return
     if options.dry_run:
-        print(f"{name}: would fetch {url} to {target}")
+        print(f"{name}: would fetch {without_password(url)} to {target}")
         return
     try:
         fetch_url(url, target, lambda part: check_content(name, part, expected, check))
-    except OSError as error:
-        raise unreachable(error, url, str(target)) from error
+    except Unavailable as error:
+        raise by_hand(error, url, str(target)) from error
     state = "hash is right" if expected else f"no hash is published, SHA-256 {file_sha256(target)}"
     print(f"{name}: wrote {target}, {state}")
 
@@ -345,7 +487,7 @@ class Repository:
         if self.answer is None:
             try:
                 self.answer = list_files(self.name, self.revision)
-            except hub_errors() as error:
+            except (ValueError, OSError) as error:
                 self.answer = error
         if isinstance(self.answer, Exception):
             raise self.answer
@@ -356,7 +498,7 @@ class Repository:
         message = (
             f"{SCHEME}{self.name} has {len(found) or 'no'} files that could be {name}: {some}; name it with --file"
         )
-        raise ValueError(message) if found else Unavailable(message)
+        raise ValueError(message) if found else NotListed(message)
 
 
 def fetch_from_hub(name: str, repository: Repository, options: DownloadOptions) -> None:
@@ -374,10 +516,10 @@ def fetch_from_hub(name: str, repository: Repository, options: DownloadOptions) 
             fetch_to(target, repository.name, remote)
             state = f"hash {remote.hash[:12]}... is right" if remote.hash else "the hub gives no hash"
             print(f"{name}: wrote {target}, {state}")
-    except (ValueError, Unavailable):
+    except NotListed:
         raise
-    except hub_errors() as error:
-        raise unreachable(error, f"{name} of {repository.name}", str(target)) from error
+    except Unavailable as error:
+        raise by_hand(error, f"{name} of {repository.name}", str(target), hub=True) from error
 
 
 def fetch_published(name: str, repository: Repository, options: DownloadOptions, check: Check | None = None) -> None:
@@ -394,7 +536,7 @@ def fetch_published(name: str, repository: Repository, options: DownloadOptions,
         another = (options.repository, options.revision, options.file) != (REPOSITORY, None, "")
         if not url or another:  # another repository's VAE is another VAE
             raise
-        print(f"{name}: {absent}; trying {url}")
+        print(f"{name}: {absent}; trying {without_password(url)}")
         try:
             return fetch_address(name, options)
         except (ValueError, OSError) as error:

@@ -5,10 +5,14 @@ import fcntl
 import hashlib
 import os
 import pty
+import re
+import socket
 import struct
 import subprocess
 import sys
 import termios
+import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +24,7 @@ from huggingface_hub import constants, utils
 
 from checkpoints import download
 from tests.helpers import REPO, run_processes
-from tests.hub import Hub
+from tests.hub import COMMIT, Hub
 from tools import download as command
 from util.log import run_cli
 
@@ -110,7 +114,7 @@ def test_a_cut_connection_is_continued(run: Run, hub: Hub, tmp_path: Path) -> No
     assert result.returncode == 0, result.stderr
     assert (tmp_path / LARGE).read_bytes() == FILES["tokenbridge_large/checkpoint-last.pth"]
     ranges = [asked for method, path, asked in hub.requests if method == "GET" and "resolve" in path]
-    assert ranges == [None, "bytes=250000-", "bytes=350000-"], "each attempt begins where the last one ended"
+    assert ranges == [None, "bytes=250000-", "bytes=375000-"], "each attempt begins where the last one ended"
 
 
 def test_wrong_hash_is_refused_and_forgotten(run: Run, hub: Hub, tmp_path: Path) -> None:
@@ -118,7 +122,7 @@ def test_wrong_hash_is_refused_and_forgotten(run: Run, hub: Hub, tmp_path: Path)
     result = run("vae")
     assert result.returncode == 2
     assert (
-        f"error: kl16.ckpt of hf://{REPOSITORY} has another hash than the hub says (abababababab...); it was deleted, run"
+        f"kl16.ckpt of hf://{REPOSITORY} has another hash than the hub says (abababababab...); what came was deleted"
         in result.stderr
     )
     assert not written(tmp_path)
@@ -194,6 +198,195 @@ def test_names_that_lead_out_of_the_folder(hub: Hub, run: Run, tmp_path: Path, n
             and "is refused, it points out of its folder" in result.stderr
             and not written(tmp_path)
         )
+
+
+# ------------------------------------------------------------------------------------------------ hostile and odd answers
+
+
+def refused_in_one_line(result: Result, tmp_path: Path) -> str:
+    """The error's line; nothing was written."""
+    lines = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert result.returncode == 2 and len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "pickle" not in result.stderr and not written(tmp_path) - {"victim"}
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "commit", ["../../../../victim", "/victim", "main", "0" * 39, "0" * 41, "A" * 40, "0" * 40 + "\n", None, ""]
+)
+def test_a_commit_that_is_not_40_hexadecimal_digits_is_refused(
+    run: Run, hub: Hub, tmp_path: Path, commit: str | None
+) -> None:
+    """Row 64: the commit of the hub's answer became part of a path, and the text of a header was written there."""
+    (tmp_path / "victim").write_text("precious")
+    hub.commit = commit
+    assert "which is not 40 hexadecimal digits; refused" in refused_in_one_line(run("large"), tmp_path)
+    with pytest.raises(ValueError, match="40 hexadecimal digits"):
+        download.local_path(f"hf://{REPOSITORY}/kl16.ckpt")
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert not any("resolve" in path for _, path, _ in hub.requests)
+
+
+def test_branches_and_tags_are_taken_as_revisions(run: Run, hub: Hub) -> None:
+    for revision in ("main", "v1.0", "0" * 40):
+        assert Path(download.local_path(f"hf://{REPOSITORY}@{revision}/kl16.ckpt")).is_file()
+        assert any(f"/revision/{revision}" in path for _, path, _ in hub.requests)
+
+
+def test_a_hash_that_is_none_is_refused(run: Run, hub: Hub, tmp_path: Path) -> None:
+    hub.said["kl16.ckpt"] = "../../../../victim"
+    assert "names a hash '../../../../victim', which is none" in refused_in_one_line(run("vae"), tmp_path)
+
+
+def test_headers_lead_nowhere(run: Run, hub: Hub, tmp_path: Path) -> None:
+    """Commit and tag in the headers of the file itself, or of one that is not there, are no part of a path."""
+    (tmp_path / "victim").write_text("precious")
+    hub.etag = "../../../../victim"
+    assert run("vae").returncode == 0 and (tmp_path / KL16).read_bytes() == FILES["kl16.ckpt"]
+    assert (tmp_path / "victim").read_text() == "precious" and written(tmp_path) == {"victim", str(KL16)}
+    download.local_path(f"hf://{REPOSITORY}/kl16.ckpt")
+    assert (tmp_path / "victim").read_text() == "precious"
+    blobs = {path.name for path in (tmp_path / "home" / "hub").rglob("blobs/*")}
+    assert blobs == {hashlib.sha256(FILES["kl16.ckpt"]).hexdigest()}
+
+
+def test_a_link_in_the_cache_is_not_followed_out_of_it(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "home" / "hub" / f"models--{REPOSITORY.replace('/', '--')}"
+    folder.mkdir(parents=True)
+    (tmp_path / "home" / "elsewhere").mkdir()
+    (folder / "snapshots").mkdir()
+    (folder / "snapshots" / COMMIT).symlink_to(tmp_path / "home" / "elsewhere")
+    with pytest.raises(ValueError, match="it leads out of"):
+        download.local_path(f"hf://{REPOSITORY}/kl16.ckpt")
+    assert not list((tmp_path / "home" / "elsewhere").iterdir())
+
+
+ODD_LISTS = {
+    "object": b"{}",
+    "list": b"[]",
+    "null": b"null",
+    "number": b"7",
+    "a captive portal": b"<html>log in</html>",
+    "truncated": b'{"id": "a", "siblings": [{"rfil',
+    "files are a number": b'{"id": "a", "sha": "%s", "siblings": 3}' % (b"0" * 40),
+    "files are numbers": b'{"id": "a", "sha": "%s", "siblings": [3]}' % (b"0" * 40),
+    "bytes": b"\xff\xfe\x00",
+}
+
+
+@pytest.mark.parametrize("answer", ODD_LISTS)
+def test_an_answer_that_is_no_list_of_files(run: Run, hub: Hub, tmp_path: Path, answer: str) -> None:
+    hub.list = ODD_LISTS[answer]
+    refused_in_one_line(run("large"), tmp_path)
+    with pytest.raises((ValueError, OSError)) as caught:
+        download.local_path(f"hf://{REPOSITORY}/x", "--resume")
+    assert "\n" not in str(caught.value)
+
+
+@contextlib.contextmanager
+def raw_server(answer: bytes) -> Iterator[str]:
+    """An address that sends these bytes to everyone, and closes."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    with connection:
+                        connection.recv(65536)
+                        connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+RAW = {
+    "truncated chunks": (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nabc",
+        "ended after|IncompleteRead",
+    ),
+    "bad status": (b"what is this\r\n\r\n", "BadStatusLine"),
+    "nothing": (b"", "RemoteDisconnected"),
+    "bad length": (b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\nabc", "another hash"),
+    "endless redirect": (b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 0\r\n\r\n", "HTTPError"),
+    "redirect to a file": (b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\n\r\n", "HTTPError"),
+}
+
+
+@pytest.mark.parametrize("kind", RAW)
+def test_broken_answers(run: Run, tmp_path: Path, kind: str) -> None:
+    answer, words = RAW[kind]
+    with raw_server(answer) as url:
+        result = run("stats", "--stats_url", f"{url}/x")
+        assert re.search(words, result.stderr), result.stderr
+        for path in (tmp_path / "fid_stats").glob("*.part"):  # what came is kept, and continued
+            path.unlink()
+        refused_in_one_line(result, tmp_path)
+        refused_in_one_line(run("large", HF_ENDPOINT=url), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://localhost:abc/x", "http://exa mple/x", "http://", "http://[::1/x", "http://user:secret@localhost:abc/x"]
+    + ["http://user:secret@127.0.0.1:9/x", "http://us@er:sec@ret@127.0.0.1:9/x", "http://\u2603" + "a" * 70 + ".x/"],
+)
+def test_addresses_that_are_not_valid(run: Run, tmp_path: Path, url: str) -> None:
+    """One line without a password; HF_ENDPOINT, which a file with an address of its own does not use, is not blamed."""
+    for arguments in (["--stats_url", url, "stats"], ["--stats_url", url, "--dry_run", "stats"]):
+        result = run(*arguments)
+        assert "secret" not in result.stdout + result.stderr and "sec@ret" not in result.stdout + result.stderr
+        assert "HF_ENDPOINT" not in result.stderr
+        if result.returncode:
+            refused_in_one_line(result, tmp_path)
+    result = run("large", HF_ENDPOINT=url)
+    assert "secret" not in result.stdout + result.stderr and "ret@" not in result.stderr
+    assert "HF_ENDPOINT" in refused_in_one_line(result, tmp_path)
+
+
+def test_user_and_password_of_an_address_are_used(run: Run, hub: Hub, stats: bytes, tmp_path: Path) -> None:
+    url = f"http://user:secret@{hub.url.partition('://')[2]}/plain/stats.npz"
+    result = run("stats", "--stats_url", url, "--sha256", hashlib.sha256(stats).hexdigest())
+    assert result.returncode == 0 and "secret" not in result.stdout + result.stderr
+
+
+def test_a_token_stays_with_its_host() -> None:
+    request = urllib.request.Request("http://a/x", headers={"Authorization": "Bearer secret", "Range": "bytes=1-"})
+    for url, kept in (("http://a/y", True), ("http://b/y", False), ("https://a/y", False), ("http://a:81/y", False)):
+        following = download._Redirects().redirect_request(request, None, 302, "Found", {}, url)
+        assert following.has_header("Authorization") == kept and following.has_header("Range")
+
+
+def test_a_login_page_instead_of_the_reference_batch(run: Run, hub: Hub, tmp_path: Path) -> None:
+    """Row 144: numpy's advice to load the file unsafely is not passed on."""
+    hub.files["adm_batch"] = b"<html>log in first</html>"
+    line = refused_in_one_line(run("adm_batch"), tmp_path)
+    assert "unsafe" not in line and "it is no archive of arrays" in line
+
+
+@pytest.mark.parametrize("what", ["link", "folder", "pipe"])
+def test_a_planted_unfinished_download_is_not_written_to(
+    run: Run, hub: Hub, stats: bytes, tmp_path: Path, what: str
+) -> None:
+    """Row 67."""
+    (tmp_path / "victim").write_text("precious")
+    part = tmp_path / "fid_stats" / "adm_in256_stats.npz.part"
+    part.parent.mkdir()
+    {"link": lambda: part.symlink_to(tmp_path / "victim"), "folder": part.mkdir, "pipe": lambda: os.mkfifo(part)}[
+        what
+    ]()
+    result = run("stats", "--sha256", hashlib.sha256(stats).hexdigest())
+    line = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert result.returncode == 2 and len(line) == 1 and f"cannot write {part.relative_to(tmp_path)}: " in line[0]
+    assert (tmp_path / "victim").read_text() == "precious" and not hub.requests
+
+
+def test_a_root_that_is_a_file(run: Run, tmp_path: Path) -> None:
+    """Row 146: not the connection's fault, nor HF_ENDPOINT's."""
+    (tmp_path / "victim").write_text("precious")
+    for name in ("stats", "vae"):
+        line = refused_in_one_line(run(name, "--root", "victim"), tmp_path)
+        assert "cannot write victim/" in line and "connection" not in line and "HF_ENDPOINT" not in line
 
 
 # ------------------------------------------------------------------------------------------------------- hf://
