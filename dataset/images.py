@@ -28,8 +28,8 @@ def readable_formats() -> tuple[str, ...]:
 @functools.cache
 def image_extensions() -> tuple[str, ...]:
     """Sorted extensions, such as ".png", of the files that `read_image` decodes; with Pillow's plug-ins in use."""
-    formats = readable_formats()
-    return tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in formats))
+    formats, registered = readable_formats(), Image.registered_extensions()
+    return tuple(sorted(suffix for suffix, name in registered.items() if suffix.startswith(".") and name in formats))
 
 
 def read_image(path: str | Path, background: str = "white") -> Image.Image:

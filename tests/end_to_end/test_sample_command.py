@@ -123,13 +123,19 @@ def test_unmasking_is_shown(folder, tmp_path):
 
 
 def test_editing_keeps_what_it_must(folder, pipeline, tmp_path):
-    """The image and the mask are cropped alike; tests/sampling/test_generation.py checks that the other tokens stay."""
+    """The image and the mask are cropped alike; tests/sampling/test_generation.py checks that the other tokens stay.
+
+    Both are taken as a viewer shows them: the image is stored turned (EXIF), the mask is white with a transparent half.
+    """
     photo, mask = photographs()[0][:80, :120], np.zeros((80, 120, 3), np.uint8)
     mask[:, 60:] = 255  # the right half of the centre crop
     crops = {}
     for name, array in (("init", photo), ("mask", mask)):
-        Image.fromarray(array).save(tmp_path / f"{name}.png")
         crops[name] = center_crop_adm(Image.fromarray(array), SIZE)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise
+    Image.fromarray(photo).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "init.png", exif=exif)
+    Image.fromarray(np.concatenate([np.full_like(mask, 255), mask[..., :1]], -1)).save(tmp_path / "mask.png")
     flags = ["--init", tmp_path / "init.png", "--mask", tmp_path / "mask.png", "--show_steps"]
     written = sample(folder, tmp_path / "out", *CLASSES, *flags)
     *_, last = pipeline.generate_steps([0, 0, 2, 2], seed=7, num_iter=3, **crops)
