@@ -23,13 +23,16 @@ from matplotlib.figure import Figure
 from demo import digits
 from tools.plot import read_columns, smooth
 from util.cli import check_writable, make_parser
-from util.files import replacing, write_json
+from util.files import file_sha256, replacing, write_json
 from util.log import run_cli
 from util.presets import load_preset
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = dict(vae_steps=800, steps=2200, num_iter=12, samples=100)
 TOY = dict(vae_steps=4, steps=6, num_iter=2, samples=10)  # shows only that the stages fit together
+
+STAMP = ".made-by-demo.json"  # in the folders that the demo made, and may delete
+PICTURES = ("reconstruction.png", "loss.png", "samples.png")
 
 ON_CPU = " --num_workers 0 --device cpu"
 TRAINING = "main_tokenbridge.py --preset digits --use_cached" + ON_CPU
@@ -64,19 +67,46 @@ class Stage:
     work: Callable[[], object] = lambda: None
 
 
+def read_stage(number: int, stage: Stage, out: Path, before: float) -> tuple[Path, dict, dict]:
+    """A stage's file, the key that it must have for the stage to go on where it is, and what it has."""
+    record = out / "stages" / f"{number}-{stage.name.replace(' ', '-')}.json"
+    command = [part.replace(str(out), "OUT").replace(sys.executable, "python") for part in stage.command or []]
+    try:
+        found = json.loads(record.read_text()) if record.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{record} is damaged ({error}): delete it, and the stage runs again") from error
+    return record, {"command": command, "after": before}, found if isinstance(found, dict) else {}
+
+
+def agrees(key: dict, found: dict) -> bool:
+    """Whether a stage was begun with this command, after the same stages."""
+    return all(found.get(name) == value for name, value in key.items())
+
+
+def check_folders(stages: Sequence[Stage], out: Path) -> None:
+    """ValueError, before any work, if a stage would write to a folder that it did not make (it has no STAMP)."""
+    before, unchanged = 0.0, True
+    for number, stage in enumerate(stages, 1):
+        _, key, found = read_stage(number, stage, out, before)
+        unchanged = unchanged and agrees(key, found) and "result" in found
+        before = found.get("finished", 0.0)
+        made_here = (stage.folder / STAMP).is_file() and not stage.folder.is_symlink()
+        if not unchanged and os.path.lexists(stage.folder) and not made_here:
+            what = f"was not made by this demo (it has no {STAMP}), which would replace it"
+            raise ValueError(f"{stage.folder} {what}: choose another --output_dir, or move that folder away")
+
+
 def run_stages(stages: Sequence[Stage], out: Path) -> list[dict]:
     """Run the stages that are not finished; "seconds", "result" and "skipped" of each. ValueError if one fails.
 
     A file per stage holds its command and the time when the stage before it finished: if either changed, the stage
-    starts from nothing.
+    starts from nothing. Only folders with a STAMP, which this writes, are deleted or written to.
     """
+    check_folders(stages, out)
     rows, before = [], 0.0
     for number, stage in enumerate(stages, 1):
-        record = out / "stages" / f"{number}-{stage.name.replace(' ', '-')}.json"
-        command = [part.replace(str(out), "OUT").replace(sys.executable, "python") for part in stage.command or []]
-        key = {"command": command, "after": before}
-        found = json.loads(record.read_text()) if record.exists() else {}
-        same = all(found.get(name) == value for name, value in key.items())
+        record, key, found = read_stage(number, stage, out, before)
+        same = agrees(key, found)
         skipped = same and "result" in found  # (records of earlier versions have none)
         title = f"[{number}/{len(stages)}] {stage.name}"
         if skipped:
@@ -84,6 +114,7 @@ def run_stages(stages: Sequence[Stage], out: Path) -> list[dict]:
         else:
             if not same and stage.folder.is_dir():
                 shutil.rmtree(stage.folder)
+            write_json(stage.folder / STAMP, {"made by": "python -m demo.run", "stage": stage.name})
             write_json(record, key)
             started = time.perf_counter()
             run_stage(stage, title)
@@ -122,6 +153,15 @@ def draw_loss(log: dict, path: Path) -> None:
     axes.legend()
     with replacing(path) as file:
         figure.savefig(file, dpi=120, format="png")
+
+
+def check_pictures(pictures: Path, own: Path) -> None:
+    """ValueError, before any work, for a picture that the demo would replace and that it did not write."""
+    marks = json.loads(own.read_text()) if own.is_file() else {}
+    for path in (pictures / name for name in PICTURES):
+        if os.path.lexists(path) and marks.get(path.name) != (file_sha256(path) if path.is_file() else ""):
+            what = "was not made by this demo, which would replace it"
+            raise ValueError(f"{path} (--pictures) {what}: choose another folder, or move the picture away")
 
 
 class Results:
@@ -212,8 +252,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     out = check_writable(args.output_dir, "--output_dir").resolve()
     pictures = check_writable(args.pictures, "--pictures")
-    stages = build_stages(out, pictures, TOY if args.toy else DEMO)
-    rows = run_stages(stages, out)
+    stages, own = build_stages(out, pictures, TOY if args.toy else DEMO), out / ".pictures.json"
+    check_folders(stages, out)
+    check_pictures(pictures, own)
+    try:
+        rows = run_stages(stages, out)
+    finally:
+        there = [pictures / name for name in PICTURES if (pictures / name).is_file()]
+        write_json(own, {path.name: file_sha256(path) for path in there})
     print(f"\n{'stage':<18}{'time':>7}   result")
     for stage, row in zip(stages, rows, strict=True):
         expected = "" if args.toy else f"   [expected: {stage.expected}]"

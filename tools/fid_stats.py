@@ -18,7 +18,7 @@ from evaluation.inception import InceptionFeatures
 from evaluation.reference import CROPS, KEEP_FEATURES, make_reference, save_reference
 from util import dist
 from util.cli import add_process_flags, check_writable, make_parser, parse
-from util.files import file_sha256
+from util.files import file_sha256, refuse_existing
 from util.log import get_logger, run_cli
 from util.options import ArgumentError, add_options, check_options, flag_names, option, read_options
 
@@ -56,6 +56,7 @@ def check_paths(args: argparse.Namespace) -> None:
     """ArgumentError for a source or a target that is refused before anything is loaded."""
     if not args.out.endswith(".npz"):
         raise ArgumentError("out", f"{args.out} must end with .npz")
+    refuse_existing(args.out, "--out")
     if not Path(args.data_path).exists():
         raise ArgumentError("data_path", f"no {args.data_path}")
     if Path(args.data_path).is_file() and not zipfile.is_zipfile(args.data_path):

@@ -34,7 +34,7 @@ from models.vae import AutoencoderKL
 from models.vae_loading import load_vae
 from util import dist
 from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
-from util.files import replacing, write_json
+from util.files import refuse_existing, replacing, write_json
 from util.log import get_logger, run_cli
 from util.options import ArgumentError, add_options, check_options, flag_names, option, read_options
 
@@ -200,6 +200,9 @@ def report(found: dict, description: VaeDescription) -> str:
 def run(options: StatsOptions, device: torch.device, num_workers: int = 0) -> None:
     """Measure and write. Raises ValueError or OSError for bad input."""
     vae_path, size = download.local_path(options.vae_path, "--vae_path"), options.img_size
+    installed = description_path(vae_path)
+    if options.install:
+        refuse_existing(installed, "--install", "it may be hand-made; move it away first, or leave --install out")
     vae = load_vae(vae_path)
     if size % vae.stride:
         why = f"is not a multiple of the stride {vae.stride} of {vae_path} (--vae_path)"
@@ -216,7 +219,6 @@ def run(options: StatsOptions, device: torch.device, num_workers: int = 0) -> No
     plot(found, output / "vae_stats.png")
     logger.info("wrote stats.json, description.json, quantizer.json and vae_stats.png to %s", output)
     if options.install:
-        installed = description_path(vae_path)
         write_json(installed, asdict(description))
         logger.info("wrote %s: every script takes scale, order, bits and range from it", installed)
 

@@ -4,7 +4,9 @@ Knows no model: what the files of this project hold is in checkpoints/published.
 """
 
 import argparse
+import hashlib
 import json
+import os
 import platform
 import random
 import re
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from util import dist
-from util.files import replacing, second_name
+from util.files import replacing, second_name, write_json
 from util.log import get_logger
 from util.options import ArgumentError, MissingFile
 
@@ -26,6 +28,9 @@ logger = get_logger()
 LAST = "checkpoint-last.pth"
 SAFE = "model.safetensors"
 NUMBERED = "checkpoint-{:08d}.pth"  # by step; beside LAST with --keep_last 2 or more
+NUMBER = re.compile(r"checkpoint-\d{8}\.pth")
+LISTING = "checkpoints.json"  # which numbered ones the folder's run wrote: name -> `file_mark` when it was complete
+MARKED = 2**16  # bytes at the end of a file that `file_mark` reads: in a zip file, the checksums of its parts
 
 
 def find_file(path: str | Path) -> Path:
@@ -110,6 +115,28 @@ def numbered(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-" + "[0-9]" * 8 + ".pth"))
 
 
+def file_mark(path: Path) -> str:
+    """Size and hash of the end of a file: other content, or a truncated file, has another mark. "" if unreadable."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - MARKED, 0))
+            return f"{size}-{hashlib.sha256(file.read()).hexdigest()}"
+    except OSError:
+        return ""
+
+
+def read_listing(folder: Path) -> dict[str, str]:
+    """What LISTING says; nothing if there is none, or it cannot be read."""
+    try:
+        listed = json.loads((folder / LISTING).read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(listed, dict):
+        return {}
+    return {name: mark for name, mark in listed.items() if isinstance(mark, str) and NUMBER.fullmatch(name)}
+
+
 def load_latest(resume: str | Path, mmap: bool = False) -> tuple[Path, dict]:
     """As `read_file`; of a folder whose checkpoint-last.pth cannot be read, the newest numbered one that can.
 
@@ -117,7 +144,9 @@ def load_latest(resume: str | Path, mmap: bool = False) -> tuple[Path, dict]:
     """
     first, older = find_file(resume), []
     if Path(resume).is_dir():
-        older = [path for path in reversed(numbered(Path(resume))) if not (first.exists() and path.samefile(first))]
+        listed = read_listing(Path(resume))  # others in the folder are another run's
+        there = [path for path in numbered(Path(resume)) if not listed or path.name in listed]
+        older = [path for path in reversed(there) if not (first.exists() and path.samefile(first))]
     failure: Exception | None = None
     for path in [first, *older]:
         try:
@@ -181,11 +210,20 @@ class CheckpointWriter:
     """Writes checkpoints of one folder in a background thread, one at a time: `save` waits for the file before it.
 
     keep_last: with 1, checkpoint-last.pth alone; with more, so many checkpoint-<step>.pth too, the newest of which
-    checkpoint-last.pth is another name for. An error in the thread is raised by the next `save` or `close`.
+    checkpoint-last.pth is another name for. Only those are counted, replaced and deleted that this run wrote and that
+    are as it wrote them, which checkpoints.json records; it is the run of the folder's checkpoint-last.pth. Another
+    run's file of the same step is renamed. An error in the thread is raised by the next `save` or `close`.
     """
 
     def __init__(self, folder: Path, keep_last: int = 1):
         self.folder, self.keep_last = folder, keep_last
+        self.written: dict[str, str] = {}  # name -> mark of this run's numbered checkpoints, in the order of writing
+        if keep_last > 1 and (folder / LAST).exists():
+            self.written = read_listing(folder)
+            for path in numbered(folder)[-1:]:  # if a kill came before it was listed
+                unlisted = path.name not in self.written and zipfile.is_zipfile(path)
+                if unlisted and file_mark(path) == file_mark(folder / LAST):
+                    self.written[path.name] = file_mark(path)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -212,16 +250,25 @@ class CheckpointWriter:
 
     def _write(self, content: dict) -> None:
         last = self.folder / LAST
-        if self.keep_last == 1:
-            atomic_save(content, last)
-        else:
-            path = self.folder / NUMBERED.format(content["step"])
-            atomic_save(content, path)
-            second_name(path, last)
-        logger.info("wrote %s at step %d", last, content["step"])
+        atomic_save(content, last)
         if self.keep_last > 1:
-            for path in numbered(self.folder)[: -self.keep_last]:
-                path.unlink()
+            self._keep(last, self.folder / NUMBERED.format(content["step"]))
+        logger.info("wrote %s at step %d", last, content["step"])
+
+    def _keep(self, last: Path, path: Path) -> None:
+        """Let `path` be another name of `last`, and delete the oldest of this run's good ones that are too many."""
+        if path.name not in self.written and path.exists():
+            aside = next(new for n in range(1, 10**6) if not (new := path.with_suffix(f".{n}.pth")).exists())
+            os.rename(path, aside)
+            logger.warning("%s is another run's: it is now %s", path, aside.name)
+        second_name(last, path)
+        self.written.pop(path.name, None)
+        self.written[path.name] = file_mark(path)
+        good = [name for name, mark in self.written.items() if file_mark(self.folder / name) == mark]
+        for name in good[: -self.keep_last]:
+            (self.folder / name).unlink()
+        self.written = {name: mark for name, mark in self.written.items() if (self.folder / name).exists()}
+        write_json(self.folder / LISTING, self.written)
 
 
 def versions() -> dict[str, str]:

@@ -290,10 +290,10 @@ def write_json(path: str | Path, content: object) -> None:
         file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
-def refuse_existing(path: str | Path, flag: str) -> None:
+def refuse_existing(path: str | Path, flag: str, advice: str = "choose another name, or delete it first") -> None:
     """FileExistsError if there is something at `path`: a command writes a file of its own only under a new name."""
     if os.path.lexists(path):
-        raise FileExistsError(f"{path} ({flag}) is there already: choose another name, or delete it first")
+        raise FileExistsError(f"{path} ({flag}) is there already: {advice}")
 
 
 def file_sha256(path: str | Path) -> str:

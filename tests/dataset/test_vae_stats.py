@@ -118,6 +118,12 @@ def test_the_commands_files(measured: tuple[Path, Path, list[str]], capsys: pyte
     main([*flags, "--output_dir", str(root / "second"), "--install"])
     assert "suggested: {" in capsys.readouterr().out
     vae = load_vae(root / "vae.pth")
+    installed = (root / "vae.latents.json").read_bytes()
+    with pytest.raises(
+        FileExistsError, match=r"vae\.latents\.json \(--install\) is there already: .*move it away first"
+    ):
+        main([*flags, "--output_dir", str(root / "third"), "--install"])
+    assert (root / "vae.latents.json").read_bytes() == installed and not (root / "third").exists()
     assert vae.shift == 0.0 and vae.scale_factor != 9.0 and vae.quant_bits is not None and vae.channel_order is not None
 
 

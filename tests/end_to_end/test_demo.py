@@ -1,6 +1,7 @@
 """The demo: its data, its classifier, its stages at toy size end to end, and that finished stages are skipped."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 
 from dataset.images import read_image
 from demo import digits
-from demo.run import COMMANDS, TOY, Stage, build_stages, run_stages
+from demo.run import COMMANDS, TOY, Stage, build_stages, check_pictures, main, run_stages
 from tests.helpers import REPO
+from util.files import file_sha256, write_json
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,46 @@ def test_another_command_runs_the_stage_and_all_after_it_from_nothing(tmp_path: 
     recorded.run(flag="2")
     assert recorded.runs == ["a", "b", "c", "b", "c"]
     assert [(tmp_path / name / "old").exists() for name in "abc"] == [True, False, False]
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", [stage.folder.name for stage in build_stages(Path("out"), Path(), TOY)])
+def test_folders_that_the_demo_did_not_make_are_refused(tmp_path: Path, name: str) -> None:
+    """Row 1: a folder of the user's, of any stage, stays, and nothing is begun."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "my-file.pth").write_bytes(b"precious")
+    with pytest.raises(ValueError, match=rf"{name} was not made by this demo .*choose another --output_dir"):
+        main(["--toy", "--output_dir", str(tmp_path), "--pictures", str(tmp_path / "pictures")])
+    assert everything(tmp_path) == {f"{name}/my-file.pth": b"precious"}
+
+
+def test_a_folder_that_replaced_the_demos_is_refused(tmp_path: Path) -> None:
+    recorded = Recorded(tmp_path)
+    recorded.run()
+    shutil.rmtree(tmp_path / "b")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine").write_bytes(b"precious")
+    before = everything(tmp_path)
+    assert all(row["skipped"] for row in recorded.run())
+    with pytest.raises(ValueError, match=r"b was not made by this demo"):
+        recorded.run(flag="2")
+    assert everything(tmp_path) == before and recorded.runs == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("name", ["samples.png", "reconstruction.png", "loss.png"])
+def test_pictures_of_others_are_refused(tmp_path: Path, name: str) -> None:
+    pictures, own = tmp_path / "pictures", tmp_path / "own.json"
+    pictures.mkdir()
+    check_pictures(pictures, own)
+    (pictures / name).write_bytes(b"precious")
+    with pytest.raises(ValueError, match=rf"{name} \(--pictures\) was not made by this demo"):
+        main(["--toy", "--output_dir", str(tmp_path / "out"), "--pictures", str(pictures)])
+    assert not everything(tmp_path / "out") and (pictures / name).read_bytes() == b"precious"
+    write_json(own, {name: file_sha256(pictures / name)})
+    check_pictures(pictures, own)
 
 
 def test_a_command_that_fails_ends_the_demo(tmp_path: Path) -> None:

@@ -241,3 +241,11 @@ def test_two_processes_make_the_same_statistics(tmp_path: Path) -> None:
     np.testing.assert_allclose(two.sigma, one.sigma, rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(two.mu_s, one.mu_s, rtol=1e-12)
     assert torch.equal(two.features, one.features)
+
+
+def test_a_file_that_is_there_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mine.npz").write_bytes(b"precious")
+    (tmp_path / "data").mkdir()
+    with pytest.raises(FileExistsError, match=r"mine\.npz \(--out\) is there already: choose another name"):
+        main(["--data_path", str(tmp_path / "data"), "--out", str(tmp_path / "mine.npz")])
+    assert (tmp_path / "mine.npz").read_bytes() == b"precious"
