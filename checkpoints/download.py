@@ -1,8 +1,8 @@
 """Published files: weights from the Hugging Face hub, ADM's ImageNet statistics and its reference batch.
 
-huggingface_hub lists what the hub has; HF_HOME, HF_ENDPOINT and HF_TOKEN mean what they mean there. Files are fetched by
-`fetch_url`: hf_hub_download makes paths of the server's headers, and pooch cannot resume an interrupted download, and
-the reference batch has 2 GB. Size and hash are checked; a file appears under its name only when it is complete.
+huggingface_hub lists what the hub has; HF_HOME, HF_ENDPOINT and HF_TOKEN mean what they mean there. Files are fetched
+by `fetch_url`: hf_hub_download makes paths of the server's headers, and pooch cannot resume an interrupted download,
+and the reference batch has 2 GB. Size and hash are checked; a file appears under its name only when it is complete.
 """
 
 import base64
@@ -329,7 +329,7 @@ def local_path(path: str, flag: str = "") -> str:
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects; what identifies the user is not sent to another host."""
 
-    def redirect_request(self, request, file, code, message, headers, url):  # noqa: ANN001, ANN201
+    def redirect_request(self, request, file, code, message, headers, url):
         following = super().redirect_request(request, file, code, message, headers, url)
         if following is not None and urllib.parse.urlsplit(url)[:2] != urllib.parse.urlsplit(request.full_url)[:2]:
             following.remove_header("Authorization")

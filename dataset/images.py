@@ -1,4 +1,6 @@
-"""Images: decoding for all commands, the ADM centre crop (docs/spec.md 1), tensors, and files that are written atomically."""
+"""Images: decoding for all commands, the ADM centre crop (docs/spec.md 1), tensors, and files that are written
+atomically.
+"""
 
 import functools
 from pathlib import Path
@@ -33,7 +35,8 @@ def image_extensions() -> tuple[str, ...]:
 
 
 def read_image(path: str | Path, background: str = "white") -> Image.Image:
-    """The RGB picture that a viewer shows: the first frame, upright (EXIF), 8 bits, over `background` where transparent.
+    """The RGB picture that a viewer shows: the first frame, upright (EXIF), 8 bits, over `background` where
+    transparent.
 
     ValueError naming the file if it is no regular file, damaged, too large or too long to be safe, or has values of an
     unknown range (`to_rgb`).

@@ -109,9 +109,9 @@ def make_reference(
 ) -> Reference:
     """Statistics of a folder of images or of an npz with arr_0; every process calls it and reads its share of batches.
 
-    The result is the same for any number of processes, on each of them. num_images of the images, and `keep_features` of
-    these for features, are evenly spaced in the sorted list, so that each class has its share.
-    ValueError or FileNotFoundError naming file and flag for what does not fit.
+    The result is the same for any number of processes, on each of them. num_images of the images, and `keep_features`
+    of these for features, are evenly spaced in the sorted list, so that each class has its share. ValueError or
+    FileNotFoundError naming file and flag for what does not fit.
     """
     source = Path(source)
     if source.is_dir():
@@ -143,7 +143,9 @@ def make_reference(
 def _extract(
     stream: Iterator[tuple[range, Tensor]], count: int, extractor: InceptionFeatures, keep: set[int], source: Path
 ) -> tuple[FeatureStatistics, FeatureStatistics, Tensor | None]:
-    """Merged statistics of pool and spatial features of all processes' batches, and pool features of the images `keep`."""
+    """Merged statistics of pool and spatial features of all processes' batches, and pool features of the images
+    `keep`.
+    """
     pool, spatial, kept, error = FeatureStatistics(FEATURE_DIM), FeatureStatistics(SPATIAL_DIM), {}, None
     try:
         for done, (batch, images) in enumerate(stream, 1):

@@ -130,7 +130,9 @@ Argv = Callable[..., list[str]]  # (folder, flag=value, ...) -> a command line
 
 
 def argv_of(**flags: object) -> list[str]:
-    """--name value for each flag; True stands for a bare --name, None leaves the flag out, a list has several values."""
+    """--name value for each flag; True stands for a bare --name, None leaves the flag out, a list has several
+    values.
+    """
     argv = []
     for name, value in flags.items():
         values = value if isinstance(value, (list, tuple)) else [value]
@@ -214,7 +216,9 @@ def run_processes(
 
 @contextlib.contextmanager
 def fake_gpu(allow_non_fake_inputs: bool = False) -> Iterator[None]:
-    """Within the block tensors on "cuda" have shapes and no numbers; skips the test where this torch cannot make them."""
+    """Within the block tensors on "cuda" have shapes and no numbers; skips the test where this torch cannot make
+    them.
+    """
     if no_fake_gpu():
         pytest.skip(no_fake_gpu())
     with FakeTensorMode(allow_non_fake_inputs=allow_non_fake_inputs):

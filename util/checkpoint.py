@@ -73,7 +73,7 @@ def _why_unreadable(error: Exception) -> str:
     code = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|class|type) ([\w.]+)", str(error))
     if code:
         return (
-            f"holds code ({code[1] or code[2]}), which is never run: a checkpoint of weights needs none; get it from its "
+            f"holds code ({code[1] or code[2]}), which is never run: weights need none; get it from its "
             "author as safetensors or a plain state dict"
         )
     reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -168,8 +168,8 @@ def _shape(value: object) -> tuple[int, ...] | str:
 def load_state(module: nn.Module, state: dict, source: str) -> None:
     """Strict load_state_dict whose ValueError names the file and the first keys that do not fit.
 
-    NaN and infinite values are refused, except infinite ones where the module has them. Weights of another precision are
-    converted; float32 buffers that a half-precision file holds rounded stay as the module computed them.
+    NaN and infinite values are refused, except infinite ones where the module has them. Weights of another precision
+    are converted; float32 buffers that a half-precision file holds rounded stay as the module computed them.
     """
     own = module.state_dict()
     missing, unknown = [key for key in own if key not in state], [key for key in state if key not in own]
@@ -284,7 +284,9 @@ def seed_generators(seed: int) -> None:
 
 
 def random_state(device: torch.device) -> dict:
-    """The states of this process's global generators: torch's (CPU and device), numpy's, Python's; weights_only reads it."""
+    """The states of this process's global generators: torch's (CPU and device), numpy's, Python's; weights_only reads
+    it.
+    """
     name, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),

@@ -23,7 +23,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class ProcessOptions:
-    """Device, seed, loader and launcher; names and meanings as published, but `device` defaults to auto, not to cuda."""
+    """Device, seed, loader and launcher; names and meanings as published, but `device` defaults to auto, not to
+    cuda.
+    """
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes cuda where there is one")
     seed: int = option(0, "seed of every random draw", lowest=0)

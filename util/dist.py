@@ -17,7 +17,9 @@ TIMEOUT = datetime.timedelta(minutes=30)  # of a process that waits for the othe
 
 
 def pick_device(flag: str) -> torch.device:
-    """--device auto|cpu|cuda|cuda:N -> device; auto takes cuda where there is one. ValueError if cuda is asked for and absent."""
+    """--device auto|cpu|cuda|cuda:N -> device; auto takes cuda where there is one. ValueError if cuda is asked for and
+    absent.
+    """
     if flag == "auto":
         flag = "cuda" if torch.cuda.is_available() else "cpu"
     if flag == "cpu":
@@ -26,7 +28,8 @@ def pick_device(flag: str) -> torch.device:
         raise ValueError(f"--device {flag!r} is not one of {DEVICES}")
     if not torch.cuda.is_available():
         raise ValueError(
-            f"--device {flag} was asked for, but this machine has no CUDA device that torch can use; use --device cpu or auto"
+            f"--device {flag} was asked for, but this machine has no CUDA device that torch can use; "
+            "use --device cpu or auto"
         )
     index = int(flag[5:]) if ":" in flag else int(os.environ.get("LOCAL_RANK", 0))
     if index >= torch.cuda.device_count():
@@ -68,10 +71,11 @@ def store_of_this_start(
 ) -> dist.Store:
     """The store under a prefix that only the processes started together share; each of them calls this.
 
-    torchrun keeps one store over all its restarts (torch 2.5 to 2.15), so the addresses that dead processes left there would be taken for those of
-    the new ones. Its count of restarts cannot tell them apart, because every node counts its own. So rank 0 draws the prefix and hands it to
-    whoever asks under a name of its own; it answers dead processes too, but goes on until a live one of every rank has confirmed.
-    RuntimeError that names the missing ranks after `timeout`.
+    torchrun keeps one store over all its restarts (torch 2.5 to 2.15), so the addresses that dead processes left there
+    would be taken for those of the new ones. Its count of restarts cannot tell them apart, because every node counts
+    its own. So rank 0 draws the prefix and hands it to whoever asks under a name of its own; it answers dead processes
+    too, but goes on until a live one of every rank has confirmed. RuntimeError that names the missing ranks after
+    `timeout`.
     """
     name = uuid.uuid4().hex
     if index > 0:
@@ -88,31 +92,38 @@ def store_of_this_start(
                 store.set(f"answer/{store.get(f'asks/{other}').decode()}", name)
         if missing and time.monotonic() > deadline:
             raise RuntimeError(
-                f"{processes} processes were started, but ranks {', '.join(map(str, sorted(missing)))} did not join within {timeout}"
+                f"{processes} processes were started, but ranks {', '.join(map(str, sorted(missing)))} "
+                f"did not join within {timeout}"
             )
         time.sleep(0.02)
     return dist.PrefixStore(name, store)
 
 
 def same_bits_every_time() -> None:
-    """Let cuDNN choose kernels by shape alone and not by timing them, so that two runs give the same bits; nothing changes on cpu."""
+    """Let cuDNN choose kernels by shape alone and not by timing them, so that two runs give the same bits; nothing
+    changes on cpu.
+    """
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
 
 
 def rank() -> int:
+    """This process's number."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
+    """Whether this is rank 0."""
     return rank() == 0
 
 
 def barrier() -> None:
+    """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -185,8 +196,8 @@ def on_main(context: contextlib.AbstractContextManager) -> Iterator[None]:
 def shutdown() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
-        # torch 2.6 frees a group under Python's lock, for which gloo's thread may be waiting: both wait for ever. A reference to the backend
-        # leaves it to be freed after the group, which is done without the lock.
+        # torch 2.6 frees a group under Python's lock, for which gloo's thread may be waiting: both wait for ever. A
+        # reference to the backend leaves it to be freed after the group, which is done without the lock.
         backend = dist.group.WORLD._get_backend(torch.device("cpu"))
         dist.destroy_process_group()
         del backend
@@ -220,9 +231,11 @@ def set_device_random_state(device: torch.device, state: Tensor | None) -> None:
 
 
 def prefetch(batches: Iterable[Sequence[Tensor]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-    """The batches on the device, each copied there (from pinned memory) while the device still works on the one before it.
+    """The batches on the device, each copied there (from pinned memory) while the device still works on the one before
+    it.
 
-    The copies have a stream of their own; the host, which runs ahead of the device, never waits for them. On cpu: the tensors as they are.
+    The copies have a stream of their own; the host, which runs ahead of the device, never waits for them. On cpu: the
+    tensors as they are.
     """
     if device.type != "cuda":
         yield from (tuple(x.to(device) for x in batch) for batch in batches)

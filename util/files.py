@@ -252,7 +252,9 @@ def _refuse_if_held(number: int, path: Path, named: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the folder's list of names to the disk: a rename survives a power cut only after that. Nothing where folders cannot be opened."""
+    """Bring the folder's list of names to the disk: a rename survives a power cut only after that. Nothing where
+    folders cannot be opened.
+    """
     try:
         number = os.open(folder, os.O_RDONLY)
     except OSError:

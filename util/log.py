@@ -100,6 +100,7 @@ class JsonlLog:
             self.board.add_image(name, (image + 1) / 2, step)
 
     def close(self) -> None:
+        """Close the file and tensorboard's."""
         self.file.close()
         if self.board is not None:
             self.board.close()

@@ -1,8 +1,8 @@
 """Settings that own their command-line flags.
 
-A dataclass field made by `option` states the default, the help text and the allowed values once. `add_options` makes flags of the fields, and
-`read_options` builds the settings from the parsed flags. `check_options` checks the values wherever the settings are built, so that the library
-and the command line refuse the same ones.
+A dataclass field made by `option` states the default, the help text and the allowed values once. `add_options` makes
+flags of the fields, and `read_options` builds the settings from the parsed flags. `check_options` checks the values
+wherever the settings are built, so that the library and the command line refuse the same ones.
 """
 
 import argparse
@@ -56,8 +56,8 @@ def option(
 ) -> typing.Any:
     """A dataclass field that is a flag too.
 
-    lowest, highest: inclusive bounds of a number (of each, where there are several); above: an exclusive lower one. Numbers must be finite.
-    check=False leaves the bounds to the settings' own checks.
+    lowest, highest: inclusive bounds of a number (of each, where there are several); above: an exclusive lower one.
+    Numbers must be finite. check=False leaves the bounds to the settings' own checks.
     """
     kept = Option(
         help, None if choices is None else tuple(choices), lowest, highest, above, nargs, metavar, const, check
@@ -118,7 +118,9 @@ def read_options(settings: type, args: argparse.Namespace, **values: object) -> 
 
 
 def check_options(settings: object) -> None:
-    """ArgumentError naming the first field whose value is outside its choices or bounds, or not finite; for `__post_init__`."""
+    """ArgumentError naming the first field whose value is outside its choices or bounds, or not finite; for
+    `__post_init__`.
+    """
     for name, field in option_fields(type(settings)).items():
         kept, value = field.metadata["option"], getattr(settings, name)
         if not kept.check or value is None:

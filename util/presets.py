@@ -1,4 +1,6 @@
-"""Presets, configs/NAME.yaml: the flags of a run by name, the settings it is compared with, and the numbers to expect."""
+"""Presets, configs/NAME.yaml: the flags of a run by name, the settings it is compared with, and the numbers to
+expect.
+"""
 
 import argparse
 from collections.abc import Mapping

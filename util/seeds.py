@@ -11,7 +11,9 @@ def mixed_seed(*parts: int) -> int:
 
 
 def mix(seed: int) -> int:
-    """64 well-mixed bits of a seed (the finalizer of SplitMix64, Steele et al. 2014): one per sample, so it must cost next to nothing."""
+    """64 well-mixed bits of a seed (the finalizer of SplitMix64, Steele et al. 2014): one per sample, so it must cost
+    next to nothing.
+    """
     x = (seed + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF

@@ -18,7 +18,7 @@ from util.options import ArgumentError
 class Unpicklable:
     """Saving it fails, after half of the file may have been written."""
 
-    def __reduce__(self):  # noqa: ANN204
+    def __reduce__(self):
         raise RuntimeError("cannot be saved")
 
 
@@ -176,7 +176,9 @@ def test_states_that_do_not_fit_leave_the_model_alone(change, message):
 
 
 def test_the_flags_to_check_are_named():
-    """A checkpoint of 64 levels into a model of 16: every wrong weight counted, the flags that decide shapes in the message."""
+    """A checkpoint of 64 levels into a model of 16: every wrong weight counted, the flags that decide shapes in the
+    message.
+    """
     # 2 tables, 15 embeddings, 16 heads' weights
     with pytest.raises(ValueError, match=r"quant_bits.*33 weights of another shape"):
         load_state(

@@ -1,4 +1,6 @@
-"""checkpoints.download against a local server that speaks the hub's routes: whole files in the right places, or an error that says what to do."""
+"""checkpoints.download against a local server that speaks the hub's routes: whole files in the right places, or an
+error that says what to do.
+"""
 
 import contextlib
 import fcntl
@@ -57,7 +59,9 @@ class Result:
 
 @pytest.fixture
 def run(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Run:
-    """run(*arguments, **environment) -> what `python -m tools.download` ends with, in tmp_path, with its cache there and HF_ENDPOINT the server."""
+    """run(*arguments, **environment) -> what `python -m tools.download` ends with, in tmp_path, with its cache there
+    and HF_ENDPOINT the server.
+    """
     for name in os.environ:
         if name.startswith("HF_") or "proxy" in name.lower():
             monkeypatch.delenv(name)
@@ -200,7 +204,7 @@ def test_names_that_lead_out_of_the_folder(hub: Hub, run: Run, tmp_path: Path, n
         )
 
 
-# ------------------------------------------------------------------------------------------------ hostile and odd answers
+# ---- hostile and odd answers
 
 
 def refused_in_one_line(result: Result, tmp_path: Path) -> str:

@@ -1,4 +1,6 @@
-"""Checkpoint files of every layout give the same model: published, float16, an EMA by itself, a bare state dict, safetensors; hf:// addresses apart."""
+"""Checkpoint files of every layout give the same model: published, float16, an EMA by itself, a bare state dict,
+safetensors; hf:// addresses apart.
+"""
 
 import json
 from collections.abc import Callable
@@ -28,12 +30,14 @@ def saved(path: Path, content: object) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------------------------- told from shapes
+# ---- told from shapes
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_published_sizes_are_known_by_their_shapes(name: str) -> None:
-    """From the published manifests alone: no weights are made, and building the result on the meta device gives those shapes again."""
+    """From the published manifests alone: no weights are made, and building the result on the meta device gives those
+    shapes again.
+    """
     with torch.device("meta"):
         state = {key: torch.empty(shape) for key, shape in SHAPES[name].items()}
         found, arguments = structure_from_shapes(state, "file")
@@ -117,7 +121,9 @@ def test_one_set_of_weights_is_not_taken_for_the_other(known_size: TokenBridge) 
 
 
 def test_published_weights_and_flags(tmp_path: Path, known_size: TokenBridge, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--evaluate and --sample know the size of a file without config; a flag that says otherwise is refused with both values."""
+    """--evaluate and --sample know the size of a file without config; a flag that says otherwise is refused with both
+    values.
+    """
     saved(tmp_path / "checkpoint-last.pth", LAYOUTS["published"][0](known_size))
     vae = tiny_vae()
     saved(tmp_path / "vae.pth", {"model": vae.state_dict(), "config": vae.config})
@@ -146,7 +152,8 @@ def test_published_weights_and_flags(tmp_path: Path, known_size: TokenBridge, mo
     ):
         with pytest.raises(
             ValueError,
-            match=f"{flag[2:]} {value} contradicts .*checkpoint-last.pth: from the shapes of its weights, {words}; .*{flag}",
+            match=f"{flag[2:]} {value} contradicts .*checkpoint-last.pth: from the shapes of its weights, {words}; "
+            f".*{flag}",
         ):
             main([*common, flag, value])
         assert not (tmp_path / "out").exists()

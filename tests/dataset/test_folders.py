@@ -153,7 +153,9 @@ def test_order_is_torchvisions(own_images):
 
 
 def test_what_a_listing_leaves_out(own_images, messages):
-    """Hidden, loose and other files, pipes, broken links and empty classes are counted in one line, and shift no label."""
+    """Hidden, loose and other files, pipes, broken links and empty classes are counted in one line, and shift no
+    label.
+    """
     before = list_folder(own_images)
     for name in (".ipynb_checkpoints", "china/.ipynb_checkpoints"):
         shutil.copytree(own_images / "flower", own_images / name)

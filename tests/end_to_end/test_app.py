@@ -1,4 +1,6 @@
-"""The web demo: what its buttons call, bad input, and the page in a headless browser (slow; needs Chromium, selenium)."""
+"""The web demo: what its buttons call, bad input, and the page in a headless browser (slow; needs Chromium,
+selenium).
+"""
 
 import io
 import re
@@ -125,7 +127,7 @@ def page(studio: Studio) -> Iterator[str]:
 
 
 @pytest.fixture
-def browser(tmp_path: Path):  # noqa: ANN201
+def browser(tmp_path: Path):
     """A headless Chromium of the distribution, driven through its own chromedriver."""
     reason = "selenium, an optional extra, is not installed: make extras"
     selenium = pytest.importorskip("selenium.webdriver", reason=reason)
@@ -143,7 +145,7 @@ def browser(tmp_path: Path):  # noqa: ANN201
     chrome.quit()
 
 
-def wait_for(what: Callable[[], object], seconds: float = 60):  # noqa: ANN201
+def wait_for(what: Callable[[], object], seconds: float = 60):
     """The first true value of what(), called repeatedly."""
     from selenium.common.exceptions import WebDriverException
 
@@ -160,7 +162,7 @@ def wait_for(what: Callable[[], object], seconds: float = 60):  # noqa: ANN201
 
 
 @pytest.mark.slow
-def test_the_page_in_a_browser(studio, page, browser, monkeypatch):  # noqa: ANN001, ANN201
+def test_the_page_in_a_browser(studio, page, browser, monkeypatch):
     """Choose a class and seed, generate, take the result, paint, regenerate.
 
     Pixels are compared with the pipeline's.
@@ -169,7 +171,7 @@ def test_the_page_in_a_browser(studio, page, browser, monkeypatch):  # noqa: ANN
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
-    def find(css: str):  # noqa: ANN202
+    def find(css: str):
         return browser.find_element(By.CSS_SELECTOR, css)
 
     def enter(css: str, value: object, key: str = Keys.TAB) -> None:

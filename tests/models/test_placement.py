@@ -25,7 +25,7 @@ from training.step import batch_latents
 SMALL_VAE = dict(embed_dim=16, ch_mult=(1, 1, 2, 2, 2), ch=8, num_res_blocks=1, norm_groups=4)
 
 
-def on_fake_gpu(build, **arguments: object) -> torch.nn.Module:  # noqa: ANN001
+def on_fake_gpu(build, **arguments: object) -> torch.nn.Module:
     with torch.device("cuda"):
         return build(**arguments)
 

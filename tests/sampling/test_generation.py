@@ -71,7 +71,7 @@ def test_stopping_early_and_callbacks(pipeline):
 
 
 def test_bf16_does_not_leak_into_the_caller(pipeline):
-    def check(step):  # noqa: ANN001
+    def check(step):
         assert not torch.is_autocast_enabled("cpu")
         return step
 

@@ -130,14 +130,16 @@ def test_memory_and_waiting_on_the_cpu():
     assert 0.05 < dist.peak_memory_gib(torch.device("cpu")) < 1000  # GiB: a Python with torch is beyond 50 MiB
 
 
-def start(store, processes: int):  # noqa: ANN001
+def start(store, processes: int):
     """What every rank gets when all ranks ask for the store of their start at once."""
     with ThreadPoolExecutor(processes) as pool:
         return list(pool.map(lambda index: dist.store_of_this_start(store, index, processes), range(processes)))
 
 
 def test_a_store_that_outlives_its_processes():
-    """One store under all starts, as torchrun keeps it; left in it are keys of ranks that died at any point of joining."""
+    """One store under all starts, as torchrun keeps it; left in it are keys of ranks that died at any point of
+    joining.
+    """
     shared = torch.distributed.HashStore()
     for processes in (3, 3, 2, 4):
         for dead in range(1, 4):

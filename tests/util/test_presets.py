@@ -111,7 +111,7 @@ def test_float32_on_a_cpu_unless_given(messages: list[str]) -> None:
     assert arguments("large_eval", "--device", "cpu", "--precision", "fp16")[0].precision == "fp16"
 
 
-def test_the_files(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+def test_the_files(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert preset_names() == ["digits", "huge", "large", "huge_eval", "large_eval"]
     assert all(load_preset(name).source in ("published", "measured here") for name in preset_names())
     with pytest.raises(ValueError, match="preset 'medium_eval' is unknown; choose from digits, huge, large"):
