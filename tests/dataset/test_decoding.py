@@ -87,7 +87,9 @@ def test_every_mode_in_memory(mode: str) -> None:
 
 
 def write(mode: str, name: str, path: Path) -> Image.Image | None:
-    """The picture of that mode written to a file, as Pillow reads it; None where that is not possible or not faithful."""
+    """The picture of that mode written to a file, as Pillow reads it; None where that is not possible or not
+    faithful.
+    """
     image, _ = in_mode(mode)
     try:
         image.save(path, format=name)
