@@ -75,7 +75,7 @@ PUBLISHED = {
         "ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz",
     ),
 }
-ADDRESSES = {f"{name}_url": file.url for name, file in PUBLISHED.items() if file.url}  # the flags' defaults
+ADDRESSES = tuple(name for name, file in PUBLISHED.items() if file.url)
 PUBLISHED_SIZE = 256  # pixels of the images that the published files are about
 PRECISION_RECALL_HINT = (
     "precision, recall and KID need images or their features: python -m tools.download adm_batch fetches ADM's "
@@ -101,7 +101,7 @@ class DownloadOptions:
     def __post_init__(self) -> None:
         if self.sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
             raise ArgumentError("sha256", f"sha256 must be 64 hexadecimal digits, got {self.sha256!r}")
-        for name in ADDRESSES:
+        for name in (f"{name}_url" for name in ADDRESSES):
             url = getattr(self, name)
             if url is not None and not url.startswith(("http://", "https://")):
                 raise ArgumentError(

@@ -14,7 +14,8 @@ sFID, and 10,000 images, which precision and recall need.
 import sys
 from collections.abc import Sequence
 
-from checkpoints.download import PUBLISHED, DownloadOptions, fetch_all
+from checkpoints import download
+from checkpoints.download import ADDRESSES, PUBLISHED, DownloadOptions
 from evaluation.reference import check_published
 from util.cli import make_parser
 from util.log import run_cli
@@ -25,14 +26,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse and fetch. ValueError or OSError, with what to do, for what cannot be had."""
     parser = make_parser(__doc__)
     parser.add_argument("what", nargs="+", choices=[*PUBLISHED, "all"], help="what to fetch")
-    urls = {f"{name}_url": file.url for name, file in PUBLISHED.items() if file.url}
-    add_options(parser, DownloadOptions, **urls)
+    add_options(parser, DownloadOptions, **{f"{name}_url": PUBLISHED[name].url for name in ADDRESSES})
     args = parser.parse_args(argv)
     names = [*PUBLISHED] if "all" in args.what else list(dict.fromkeys(args.what))
     with flag_names(parser):
         options = read_options(DownloadOptions, args)
         options.check_names(names)
-    fetch_all(names, options, check_published)
+    download.fetch_all(names, options, check_published)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from util.options import ArgumentError
+
 DEVICES = "auto, cpu, cuda, cuda:N"
 PRECISIONS = ("fp32", "bf16", "fp16")
 TIMEOUT = datetime.timedelta(minutes=30)  # of a process that waits for the others
@@ -260,10 +262,10 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def pick_precision(flag: str | None, device: torch.device) -> str:
-    """--precision, or by device: bf16 on cuda that has it, fp16 (with a gradient scaler) on older cuda, fp32 on cpu."""
+    """The precision asked for, or by device: bf16 on cuda that has it, fp16 (scaled gradients) on older cuda, else fp32."""
     if flag is not None:
         if flag not in PRECISIONS:
-            raise ValueError(f"--precision {flag!r} is not one of {', '.join(PRECISIONS)}")
+            raise ArgumentError("precision", f"precision {flag!r} is not one of {', '.join(PRECISIONS)}")
         return flag
     if device.type != "cuda":
         return "fp32"

@@ -18,6 +18,7 @@ import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,8 +28,9 @@ from torchvision.models import alexnet
 
 import main_tokenbridge
 import models
-from checkpoints import build as engine_load
+from checkpoints import download
 from checkpoints.download import PUBLISHED
+from demo import app
 from evaluation import evaluator
 from models.tokenbridge import TokenBridge
 from tests.helpers import REPO, photographs, tiny_vae, write_image_folder
@@ -115,23 +117,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, model in (("large", tiny(48)(class_num=1000)), ("huge", tiny(64)(class_num=1000))):
         folder = root / "pretrained_models" / "tokenbridge" / f"tokenbridge_{name}"
         folder.mkdir(parents=True)
-        torch.save(
-            {
-                "model": model.state_dict(),
-                "model_ema": dict(model.named_parameters()),
-                "optimizer": {},
-                "epoch": 799,
-                "scaler": {},
-            },
-            folder / "checkpoint-last.pth",
-        )
+        weights = {"model": model.state_dict(), "model_ema": dict(model.named_parameters())}
+        torch.save(weights | {"optimizer": {}, "epoch": 799, "scaler": {}}, folder / "checkpoint-last.pth")
     digits = tiny(32)(img_size=64, class_num=10, buffer_size=4)
     (root / "demo" / "out" / "model").mkdir(parents=True)
     (root / "demo" / "out" / "vae").mkdir()
     torch.save({"model": kl16.state_dict(), "config": kl16.config}, root / "demo" / "out" / "vae" / "vae.pth")
     config = {
         "model_name": "tokenbridge_digits",
-        "model": digits.config,
+        "model": digits.config.to_dict(),
         "vae": kl16.config,
         "vae_fingerprint": kl16.latent_fingerprint(),
         "args": {},
@@ -154,15 +148,8 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     monkeypatch.chdir(place)
     monkeypatch.setenv("RANK_OF_NODE", "0")
     monkeypatch.setenv("ADDRESS", "127.0.0.1")
-    sizes = {
-        "tokenbridge_base": tiny(40),
-        "tokenbridge_large": tiny(48),
-        "tokenbridge_huge": tiny(64),
-        "tokenbridge_digits": tiny(32),
-    }
-    for table in (models.MODELS, engine_load.MODELS):
-        for name, builder in sizes.items():
-            monkeypatch.setitem(table, name, builder)
+    for name, width in {"base": 40, "large": 48, "huge": 64, "digits": 32}.items():
+        monkeypatch.setitem(models.MODELS, f"tokenbridge_{name}", tiny(width))
     monkeypatch.setattr(evaluator, "InceptionFeatures", FewColours)
     monkeypatch.setattr(evaluator, "load_references", lambda *_, **__: small_reference())
     monkeypatch.setattr(fid_stats, "InceptionFeatures", Colours)
@@ -170,16 +157,9 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def toy(module: str, argv: list[str]) -> list[str]:
         flags = TOY.get(f"{module}.py" if f"{module}.py" in TOY else module, "")
         if module == "main_tokenbridge":
-            flags += (
-                " "
-                + TOY[
-                    "evaluate"
-                    if "--evaluate" in argv or "_eval" in " ".join(argv)
-                    else "sample"
-                    if "--sample" in argv
-                    else "train"
-                ]
-            )
+            evaluates = "--evaluate" in argv or "_eval" in " ".join(argv)
+            what = "evaluate" if evaluates else "sample" if "--sample" in argv else "train"
+            flags += f" {TOY[what]}"
         if module == "main_cache" and ("--verify" in argv or "--info" in argv):
             flags = ""
         return argv + shlex.split(flags)
@@ -249,24 +229,12 @@ def test_every_command_runs(run: Callable[[str], None], place: Path, monkeypatch
     Downloads and the page are stand-ins.
     """
     served = []
-    monkeypatch.setattr(
-        "demo.app.need_gradio",
-        lambda: type("G", (), {"themes": type("T", (), {"Base": staticmethod(lambda **_: None)})}),
-    )
-    monkeypatch.setattr(
-        "demo.app.build_page",
-        lambda studio, title: type(
-            "P",
-            (),
-            {
-                "queue": lambda self, **_: self,
-                "launch": lambda self, **how: served.append(how["server_name"]),
-                "block_thread": lambda self: None,
-            },
-        )(),
-    )
-    monkeypatch.setattr("demo.app.check_port", lambda *_: None)
-    monkeypatch.setattr("checkpoints.download.fetch_all", lambda names, args: served.append(names))
+    page = mock.MagicMock()
+    page.launch = lambda **how: served.append(how["server_name"])
+    monkeypatch.setattr(app, "need_gradio", mock.MagicMock())
+    monkeypatch.setattr(app, "build_page", lambda *_: page)
+    monkeypatch.setattr(app, "check_port", lambda *_: None)
+    monkeypatch.setattr(download, "fetch_all", lambda names, *_: served.append(names))
     failed = []
     for command, document in COMMANDS.items():
         try:

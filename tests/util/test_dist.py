@@ -111,7 +111,7 @@ def test_precision_by_device(monkeypatch):
     pretend_gpus(monkeypatch, 1, bf16=False)
     assert dist.pick_precision(None, gpu) == "fp16"
     assert [dist.pick_precision(flag, cpu) for flag in dist.PRECISIONS] == ["fp32", "bf16", "fp16"]
-    with pytest.raises(ValueError, match="--precision 'fp8' is not one of fp32, bf16, fp16"):
+    with pytest.raises(ValueError, match="precision 'fp8' is not one of fp32, bf16, fp16"):
         dist.pick_precision("fp8", gpu)
 
 

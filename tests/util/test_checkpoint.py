@@ -22,9 +22,6 @@ class Unpicklable:
         raise RuntimeError("cannot be saved")
 
 
-# ------------------------------------------------------------------------------------------------------- writing
-
-
 def test_what_is_saved_is_loaded(tmp_path):
     content = {
         "model": {"w": torch.arange(3.0)},
@@ -77,9 +74,6 @@ def test_the_new_file_is_complete_on_disk_before_the_old_one_goes(tmp_path, monk
     assert read_file(path) == {"step": 2}
 
 
-# ------------------------------------------------------------------------------------------------------- reading
-
-
 @pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("kind", ["truncated", "text", "empty", "directory entry cut"])
 def test_broken_files_are_named(tmp_path, kind, mmap):
@@ -99,11 +93,12 @@ def test_broken_files_are_named(tmp_path, kind, mmap):
     assert "\n" not in str(caught.value) and caught.value.argument == "resume"
 
 
-def test_code_is_refused_and_not_run(tmp_path):
+@pytest.mark.parametrize("mmap", [False, True])
+def test_code_is_refused_and_not_run(tmp_path, mmap):
     path = tmp_path / "a.pth"
     torch.save({"model": {}, "args": Explosive(tmp_path / "boom")}, path)
-    with pytest.raises(ValueError, match="holds code"):
-        read_file(path)
+    with pytest.raises(ValueError, match=r"a\.pth holds code \([\w.]*getattr\), which is never run"):
+        read_file(path, "resume", mmap)
     assert not (tmp_path / "boom").exists()
     with zipfile.ZipFile(path) as archive:  # the trap is real: pickle, a reader that runs code, springs it
         pickle.loads(archive.read("a/data.pkl"))
@@ -134,13 +129,24 @@ def test_absent_files(tmp_path):
 
 
 def test_a_folder_means_its_last_checkpoint(tmp_path):
-    assert LAST == "checkpoint-last.pth"
     assert find_file(tmp_path) == tmp_path / "checkpoint-last.pth"
+    (tmp_path / "model.safetensors").touch()
+    assert find_file(tmp_path) == tmp_path / "model.safetensors"
+    (tmp_path / "checkpoint-last.pth").touch()
+    assert find_file(tmp_path) == tmp_path / LAST
     (tmp_path / "epoch7.pth").touch()
     assert find_file(str(tmp_path / "epoch7.pth")) == tmp_path / "epoch7.pth"
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read as safetensors"):
+        read_file(tmp_path / "model.safetensors")
 
 
-# ------------------------------------------------------------------------------------------------------- into the model
+def test_mapped_and_read_are_equal(tmp_path):
+    state = tiny_model().state_dict()
+    for name, new in (("new.pth", True), ("old.pth", False)):
+        torch.save({"model": state}, tmp_path / name, _use_new_zipfile_serialization=new)
+        for mmap in (False, True):
+            content = read_file(tmp_path / name, mmap=mmap)
+            assert all(torch.equal(value, content["model"][key]) for key, value in state.items())
 
 
 def test_strict_loading_into_the_model():
