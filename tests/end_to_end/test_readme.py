@@ -182,8 +182,9 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
                 assert "=" in words[0]
                 words = words[1:]
             module, words = (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py"), words[1:])
-            assert (REPO / f"{module.replace('.', '/')}.py").is_file(), module
-            importlib.import_module(module).main(toy(module, words))
+            file = REPO / module.replace(".", "/")
+            assert file.with_suffix(".py").is_file() or (file / "__main__.py").is_file(), module
+            importlib.import_module(f"{module}.__main__" if file.is_dir() else module).main(toy(module, words))
 
     return start
 
