@@ -262,7 +262,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def pick_precision(flag: str | None, device: torch.device) -> str:
-    """The precision asked for, or by device: bf16 on cuda that has it, fp16 (scaled gradients) on older cuda, else fp32."""
+    """The precision asked for, or by device: bf16 on cuda that has it, fp16 on older cuda, fp32 on cpu."""
     if flag is not None:
         if flag not in PRECISIONS:
             raise ArgumentError("precision", f"precision {flag!r} is not one of {', '.join(PRECISIONS)}")
