@@ -329,7 +329,15 @@ def local_path(path: str, flag: str = "") -> str:
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects; what identifies the user is not sent to another host."""
 
-    def redirect_request(self, request, file, code, message, headers, url):
+    def redirect_request(
+        self,
+        request: urllib.request.Request,
+        file: BinaryIO,
+        code: int,
+        message: str,
+        headers: http.client.HTTPMessage,
+        url: str,
+    ) -> urllib.request.Request | None:
         following = super().redirect_request(request, file, code, message, headers, url)
         if following is not None and urllib.parse.urlsplit(url)[:2] != urllib.parse.urlsplit(request.full_url)[:2]:
             following.remove_header("Authorization")
