@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.latent_space import KL16, DiagonalGaussian, LatentSpace, VaeDescription
-from util.checkpoint import read_file
+from util.checkpoint import read_file, shape_of
 from util.options import ArgumentError
 
 logger = logging.getLogger("tokenbridge")
@@ -264,10 +264,6 @@ def read_vae_file(path: str | Path) -> dict:
     return content
 
 
-def _shape(value: object) -> tuple[int, ...] | str:
-    return tuple(value.shape) if isinstance(value, Tensor) else f"no tensor but {type(value).__name__}"
-
-
 def load_weights(vae: nn.Module, path: str | Path, content: dict | None = None) -> None:
     """Fill `vae` from a checkpoint file; ArgumentError for a missing key, a wrong shape or NaN.
 
@@ -278,8 +274,8 @@ def load_weights(vae: nn.Module, path: str | Path, content: dict | None = None) 
     problem, missing = "", [key for key in own if key not in weights]
     if missing:
         problem = f"lacks {len(missing)} of the VAE's {len(own)} keys, first: {', '.join(missing[:4])}"
-    elif wrong := [key for key in own if _shape(weights[key]) != _shape(own[key])]:
-        shapes = "; ".join(f"{key}: file {_shape(weights[key])}, VAE {_shape(own[key])}" for key in wrong[:4])
+    elif wrong := [key for key in own if shape_of(weights[key]) != shape_of(own[key])]:
+        shapes = "; ".join(f"{key}: file {shape_of(weights[key])}, VAE {shape_of(own[key])}" for key in wrong[:4])
         problem = f"has {len(wrong)} weights of another shape: {shapes} (see vae_embed_dim)"
     elif bad := [key for key in own if not torch.isfinite(weights[key]).all()]:
         problem = f"holds NaN or infinite weights, first: {', '.join(bad[:4])}"

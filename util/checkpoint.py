@@ -161,7 +161,8 @@ def load_latest(resume: str | Path, mmap: bool = False) -> tuple[Path, dict]:
     raise failure
 
 
-def _shape(value: object) -> tuple[int, ...] | str:
+def shape_of(value: object) -> tuple[int, ...] | str:
+    """A tensor's shape, or words for what is no tensor."""
     return tuple(value.shape) if isinstance(value, Tensor) else f"no tensor but {type(value).__name__}"
 
 
@@ -173,7 +174,7 @@ def load_state(module: nn.Module, state: dict, source: str) -> None:
     """
     own = module.state_dict()
     missing, unknown = [key for key in own if key not in state], [key for key in state if key not in own]
-    shapes = {key: (_shape(state[key]), _shape(own[key])) for key in own if key in state}
+    shapes = {key: (shape_of(state[key]), shape_of(own[key])) for key in own if key in state}
     wrong = [f"{key}: file {file}, model {model}" for key, (file, model) in shapes.items() if file != model]
     problems = [f"lacks {len(missing)} keys ({', '.join(missing[:3])})"] if missing else []
     problems += [f"has {len(unknown)} unknown keys ({', '.join(unknown[:3])})"] if unknown else []

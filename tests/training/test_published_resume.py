@@ -94,7 +94,7 @@ def published_resume(path: Path, model: nn.Module) -> tuple[torch.optim.AdamW, d
     """Read a file as the published script does, into a model, an optimizer and a scaler of its making; (optimizer, EMA
     by name, scaler).
     """
-    content = torch.load(path, map_location="cpu")
+    content = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(content["model"])
     ema = {name: content["model_ema"][name] for name, _ in model.named_parameters()}
     optimizer, scaler = published_optimizer(model), torch.amp.GradScaler("cpu", enabled=True)
