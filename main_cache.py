@@ -14,6 +14,10 @@ cannot be read. After a kill run the same command again, on any number of proces
 encoded, and the result is that of an uninterrupted run. A cache that another job writes to is refused.
 """
 
+import util.start  # noqa: F401  (first: see there)
+
+# isort: split
+
 import argparse
 import dataclasses
 import functools
@@ -32,8 +36,8 @@ from dataset.record import CacheOptions, describe, describe_tree, describe_vae, 
 from models.vae import AutoencoderKL
 from models.vae_loading import load_vae
 from util import dist
-from util.cli import add_process_flags, at_least, make_parser, parse
-from util.log import get_logger, run_cli
+from util.cli import add_process_flags, at_least, make_parser, parse, run_cli
+from util.log import doing, get_logger
 from util.options import add_options, flag_names, read_options
 
 logger = get_logger()
@@ -95,6 +99,7 @@ def read_vae(args: argparse.Namespace, given: set[str]) -> tuple[AutoencoderKL, 
     return vae, read_options(CacheOptions, args, seed=args.seed)
 
 
+@doing("encoding the images")
 def encode(args: argparse.Namespace, given: set[str], device: torch.device) -> None:
     """Images -> cache."""
     vae, options = read_vae(args, given)
@@ -124,6 +129,7 @@ def encode(args: argparse.Namespace, given: set[str], device: torch.device) -> N
     )
 
 
+@doing("converting the cache")
 def convert(args: argparse.Namespace, given: set[str], device: torch.device) -> None:
     """A tree of .npz files -> shards. What made them is taken from OLD's record, or from --vae_path and --img_size."""
     old, new = (Path(path) for path in args.convert)

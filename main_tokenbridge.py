@@ -6,9 +6,12 @@ train      torchrun --nproc_per_node=8 main_tokenbridge.py --model tokenbridge_l
 --seed 0 --output_dir PICTURES
 """
 
+import util.start  # noqa: F401  (first: see there)
+
+# isort: split
+
 import argparse
 import itertools
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -34,9 +37,10 @@ from training.published import training_differences
 from training.recipe import optimizer_settings
 from training.settings import RunSettings, TrainSettings
 from util import checkpoint, dist
-from util.cli import add_process_flags, make_parser, parse
+from util.cli import add_process_flags, make_parser, parse, run_cli
 from util.heap import keep_freed_memory
-from util.log import get_logger, log_lines, run_cli
+from util.launcher import launched
+from util.log import doing, get_logger, log_lines
 from util.options import add_options, flag_names, read_options
 from util.presets import Preset, apply_preset, load_preset, preset_names
 
@@ -136,6 +140,7 @@ def sweep_values(args: argparse.Namespace) -> list[tuple[float, float]]:
     return list(itertools.product(*values))
 
 
+@doing("reading the checkpoint and the VAE")
 def load_models(args: argparse.Namespace, given: set[str], device: torch.device) -> Loaded:
     """Model and VAE of the flags and of --resume, its path and its content; the model has its weights if it is to
     generate.
@@ -158,6 +163,7 @@ def load_models(args: argparse.Namespace, given: set[str], device: torch.device)
     return Loaded(model, vae.to(device), source, content)
 
 
+@doing("training")
 def run_training(
     args: argparse.Namespace,
     settings: TrainSettings,
@@ -189,7 +195,7 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
     """Check, load, then train, evaluate or sample."""
     preset = load_preset(args.preset) if args.preset else None
     if preset:
-        apply_preset(args, given, preset, int(os.environ.get("WORLD_SIZE", "1")))
+        apply_preset(args, given, preset, launched("WORLD_SIZE"))
     pairs = sweep_values(args)
     check_arguments(args)
     process = {"seed": args.seed, "num_workers": args.num_workers, "pin_memory": args.pin_mem}
@@ -203,12 +209,14 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
     model, vae, source, content = loaded
     if args.evaluate:
         about = {"vae_path": args.vae_path, "weights": args.weights, "preset": preset}
-        make_evaluator(args, device).run(model, vae, pairs, checkpoint=source, **about)
+        with doing("evaluating"):
+            make_evaluator(args, device).run(model, vae, pairs, checkpoint=source, **about)
     elif args.sample:
         options = read_options(SampleOptions, args, num_images=args.num_images if "num_images" in given else None)
         about = {"checkpoint": str(source), "weights": args.weights}
         scales = [cfg for cfg, _ in pairs]
-        sample(Pipeline(model, vae), options, generation_settings(args, device), scales, args.output_dir, about)
+        with doing("sampling"):
+            sample(Pipeline(model, vae), options, generation_settings(args, device), scales, args.output_dir, about)
     else:
         settings = optimizer_settings(settings, given, content, source)
         args.weight_decay = settings.weight_decay

@@ -9,6 +9,10 @@ OUT/vae_state.pth is for --resume. The loss is mean |x - x'| + kl_weight * KL + 
 (training/vae.py).
 """
 
+import util.start  # noqa: F401  (first: see there)
+
+# isort: split
+
 import argparse
 import sys
 from collections.abc import Sequence
@@ -17,9 +21,8 @@ from evaluation.image_metrics import psnr
 from training.vae import VaeSettings
 from training.vae_run import build_vae, read_state, train
 from util import dist
-from util.cli import add_process_flags, make_parser, parse
+from util.cli import add_process_flags, make_parser, parse, run_cli
 from util.heap import keep_freed_memory
-from util.log import run_cli
 from util.options import add_options, flag_names, read_options
 
 

@@ -21,6 +21,10 @@ The rate is given twice: "bits/image" as stored (bits x dimensions x tokens), an
 dimension coded by itself.
 """
 
+import util.start  # noqa: F401  (first: see there)
+
+# isort: split
+
 import argparse
 import sys
 from collections.abc import Sequence
@@ -48,9 +52,9 @@ from evaluation.reconstruction_options import Measures, ReconstructionOptions
 from models.vae import AutoencoderKL
 from models.vae_loading import load_vae
 from util import dist
-from util.cli import add_process_flags, check_writable, make_parser, parse
+from util.cli import add_process_flags, check_writable, make_parser, parse, run_cli
 from util.files import write_json
-from util.log import get_logger, run_cli
+from util.log import doing, get_logger
 from util.options import ArgumentError, add_options, flag_names, read_options
 
 logger = get_logger()
@@ -130,6 +134,7 @@ def closing_lines(options: ReconstructionOptions, measures: Measures, num_images
     return lines
 
 
+@doing("measuring reconstructions")
 def run(options: ReconstructionOptions, settings: dict, device: torch.device) -> None:
     """Check and load everything, reconstruct, write and print (rank 0). ValueError or OSError for bad input."""
     vae, folder = load_inputs(options)

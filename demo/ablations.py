@@ -34,9 +34,9 @@ from generation import Pipeline, load
 from models.sampling.orders import random_orders
 from models.tokenbridge import TokenBridge, draw_mask_ratio, mask_from_orders, num_masked_tokens
 from models.vae import AutoencoderKL
-from util.cli import at_least, check_writable, make_parser
+from util.cli import at_least, check_writable, make_parser, run_cli
 from util.files import write_json
-from util.log import get_logger, run_cli
+from util.log import get_logger
 from util.presets import load_preset
 
 logger = get_logger()

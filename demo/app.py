@@ -26,8 +26,8 @@ from generation.pipeline import GenerationStep
 from models.sampling.orders import ORDERS
 from util import dist
 from util.checkpoint import find_file, read_file
-from util.cli import make_parser
-from util.log import get_logger, run_cli
+from util.cli import make_parser, run_cli
+from util.log import get_logger
 
 if TYPE_CHECKING:
     import gradio as gr

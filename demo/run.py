@@ -22,9 +22,8 @@ from matplotlib.figure import Figure
 
 from demo import digits
 from tools.plot import read_columns, smooth
-from util.cli import check_writable, make_parser
+from util.cli import check_writable, make_parser, run_cli
 from util.files import file_sha256, replacing, write_json
-from util.log import run_cli
 from util.presets import load_preset
 
 ROOT = Path(__file__).resolve().parent.parent

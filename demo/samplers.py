@@ -18,9 +18,9 @@ from PIL import Image
 
 from demo.ablations import SAMPLING, score_images
 from generation import Pipeline, load
-from util.cli import at_least, check_writable, make_parser
+from util.cli import at_least, check_writable, make_parser, run_cli
 from util.files import write_json
-from util.log import get_logger, run_cli
+from util.log import get_logger
 
 logger = get_logger()
 

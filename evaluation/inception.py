@@ -3,7 +3,6 @@
 Letters: B images of a batch, S their side in pixels.
 """
 
-import os
 import socket
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 
 from util.dist import agree, float32_precision
 from util.files import file_sha256
+from util.launcher import launched
 from util.log import first_line
 from util.options import ArgumentError
 
@@ -49,7 +49,7 @@ def fetch_inception_weights(path: str | None, download: bool = True) -> Path:
     except ArgumentError as missing:
         error = missing
         if download and not path:
-            error = _download(missing) if int(os.environ.get("LOCAL_RANK", "0")) == 0 else None
+            error = _download(missing) if launched("LOCAL_RANK") == 0 else None
     agree(error)
     return find_inception_weights(path)
 

@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from checkpoints import download
 from checkpoints.download import ADDRESSES, PUBLISHED, DownloadOptions
 from evaluation.reference import check_published
-from util.cli import make_parser
-from util.log import run_cli
+from util.cli import make_parser, run_cli
 from util.options import add_options, flag_names, read_options
 
 

@@ -25,9 +25,9 @@ from checkpoints.published import BUFFERS, WEIGHTS, one_layout
 from models.latent_space import LatentSpace
 from models.tokenbridge import TokenBridge
 from util.checkpoint import LAST, SAFE, atomic_save, find_file, read_file
-from util.cli import check_writable, make_parser
+from util.cli import check_writable, make_parser, run_cli
 from util.files import replacing, write_json
-from util.log import get_logger, run_cli
+from util.log import doing, get_logger
 from util.options import ArgumentError, add_options, check_options, flag_names, option, read_options
 
 logger = get_logger()
@@ -177,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         export(find_file(download.local_path(args.checkpoint, "checkpoint")), options)
 
 
+@doing("exporting the model")
 def export(source: Path, options: ExportOptions) -> None:
     """A checkpoint to a folder, or a folder's model.safetensors to a checkpoint."""
     if source.suffix != ".safetensors":

@@ -17,9 +17,9 @@ from pathlib import Path
 from evaluation.inception import InceptionFeatures
 from evaluation.reference import CROPS, KEEP_FEATURES, make_reference, save_reference
 from util import dist
-from util.cli import add_process_flags, check_writable, make_parser, parse
+from util.cli import add_process_flags, check_writable, make_parser, parse, run_cli
 from util.files import file_sha256, refuse_existing
-from util.log import get_logger, run_cli
+from util.log import doing, get_logger
 from util.options import ArgumentError, add_options, check_options, flag_names, option, read_options
 
 logger = get_logger()
@@ -64,6 +64,7 @@ def check_paths(args: argparse.Namespace) -> None:
 
 
 @flag_names(build_parser())
+@doing("computing the statistics")
 def main(argv: Sequence[str] | None = None) -> None:
     """Make a file of statistics. ValueError or OSError for bad input."""
     args, _ = parse(build_parser(), argv)

@@ -19,9 +19,9 @@ from checkpoints.published import BUFFERS, TABLES, WEIGHTS, one_layout
 from models.tokenbridge import TokenBridge
 from models.vae_loading import VAE_CLASSES, load_vae
 from util.checkpoint import find_file, read_file
-from util.cli import make_parser
+from util.cli import make_parser, run_cli
 from util.ema import initial_share
-from util.log import run_cli
+from util.log import doing
 
 TRAINED_WITH = ("lr", "blr", "batch_size", "epochs", "ema_rate", "ema_warmup", "data_path")
 
@@ -153,6 +153,7 @@ def in_words(value: object) -> object:
     return format(value, form) if form else value
 
 
+@doing("describing the file")
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the facts. OSError or ValueError if it is no checkpoint; ValueError if it holds NaN, for scripts."""
     parser = make_parser(__doc__)

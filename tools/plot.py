@@ -14,9 +14,9 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from util.cli import at_least, make_parser
+from util.cli import at_least, make_parser, run_cli
 from util.files import replacing
-from util.log import run_cli
+from util.log import doing
 
 
 def read_columns(folder: Path) -> dict[str, np.ndarray]:
@@ -114,6 +114,7 @@ def draw(folders: Sequence[Path], width: int | None = None, expected: Expected |
     return figure
 
 
+@doing("drawing the curves")
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw to a PNG. ValueError or OSError for a folder that holds no log."""
     parser = make_parser(__doc__)

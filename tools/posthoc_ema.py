@@ -14,8 +14,8 @@ from pathlib import Path
 from training.ema import power_exponent
 from training.posthoc_ema import reconstruct
 from util.checkpoint import atomic_save, find_file
-from util.cli import check_writable, make_parser
-from util.log import run_cli
+from util.cli import check_writable, make_parser, run_cli
+from util.log import doing
 from util.options import flag_names
 
 
@@ -31,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@doing("adding up the averages")
 def run(args: argparse.Namespace) -> None:
     """Check, fit, write."""
     power_exponent(args.sigma_rel)  # refused before a file is read

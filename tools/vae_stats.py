@@ -11,7 +11,6 @@ scaled latents is chosen; of these the fewest bits that cost at most --tolerance
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -33,9 +32,10 @@ from models.quantizer_tables import QUANTIZERS, build_quantizer
 from models.vae import AutoencoderKL
 from models.vae_loading import load_vae
 from util import dist
-from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
+from util.cli import add_process_flags, at_least, check_writable, make_parser, parse, run_cli
 from util.files import refuse_existing, replacing, write_json
-from util.log import get_logger, run_cli
+from util.launcher import launched
+from util.log import doing, get_logger
 from util.options import ArgumentError, add_options, check_options, flag_names, option, read_options
 
 logger = get_logger()
@@ -197,6 +197,7 @@ def report(found: dict, description: VaeDescription) -> str:
     return "\n".join([*lines, "", f"suggested: {json.dumps(asdict(description))}"])
 
 
+@doing("measuring the latents")
 def run(options: StatsOptions, device: torch.device, num_workers: int = 0) -> None:
     """Measure and write. Raises ValueError or OSError for bad input."""
     vae_path, size = download.local_path(options.vae_path, "--vae_path"), options.img_size
@@ -231,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with flag_names(parser, quant_min="range"):
         args.bits, args.range = sorted(set(args.bits)), sorted(set(args.range))
         options = read_options(StatsOptions, args, seed=args.seed)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if launched("WORLD_SIZE") > 1:
             raise ValueError("tools.vae_stats runs as one process; start it without torchrun")
         run(options, dist.init(args.device, args.dist_url), args.num_workers)
 

@@ -1,15 +1,32 @@
-"""What the command lines of all entry points share: parsing, process flags, checks that name the flag."""
+"""What the command lines of all entry points share: parsing, process flags, checks that name the flag, the end."""
 
 import argparse
 import os
+import re
+import signal
+import sys
 import tempfile
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from util import start
+from util.files import CannotWrite, os_reason
+from util.launcher import launched
+from util.log import first_line
 from util.options import ArgumentError, add_options, check_options, flag_names, option, read_options
 
 _UNSET = object()
+FOLDERS = {"output_dir", "cached_path"}  # what a command writes to
+ROOT = Path(__file__).resolve().parents[1]
+WORKER_ENDED = r"DataLoader worker \(pid\D*([\d, ]+)\)(?: is killed by signal: ([\w ]+))?"
+# What ended a process of the loader -> why, and what to do.
+WORKER_ENDS = {
+    "Bus error": "its shared memory, /dev/shm, is full: lower --num_workers or --batch_size, or enlarge it (in Docker: "
+    "--shm-size 8g)",
+    "Killed": "usually because the memory is full: lower --num_workers or --batch_size",
+}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -59,6 +76,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     given = {name for name, value in vars(args).items() if value is not _UNSET}
     for name in defaults.keys() - given:
         setattr(args, name, defaults[name])
+    for name in FOLDERS & given:
+        not_empty(getattr(args, name), f"--{name}")
     if hasattr(args, "dist_url"):
         with flag_names(parser):
             _apply_process_flags(args, given)
@@ -68,16 +87,18 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 def _apply_process_flags(args: argparse.Namespace, given: set[str]) -> None:
     """Check the process flags against the launcher; LOCAL_RANK and the default number of workers follow them."""
     options = read_options(ProcessOptions, args)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if "world_size" in given and options.world_size != launched:
+    processes = launched("WORLD_SIZE")
+    if "world_size" in given and options.world_size != processes:
         advice = "leave the flag out and use torchrun --nproc_per_node"
-        raise ValueError(f"--world_size {options.world_size}, but {launched} processes were launched; {advice}")
+        raise ValueError(f"--world_size {options.world_size}, but {processes} processes were launched; {advice}")
     rank = options.local_rank
-    if rank >= 0 and int(os.environ.setdefault("LOCAL_RANK", str(rank))) != rank:
+    if rank >= 0:
+        os.environ.setdefault("LOCAL_RANK", str(rank))
+    if rank >= 0 and launched("LOCAL_RANK") != rank:
         launcher = f"the launcher's LOCAL_RANK {os.environ['LOCAL_RANK']}"
         raise ValueError(f"--local_rank {rank} contradicts {launcher}; leave the flag out")
     if "num_workers" not in given:
-        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        cores = (os.cpu_count() or 1) // launched("LOCAL_WORLD_SIZE")
         args.num_workers = min(args.num_workers, max(1, cores))
 
 
@@ -89,8 +110,15 @@ def at_least(args: argparse.Namespace, **lowest: float) -> None:
             raise ValueError(f"--{name} must be at least {value}, got {given}")
 
 
+def not_empty(folder: str | Path, flag: str) -> None:
+    """ValueError for an empty name, which would mean the current directory: the variable behind it may be unset."""
+    if str(folder) == "":
+        raise ValueError(f'{flag} is "": name a folder ("." is the current directory)')
+
+
 def check_writable(folder: str | Path, flag: str) -> Path:
     """Make the folder if need be and write a file in it; ValueError naming the flag if that fails."""
+    not_empty(folder, flag)
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,3 +126,65 @@ def check_writable(folder: str | Path, flag: str) -> Path:
     except OSError as error:
         raise ValueError(f"cannot write to {folder} ({flag}): {error.strerror or error}") from error
     return folder
+
+
+def run_cli(main: Callable[[], object]) -> int:
+    """Run an entry point; returns the exit code. Every failure ends in one line on stderr.
+
+    0; 2 for bad input, and files that cannot be read or written (ValueError, OSError); 130 after ctrl-C; 1 for what
+    was not foreseen, whose line says what was being done. TOKENBRIDGE_DEBUG=1 shows the traceback instead.
+    """
+    started_here = signal.getsignal(signal.SIGINT) is start.end_at_once
+    if started_here:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding stops nothing
+    try:
+        main()
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        code, text = start.INTERRUPTED, "interrupted"
+    except Exception as error:
+        code = 2 if isinstance(error, (ValueError, OSError)) else 1
+        text = f"error: {describe_error(error)}"
+        if isinstance(error, BrokenPipeError):  # stdout's reader has gone; Python would flush it once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if os.environ.get("TOKENBRIDGE_DEBUG"):
+            raise
+    finally:
+        if started_here:
+            signal.signal(signal.SIGINT, start.end_at_once)
+    print(text, file=sys.stderr, flush=True)
+    return code
+
+
+def is_ours(file: str) -> bool:
+    """Whether a file of code is this repository's."""
+    return Path(file).is_relative_to(ROOT) and "site-packages" not in file
+
+
+def describe_error(error: Exception) -> str:
+    """An error in one line: bad input by its message, what the system refused with the file, else what was being done.
+
+    torch puts the traceback of a loader's process into the message; only its last line counts.
+    """
+    text = str(error)
+    if text.startswith("Caught ") and "DataLoader worker" in text:
+        text = text.rstrip().splitlines()[-1].split(": ", 1)[-1]
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, CannotWrite):
+        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+        return ": ".join([*names, os_reason(error)])
+    if isinstance(error, (ValueError, OSError)):
+        return "; ".join(line.strip() for line in text.splitlines() if line.strip()) or type(error).__name__
+    if ended := re.search(WORKER_ENDED, str(error.__cause__)) or re.search(WORKER_ENDED, text):
+        how = ended[2] or "its error is above"
+        return f"a process of the loader (pid {ended[1]}) ended: {how}, {WORKER_ENDS.get(how, 'see --num_workers')}"
+    what = getattr(error, "doing", "")
+    place = [frame for frame in traceback.extract_tb(error.__traceback__) if is_ours(frame.filename)]
+    at = f"{Path(place[-1].filename).relative_to(ROOT)}:{place[-1].lineno}, " if place else ""
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", text):
+        reason = f"not enough memory ({first_line(error)})"
+    return f"{what + ': ' if what else ''}{reason} ({at}TOKENBRIDGE_DEBUG=1 shows the traceback)"

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from util.launcher import launched
 from util.options import ArgumentError
 
 DEVICES = "auto, cpu, cuda, cuda:N"
@@ -33,7 +34,7 @@ def pick_device(flag: str) -> torch.device:
             f"--device {flag} was asked for, but this machine has no CUDA device that torch can use; "
             "use --device cpu or auto"
         )
-    index = int(flag[5:]) if ":" in flag else int(os.environ.get("LOCAL_RANK", 0))
+    index = int(flag[5:]) if ":" in flag else launched("LOCAL_RANK")
     if index >= torch.cuda.device_count():
         raise ValueError(
             f"--device {flag}: process needs CUDA device {index}, but there are {torch.cuda.device_count()} "
@@ -49,10 +50,10 @@ def init(device_flag: str, dist_url: str = "env://") -> torch.device:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    if launched("WORLD_SIZE") > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, index, processes = next(
-            dist.rendezvous(dist_url, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout=TIMEOUT)
+            dist.rendezvous(dist_url, launched("RANK"), launched("WORLD_SIZE"), timeout=TIMEOUT)
         )
         store.set_timeout(TIMEOUT)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":

@@ -1,16 +1,19 @@
-"""Logging, the end of every entry point, and the run's machine-readable log."""
+"""Logging, what an unexpected error says, and the run's machine-readable log."""
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from util.files import replacing, writing
+
+if TYPE_CHECKING:  # torch takes seconds to import, which not every command needs
+    from torch import Tensor
 
 
 def get_logger() -> logging.Logger:
@@ -39,23 +42,15 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def run_cli(main: Callable[[], object]) -> int:
-    """Run an entry point: 0, or 2 after `error: ...` for bad input (ValueError, OSError).
-
-    Anything else is a bug and keeps its traceback; TOKENBRIDGE_DEBUG=1 shows it for bad input too.
-    """
+@contextlib.contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Around a piece of work, or as a decorator: an unexpected error within says so (`util.cli.run_cli`)."""
     try:
-        main()
-        return 0
-    except (ValueError, OSError) as error:
-        if os.environ.get("TOKENBRIDGE_DEBUG"):
-            raise
-        text = str(error)
-        # torch puts the worker's traceback into the message
-        if text.startswith("Caught ") and "DataLoader worker" in text:
-            text = text.rstrip().splitlines()[-1].split(": ", 1)[-1]
-        print(f"error: {text}", file=sys.stderr, flush=True)
-        return 2
+        yield
+    except Exception as error:
+        if not hasattr(error, "doing"):  # the innermost one knows best
+            error.doing = what
+        raise
 
 
 class JsonlLog:
@@ -94,7 +89,7 @@ class JsonlLog:
                 for i, number in enumerate(value if isinstance(value, list) else ()):
                     self.board.add_scalar(f"{key}/{i:02d}", number, record["step"])
 
-    def write_image(self, name: str, image: Tensor, step: int) -> None:
+    def write_image(self, name: str, image: "Tensor", step: int) -> None:
         """An image (3, H, W) in [-1, 1], for tensorboard only."""
         if self.board is not None:
             self.board.add_image(name, (image + 1) / 2, step)

@@ -28,7 +28,7 @@ from checkpoints import download
 from tests.helpers import REPO, run_processes
 from tests.hub import COMMIT, Hub
 from tools import download as command
-from util.log import run_cli
+from util.cli import run_cli
 
 REPOSITORY = "Epiphqny/TokenBridge"
 FILES = {
@@ -663,6 +663,7 @@ def test_provide_fetches_what_is_missing_once(run: Run, hub: Hub, tmp_path: Path
 PROVIDE = """
 import os, sys
 from dataclasses import replace
+from util.cli import run_cli
 from util import dist
 from checkpoints import download
 dist.init("cpu")

@@ -22,7 +22,7 @@ from PIL import Image
 
 import main_tokenbridge
 from tests.helpers import Explosive, tiny_vae, write_image_folder
-from util.log import run_cli
+from util.cli import run_cli
 
 SHEET = yaml.safe_load((Path(__file__).parents[1] / "bad_inputs.yaml").read_text())
 CASES, LATE = (

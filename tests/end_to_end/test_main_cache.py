@@ -31,8 +31,8 @@ from models.quantizer_tables import build_quantizer
 from models.vae import AutoencoderKL
 from models.vae_loading import load_vae
 from tests.helpers import CACHE_SHAPE, CACHE_SIZE, REPO, Argv, contents, run_processes, save_cache_vae
+from util.cli import run_cli
 from util.files import LOCK, _host_digest
-from util.log import run_cli
 from util.seeds import coin
 
 SHARDS = ("shard-00000.safetensors", "shard-00001.safetensors")  # 6 + 4 images

@@ -20,7 +20,7 @@ from models.vae_loading import load_vae
 from tests.helpers import argv_of, assert_same, contents, log_of, run_processes, write_image_folder
 from training.vae import Objective, VaeSettings, edge_distance
 from training.vae_run import measure
-from util.log import run_cli
+from util.cli import run_cli
 
 SIZE, STEPS = 16, 10  # 16-pixel images; two classes of 8 at batch 4 make epochs of 4 steps
 

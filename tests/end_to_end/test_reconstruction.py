@@ -39,7 +39,7 @@ from reconstruction import build_parser, load_inputs, main
 from tests.helpers import GOLDEN, photographs, run_processes
 from tests.stand_ins import FewColours, offline, stats_of
 from tools.bench.evaluation import write_random_inception
-from util.log import run_cli
+from util.cli import run_cli
 from util.options import read_options
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from generation import Pipeline
 from main_tokenbridge import main
 from models import MODELS
 from tests.helpers import photographs, tiny_vae
-from util.log import run_cli
+from util.cli import run_cli
 
 SIZE = 32  # pixels, with a VAE of stride 8: 4x4 tokens
 CLASSES = ("--classes", "0,2", "--num_images", 4)

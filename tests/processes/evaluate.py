@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import main_tokenbridge
 from evaluation import evaluator
 from tests.stand_ins import FewColours, small_reference
-from util.log import run_cli
+from util.cli import run_cli
 
 rank, generate_batches, count = os.environ.get("RANK", "0"), evaluator.generate_batches, 0
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from main_tokenbridge import main
-from util.log import run_cli
+from util.cli import run_cli
 
 
 def die_at_checkpoint(folder: Path) -> None:

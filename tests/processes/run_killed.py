@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import main_tokenbridge
-from util.log import run_cli
+from util.cli import run_cli
 
 CONTEXT = multiprocessing.get_context("forkserver")
 

@@ -19,7 +19,8 @@ from tests.processes.train_tiny import IMAGES, Moments, settings
 from training.posthoc_ema import SnapshotWriter, read_snapshot, snapshot_path
 from training.state import TrainState
 from util import checkpoint, dist
-from util.log import JsonlLog, run_cli
+from util.cli import run_cli
+from util.log import JsonlLog
 
 
 def run(

@@ -17,7 +17,8 @@ from tests.helpers import tiny_model, tiny_vae
 from training.settings import TrainSettings
 from training.state import TrainState
 from util import dist
-from util.log import JsonlLog, run_cli
+from util.cli import run_cli
+from util.log import JsonlLog
 
 IMAGES = 48
 

@@ -19,7 +19,7 @@ from tools.bench.counting import OpCounter, count, fake_mode, no_fake_gpu
 from tools.bench.quantizer import quantize_by_distance
 from tools.bench.sample import REUSE, HeadPositions, count_samplers, samplers
 from tools.bench.train import count_training, mean_mask_ratio
-from util.log import run_cli
+from util.cli import run_cli
 
 CPU = torch.device("cpu")
 SMALL = "--model tokenbridge_digits --img_size 32 --vae_stride 8 --vae_embed_dim 4 --buffer_size 4 --device cpu"

@@ -1,11 +1,23 @@
 """util/cli.py: what the command lines of all entry points share."""
 
 import argparse
+import errno
 import os
+import re
+import signal
+import subprocess
+import sys
 
 import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
 
-from util.cli import add_process_flags, at_least, check_writable, make_parser, parse
+from tests.helpers import REPO
+from util import start
+from util.cli import add_process_flags, at_least, check_writable, make_parser, parse, run_cli
+from util.files import CannotWrite
+from util.launcher import launched
+from util.log import doing
 
 
 def small_parser() -> argparse.ArgumentParser:
@@ -21,7 +33,7 @@ def small_parser() -> argparse.ArgumentParser:
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """As started by hand; variables that a test sets go away with it."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "0")
         monkeypatch.delenv(name)
 
@@ -144,6 +156,36 @@ def test_a_parser_without_process_flags():
     assert parse(parser, ["--bits", "4"])[0].bits == 4
 
 
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        (dict(WORLD_SIZE="abc"), "WORLD_SIZE is 'abc', which is no number of at least 1"),
+        (dict(WORLD_SIZE="0"), "WORLD_SIZE is '0'"),
+        (dict(LOCAL_WORLD_SIZE="0"), "LOCAL_WORLD_SIZE is '0', which is no number of at least 1"),
+        (dict(WORLD_SIZE="2"), "RANK is '', which is no number of at least 0 and below WORLD_SIZE 2"),
+        (dict(WORLD_SIZE="2", RANK="2"), "RANK is '2'"),
+        (dict(LOCAL_RANK="-1"), "LOCAL_RANK is '-1'"),
+    ],
+)
+def test_variables_of_the_launcher_are_checked(monkeypatch, variables, words):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=rf"the environment variable {words}.*; torchrun sets it"):
+        [launched(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+
+
+@pytest.mark.parametrize("flag", ["output_dir", "cached_path"])
+def test_a_folder_named_by_an_empty_string_is_refused(flag):
+    """As of an unset variable: --output_dir "$OUT" must not write to the current directory."""
+    parser = small_parser()
+    parser.add_argument(f"--{flag}", default="")
+    assert getattr(parse(parser, [])[0], flag) == ""
+    with pytest.raises(ValueError, match=rf'--{flag} is "": name a folder'):
+        parse(parser, [f"--{flag}", ""])
+    with pytest.raises(ValueError, match=rf'--{flag} is "": name a folder'):
+        check_writable("", f"--{flag}")
+
+
 # ------------------------------------------------------------------------------------------------------- checks
 
 
@@ -181,3 +223,169 @@ def test_a_folder_without_permission(tmp_path):
             check_writable(tmp_path, "--output_dir")
     finally:
         tmp_path.chmod(0o700)
+
+
+# ------------------------------------------------------------------------------------------------------- the end
+
+
+def fail_with(error: BaseException):
+    def main() -> None:
+        raise error
+
+    return main
+
+
+@doing("reading the file x.pth")
+def unforeseen(error: Exception) -> None:
+    with doing("reading everything"):
+        pass
+    raise error
+
+
+def test_success_is_0(capsys):
+    assert run_cli(lambda: "whatever") == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("--bits 13"), "--bits 13"),
+        (ValueError("first\n\n  second"), "first; second"),
+        (FileNotFoundError("no folder x"), "no folder x"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), "/a/b: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), "x: disk full (No space left on device)"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk full (No space left on device)"),
+        (
+            CannotWrite("/a/b.pth", OSError(errno.EDQUOT, "Disk quota exceeded")),
+            "cannot write /a/b.pth: disk full (Disk quota exceeded)",
+        ),
+    ],
+)
+def test_bad_input_is_2_and_one_line(capsys, monkeypatch, error, line):
+    monkeypatch.delenv("TOKENBRIDGE_DEBUG", raising=False)
+    assert run_cli(fail_with(error)) == 2
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (KeyError("a"), "KeyError: 'a'"),
+        (RuntimeError("first\nsecond"), "RuntimeError: first"),
+        (AssertionError(), "AssertionError: AssertionError"),
+        (RecursionError("too deep"), "RecursionError: too deep"),
+        (MemoryError("Unable to allocate 9 TiB"), "not enough memory (Unable to allocate 9 TiB)"),
+        (RuntimeError("CUDA out of memory. Tried"), "not enough memory (CUDA out of memory. Tried)"),
+    ],
+)
+def test_anything_else_says_what_was_being_done(capsys, monkeypatch, error, line):
+    monkeypatch.delenv("TOKENBRIDGE_DEBUG", raising=False)
+    assert run_cli(lambda: unforeseen(error)) == 1
+    found = capsys.readouterr().err
+    number = unforeseen.__wrapped__.__code__.co_firstlineno + 4
+    where = f"tests/util/test_cli.py:{number}, TOKENBRIDGE_DEBUG=1 shows the traceback"
+    assert found == f"error: reading the file x.pth: {line} ({where})\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("--bits"), KeyError("bug"), OSError(28, "No space")])
+def test_debug_shows_the_traceback(monkeypatch, error):
+    monkeypatch.setenv("TOKENBRIDGE_DEBUG", "1")
+    with pytest.raises(type(error)):
+        run_cli(fail_with(error))
+
+
+def test_ctrl_c_is_130_and_one_line(capsys):
+    assert run_cli(fail_with(KeyboardInterrupt())) == 130 and capsys.readouterr().err == "interrupted\n"
+    with pytest.raises(SystemExit):  # argparse's own ends
+        run_cli(fail_with(SystemExit(3)))
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("-m", True),
+        (REPO / "main_vae.py", True),
+        ("main_vae.py", True),
+        ("/usr/bin/pytest", False),
+        ("-c", False),
+        ("", False),
+    ],
+)
+def test_ctrl_c_is_taken_over_by_commands_only(monkeypatch, script, expected):
+    monkeypatch.chdir(REPO)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    assert start.is_a_command() == expected
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(sys, "argv", ["main_vae.py"])
+    assert not start.is_a_command()
+
+
+DURING_IMPORTS = "import sys; sys.argv[0] = '-m'; import os, util.start; os.kill(os.getpid(), 2); print('went on')"
+IN_A_WORKER = """
+import os, signal, sys
+sys.argv[0] = "-m"
+import util.start
+from util.cli import run_cli
+def main():
+    if (pid := os.fork()) == 0:
+        os.kill(os.getpid(), signal.SIGINT)
+        print("the worker went on", flush=True)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    os.kill(os.getpid(), signal.SIGINT)
+sys.exit(run_cli(main))
+"""
+
+
+@pytest.mark.parametrize(("code", "out"), [(DURING_IMPORTS, ""), (IN_A_WORKER, "the worker went on\n")])
+def test_ctrl_c_in_a_process_of_its_own(code, out):
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, out, "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("target", "code", "line"),
+    [
+        ("/dev/full", 2, "error: disk full (No space left on device)"),
+        ("closed pipe", 2, "error: Broken pipe"),
+        ("ascii", 0, ""),
+    ],
+)
+def test_an_output_that_cannot_take_it(target, code, line):
+    program = "import sys; from util.cli import run_cli; sys.exit(run_cli(lambda: print('\xb1' * 3)))"
+    environment = os.environ | ({"PYTHONIOENCODING": "ascii"} if target == "ascii" else {})
+    read, write = os.pipe()
+    if target == "closed pipe":
+        os.close(read)
+    with open("/dev/full", "w") if target == "/dev/full" else os.fdopen(write, "w") as out:
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=REPO, env=environment, stdout=out, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr.strip()) == (code, line)
+
+
+class Killed(Dataset):
+    """A loader's process that reads an item is ended by `number`."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        os.kill(os.getpid(), self.number)
+        return torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(signal.SIGKILL, r"Killed, usually because the memory is full: lower"), (signal.SIGBUS, r"Bus error, .*/dev/shm")],
+)
+def test_a_loader_that_was_killed_is_one_line(capsys, monkeypatch, number, words):
+    monkeypatch.delenv("TOKENBRIDGE_DEBUG", raising=False)
+    code = run_cli(lambda: list(DataLoader(Killed(number), num_workers=1)))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert code == 1 and len(lines) == 1
+    assert re.search(r"a process of the loader \(pid \d+\) ended: " + words, lines[0])

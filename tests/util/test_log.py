@@ -1,4 +1,4 @@
-"""util/log.py: the log of a resumed run, exit codes, who speaks."""
+"""util/log.py: the log of a resumed run, who speaks."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.helpers import REPO
-from util.log import JsonlLog, get_logger, run_cli
+from util.log import JsonlLog, get_logger
 
 
 def steps(path) -> list[int]:
@@ -58,44 +58,6 @@ def test_tensorboard_gets_the_same_scalars(tmp_path):
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 1.0)]
     assert set(events.Tags()["scalars"]) == {"loss", "grad_norm", "per_level/00", "per_level/01"}
-
-
-# ------------------------------------------------------------------------------------------------------- exit codes
-
-
-def fail_with(error: BaseException):
-    def main() -> None:
-        raise error
-
-    return main
-
-
-def test_success_is_0(capsys):
-    assert run_cli(lambda: "whatever") == 0
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize(
-    "error", [ValueError("--bits 13"), FileNotFoundError("no folder x"), PermissionError("not yours")]
-)
-def test_bad_input_is_2_and_one_line(capsys, monkeypatch, error):
-    monkeypatch.delenv("TOKENBRIDGE_DEBUG", raising=False)
-    assert run_cli(fail_with(error)) == 2
-    assert capsys.readouterr().err == f"error: {error}\n"
-
-
-@pytest.mark.parametrize(
-    "error", [RuntimeError("bug"), KeyError("bug"), AssertionError("bug"), KeyboardInterrupt(), SystemExit(3)]
-)
-def test_a_bug_keeps_its_traceback(error):
-    with pytest.raises(type(error)):
-        run_cli(fail_with(error))
-
-
-def test_debug_shows_the_traceback_of_bad_input(monkeypatch):
-    monkeypatch.setenv("TOKENBRIDGE_DEBUG", "1")
-    with pytest.raises(ValueError, match="--bits"):
-        run_cli(fail_with(ValueError("--bits 13")))
 
 
 # ------------------------------------------------------------------------------------------------------- the logger

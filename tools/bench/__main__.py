@@ -14,8 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from tools.bench import cache, evaluation, quantizer, sample, train
-from util.cli import HelpFormatter, make_parser
-from util.log import run_cli
+from util.cli import HelpFormatter, make_parser, run_cli
 from util.options import add_options, flag_names, read_options
 
 BENCHES = {"quantizer": quantizer, "sample": sample, "train": train, "cache": cache, "eval": evaluation}

@@ -1,0 +1,35 @@
+"""Imported by every command before anything else: ctrl-C during the imports, which take seconds, ends it in one line.
+
+It changes nothing where a module of this project is imported by another program.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from types import FrameType
+
+INTERRUPTED = 130  # exit code: 128 + SIGINT
+
+
+def end_at_once(number: int, frame: FrameType | None) -> None:
+    """Handler of SIGINT while there is nothing to clean up."""
+    os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
+
+
+def is_a_command() -> bool:
+    """Whether Python was started with `-m` or with a script of this repository."""
+    script, root = os.path.realpath(sys.argv[0]), os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    return sys.argv[0] == "-m" or os.path.isfile(script) and os.path.dirname(script) == root
+
+
+def leave_interrupts_to_the_main_process() -> None:
+    """For forked processes (a loader's workers): ctrl-C reaches all of them, and the main process ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+if is_a_command():
+    with contextlib.suppress(ValueError):  # raised outside the main thread
+        signal.signal(signal.SIGINT, end_at_once)
+        os.register_at_fork(after_in_child=leave_interrupts_to_the_main_process)
