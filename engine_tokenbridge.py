@@ -1,7 +1,7 @@
 """The loops: `train` over epochs, `train_one_epoch` over optimizer steps (training/step.py has one step)."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -42,20 +42,20 @@ def train(
     *,
     arguments: Mapping,
     resumed: tuple[dict | None, Path | None] = (None, None),
-    make_evaluator: Callable[[], Callable] | None = None,
+    make_evaluator: Callable[[Sequence[str]], Callable] | None = None,
 ) -> None:
     """Train to the last step of the settings; writes checkpoint-last.pth, log.jsonl and tensorboard events.
 
     arguments: the command line's, recorded in checkpoints. resumed: content and path of the checkpoint that is
-    continued. make_evaluator: for run.online_eval, called before any work; what it returns is called with (model, vae,
-    step). SIGTERM and SIGUSR1 end the run after a step, with a checkpoint.
+    continued. make_evaluator: for run.online_eval, called with the class names before any work; what it returns is
+    called with (model, vae, step). SIGTERM and SIGUSR1 end the run after a step, with a checkpoint.
     """
     trained_classes = ((resumed[0] or {}).get("config") or {}).get("classes")
     dataset = build_dataset(data, model, vae, model.config.img_size, trained_classes)
     sampler = GlobalBatchSampler(len(dataset), settings.batch_size, dist.rank(), dist.world_size(), settings.seed)
     settings = settings.prepared(steps_in_epoch(len(dataset), len(sampler), settings), device)
     check_sharding(settings.fsdp, device)
-    evaluate = make_evaluator() if run.online_eval else None
+    evaluate = make_evaluator(dataset.classes) if run.online_eval else None
     samples.check(model.token_dim)
     vae.to(memory_format=torch.channels_last)  # faster convolutions; for images only, a cache needs no VAE
     state, outputs = start(model, vae, dataset, device, settings, run, arguments, resumed)

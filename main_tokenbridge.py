@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from checkpoints import download
-from checkpoints.build import StructureOptions, build_model, load_generator_weights, read_checkpoint
+from checkpoints.build import StructureOptions, build_model, class_names, load_generator_weights, read_checkpoint
 from dataset.record import read_record
 from dataset.training_set import DataOptions
 from engine_tokenbridge import train
@@ -108,8 +108,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         logger.info("--use_quantized_value: always so here, the encoder sees dequantized values")
 
 
-def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator:
-    """What --evaluate and --online_eval need, read and checked."""
+def make_evaluator(args: argparse.Namespace, device: torch.device, names: Sequence[str]) -> Evaluator:
+    """What --evaluate and --online_eval need, read and checked. names: of the classes, for the records."""
     return Evaluator.prepare(
         read_options(EvaluationOptions, args),
         generation_settings(args, device),
@@ -119,6 +119,7 @@ def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator:
         num_workers=args.num_workers,
         model=args.model,
         vae_path=str(args.vae_path),
+        class_names=list(names),
     )
 
 
@@ -186,7 +187,7 @@ def run_training(
         generation_settings(args, device),
         arguments=vars(args),
         resumed=(loaded.content, loaded.source),
-        make_evaluator=lambda: partial(make_evaluator(args, device).during_training, pairs),
+        make_evaluator=lambda names: partial(make_evaluator(args, device, names).during_training, pairs),
     )
     log_lines(differences)  # again, where somebody looks after a long run
 
@@ -210,13 +211,14 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
     if args.evaluate:
         about = {"vae_path": args.vae_path, "weights": args.weights, "preset": preset}
         with doing("evaluating"):
-            make_evaluator(args, device).run(model, vae, pairs, checkpoint=source, **about)
+            make_evaluator(args, device, class_names(content)).run(model, vae, pairs, checkpoint=source, **about)
     elif args.sample:
         options = read_options(SampleOptions, args, num_images=args.num_images if "num_images" in given else None)
-        about = {"checkpoint": str(source), "weights": args.weights}
+        about = {"checkpoint": str(source), "step": content.get("step"), "weights": args.weights}
         scales = [cfg for cfg, _ in pairs]
+        pipeline = Pipeline(model, vae, class_names=class_names(content))
         with doing("sampling"):
-            sample(Pipeline(model, vae), options, generation_settings(args, device), scales, args.output_dir, about)
+            sample(pipeline, options, generation_settings(args, device), scales, args.output_dir, about)
     else:
         settings = optimizer_settings(settings, given, content, source)
         args.weight_decay = settings.weight_decay

@@ -138,6 +138,13 @@ def _checked_content(content: dict, path: Path, trains: bool) -> dict:
     return content
 
 
+def class_names(content: dict) -> list[str]:
+    """The names of the classes by number, as training recorded them; none for a published file."""
+    config = content.get("config")
+    names = config.get("classes") if isinstance(config, dict) else None
+    return list(map(str, names)) if isinstance(names, (list, tuple)) else []
+
+
 def describe(content: dict, source: str, vae: LatentSpace | None = None) -> tuple[str, TokenBridgeConfig]:
     """Name and config of the model in a file, from the file's config, or from the shapes of its weights.
 
@@ -280,8 +287,8 @@ def load_model(
     *,
     weights: str = "ema",
     device: torch.device | str | None = None,
-) -> tuple[TokenBridge, LatentSpace]:
-    """The model of a checkpoint and its VAE, both frozen and in eval mode.
+) -> tuple[TokenBridge, LatentSpace, list[str]]:
+    """The model of a checkpoint and its VAE, both frozen and in eval mode, and the names of its classes (may be none).
 
     path: a file, or a folder with checkpoint-last.pth or model.safetensors. vae_path: by default where training had it,
     else beside the checkpoint, else pretrained_models/vae/kl16.ckpt; a VAE that the model was not trained with is
@@ -303,7 +310,7 @@ def load_model(
     _check_fit(vae, config, path)
     model = TokenBridge(config)
     load_generator_weights(model, content, path, weights)
-    return model.eval().requires_grad_(False).to(device), vae.to(device)
+    return model.eval().requires_grad_(False).to(device), vae.to(device), class_names(content)
 
 
 def find_vae(checkpoint: Path, config: dict, vae_path: str | Path | None = None) -> LatentSpace:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataset.classes import misleading_numbers
 from dataset.folders import BAD_IMAGE_CHOICES, ImageFolderDataset
 from dataset.latents import CachedLatents, ShardedLatents, open_cache
 from dataset.record import check_classes, check_quantizer, check_record
@@ -46,6 +47,8 @@ def build_dataset(
         root, flip = Path(options.data_path) / "train", not options.no_flip
         dataset = ImageFolderDataset(root, img_size, flip, options.on_bad_image, model.class_num)
         check_classes(options.data_path, dataset.classes, trained_classes, "--data_path")
+    if warning := misleading_numbers(dataset.classes):
+        logger.warning("%s", warning)
     if len(dataset.classes) < model.class_num:
         message = "the data has %d classes, class_num is %d: the rest are never trained"
         logger.warning(message, len(dataset.classes), model.class_num)

@@ -145,11 +145,15 @@ def generate_batches(
 
 @dataclass
 class Pipeline:
-    """A model and its VAE, both in eval mode on one device. precision: fp32, bf16 or fp16; None chooses by device."""
+    """A model and its VAE, both in eval mode on one device.
+
+    precision: fp32, bf16 or fp16; None chooses by device. class_names: by class number, as training recorded them.
+    """
 
     model: TokenBridge
     vae: AutoencoderKL
     precision: str | None = None
+    class_names: Sequence[str] = ()
 
     @property
     def device(self) -> torch.device:
@@ -232,4 +236,5 @@ def load(
     that the model was not trained with is refused. weights: "ema" or "model". device: the CPU unless given. Published
     checkpoints, which hold no config, are recognised by their shapes. FileNotFoundError or ValueError naming the file.
     """
-    return Pipeline(*load_model(path, vae_path, weights=weights, device=device))
+    model, vae, names = load_model(path, vae_path, weights=weights, device=device)
+    return Pipeline(model, vae, class_names=names)

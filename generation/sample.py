@@ -3,7 +3,9 @@
 Letters: B images of a batch, S their side in pixels.
 """
 
+import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dataset.classes import labels_in_words, misleading_numbers, parse_classes
 from dataset.images import center_crop_adm, read_image, save_frames, save_grid, save_png, to_tensor, to_uint8
 from generation.editing import Edit, make_edit
 from generation.pipeline import GenerationSettings, GenerationStep, Pipeline, generate_batches
@@ -27,14 +30,18 @@ logger = get_logger()
 SHOWN_STEPS_IMAGES = 16  # show_steps writes the unmasking of so many images; each frame is decoded by the VAE
 GRID_IMAGES = 400  # most images in grid.png
 SWEEP_COLUMNS = 20
+SAMPLES = "samples.json"
+WRITTEN = re.compile(r"\d{6,}\.png|grid\.png|sweep\.png|samples\.json|steps|cfg_.+")  # what `sample` writes
 
 
 @dataclass(kw_only=True)
 class SampleOptions:
     """What --sample writes. ArgumentError for options that do not go together."""
 
-    classes: str = option("", "for --sample: class numbers such as 207,360, or all")
-    interpolate: str = option("", "two classes such as 207,360: --num_images mixtures between them, all from one seed")
+    classes: str = option("", "for --sample: class numbers or names such as 207,360 or tench,goldfish, or all")
+    interpolate: str = option(
+        "", "two classes such as 207,360, or their names: --num_images mixtures between them, all from one seed"
+    )
     init: str = option("", "an image to edit; needs --mask")
     mask: str = option(
         "", "black and white image of --init's size: white is regenerated, tokens without white are kept"
@@ -52,25 +59,29 @@ class SampleOptions:
     def __post_init__(self) -> None:
         check_options(self)
         if bool(self.classes) == bool(self.interpolate):
-            raise ArgumentError(
-                "classes", "sampling needs classes, numbers such as 207,360, or all; or interpolate instead"
-            )
+            raise ArgumentError("classes", "sampling needs classes, such as 207,360, or all; or interpolate instead")
         if bool(self.init) != bool(self.mask):
             raise ArgumentError("init", "init and mask go together: an image, and which part of it is regenerated")
 
-    def labels(self, class_num: int) -> tuple[list[int | dict[int, float]], int]:
+    def labels(self, class_num: int, names: Sequence[str]) -> tuple[list[int | dict[int, float]], int]:
         """The class or mixture of each image, and the number of columns that suits their grid."""
         if self.interpolate:
-            ends = parse_classes(self.interpolate, class_num, "interpolate")
+            ends = parse_classes(self.interpolate, class_num, "interpolate", names)
             if len(ends) != 2:
                 raise ArgumentError("interpolate", f"interpolate takes two classes, got {self.interpolate!r}")
             labels = mixtures(*ends, self.num_images or 8)
             row = len(labels)
         else:
-            classes = parse_classes(self.classes, class_num, "classes")
+            classes = parse_classes(self.classes, class_num, "classes", names)
             labels = balanced_labels(self.num_images or 4 * len(classes), classes)
             row = len(labels) // len(classes) if len(labels) % len(classes) == 0 else 0
         return labels, row if 1 < row <= 20 else math.ceil(min(len(labels), GRID_IMAGES) ** 0.5)
+
+    def record(self, labels: Sequence[int | Mapping[int, float]], names: Sequence[str]) -> dict[str, object]:
+        """What samples.json says of these options, of the labels and of the names of their classes."""
+        numbers = sorted({n for label in labels for n in (label if isinstance(label, Mapping) else [label])})
+        found = {name: getattr(self, name) for name in ("init", "mask", "show_steps")} | {"labels": labels}
+        return found | {"class_names": {n: names[n] for n in numbers if n < len(names)}}
 
     def read_edit(self, pipeline: Pipeline) -> Edit | None:
         """The edit of init and mask, both cropped to the model's size; ArgumentError if their sizes differ.
@@ -101,18 +112,29 @@ def mixtures(first: int, last: int, count: int) -> list[dict[int, float]]:
     return [{first: 1.0} if first == last else {first: 1 - share, last: share} for share in shares]
 
 
-def parse_classes(text: str, class_num: int, argument: str) -> list[int]:
-    """Class numbers of "207,360" or "all"; ArgumentError if one is not in [0, class_num)."""
-    if text == "all":
-        return list(range(class_num))
+def claim_folder(output: Path, record: Mapping[str, object]) -> None:
+    """Make the folder and write `record` to its samples.json; every process calls it.
+
+    ArgumentError if it holds images of another --sample, with which these would be mixed. The same command may run
+    again: equal images replace each other.
+    """
+    found = [path.name for path in output.iterdir() if WRITTEN.fullmatch(path.name)] if output.is_dir() else []
+    record = json.loads(json.dumps(record)) | {"complete": False}
     try:
-        classes = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ArgumentError(argument, f"{argument} takes numbers separated by commas, or all; got {text!r}") from None
-    wrong = [c for c in classes if not 0 <= c < class_num]
-    if wrong:
-        raise ArgumentError(argument, f"{argument}: {wrong} not in [0, {class_num}), the model's classes")
-    return classes
+        same = json.loads((output / SAMPLES).read_text()) | {"complete": False} == record
+    except (OSError, ValueError, TypeError, RecursionError):
+        same = False
+    what = f"holds images of another run ({', '.join(sorted(found)[:3])}{', ...' if len(found) > 3 else ''})"
+    advice = "choose another folder, or delete them first"
+    dist.agree(ArgumentError("output_dir", f"{output} {what}: {advice}") if found and not same else None)
+    check_writable(output, "--output_dir")
+    if dist.is_main():
+        write_json(output / SAMPLES, record)
+
+
+def scale_folder(cfg: float) -> str:
+    """The folder of a guidance scale: cfg_2 for 2.0, a name of its own for each number."""
+    return f"cfg_{cfg:g}" if float(f"{cfg:g}") == cfg else f"cfg_{cfg!r}"
 
 
 class StepFrames:
@@ -181,28 +203,33 @@ def sample(
     """Write output/000000.png and so on, class by class, grid.png, and samples.json with the settings and `about`.
 
     scales: guidance scales; with several, each has a folder output/cfg_SCALE, and sweep.png shows them row by row.
-    ValueError for what does not fit, before anything is written.
+    ValueError for what does not fit, or if the folder holds images of another run, before anything is written.
     """
-    labels, columns = options.labels(pipeline.model.class_num)
+    names = pipeline.class_names
+    labels, columns = options.labels(pipeline.model.class_num, names)
     seeds = [mixed_seed(settings.seed, 0)] * len(labels) if options.interpolate else None  # only the class changes
     edit = options.read_edit(pipeline)
     settings.check(pipeline.model.token_dim)
-    output = check_writable(output, "--output_dir")
-    folders = {cfg: output / f"cfg_{cfg:g}" if len(scales) > 1 else output for cfg in scales}
+    record = asdict(settings) | dict(about) | options.record(labels, names)
+    output, several = Path(output), len(scales) > 1
+    claim_folder(output, record | {"cfg": list(scales) if several else scales[0]})
+    logger.info("%s", labels_in_words(labels, names))
+    if warning := misleading_numbers(names):
+        logger.warning("%s; classes takes class numbers", warning)
+    folders = {cfg: output / scale_folder(cfg) if several else output for cfg in scales}
     batches = math.ceil(len(range(dist.rank(), len(labels), dist.world_size())) / settings.batch_size)
     with tqdm(total=len(folders) * batches * settings.num_iter, unit="step", disable=not dist.is_main()) as bar:
         for cfg, folder in folders.items():
             bar.set_description(f"{len(labels)} images, cfg {cfg:g}")
-            scaled, show_steps = replace(settings, cfg=cfg), options.show_steps
-            write_images(
-                pipeline, labels, scaled, folder, seeds=seeds, edit=edit, show_steps=show_steps, after_step=bar.update
-            )
+            more = dict(seeds=seeds, edit=edit, show_steps=options.show_steps, after_step=bar.update)
+            write_images(pipeline, labels, replace(settings, cfg=cfg), folder, **more)
             if dist.is_main():
                 files = [folder / f"{i:06d}.png" for i in range(min(len(labels), GRID_IMAGES))]
                 save_grid(folder / "grid.png", read_pixels(files), columns)
-                write_json(folder / "samples.json", asdict(scaled) | dict(about) | {"labels": labels})
+                write_json(folder / SAMPLES, record | {"cfg": cfg, "complete": True})
                 logger.info("wrote %d images, grid.png and samples.json to %s", len(labels), folder)
-    if dist.is_main() and len(folders) > 1:
+    if dist.is_main() and several:
+        write_json(output / SAMPLES, record | {"cfg": list(scales), "complete": True})
         shown = min(len(labels), SWEEP_COLUMNS)
         files = [folder / f"{i:06d}.png" for folder in folders.values() for i in range(shown)]
         save_grid(output / "sweep.png", read_pixels(files), shown)

@@ -108,7 +108,7 @@ What it was trained on, who may use it and what it must not be used for is for i
 def to_folder(source: Path, options: ExportOptions) -> None:
     """Write the five files. ValueError or OSError for what does not fit; nothing is written then."""
     content = one_layout(read_file(source, mmap=True), str(source))
-    model, vae = load_model(source, options.vae_path or None, weights=options.weights)
+    model, vae, _ = load_model(source, options.vae_path or None, weights=options.weights)
     name, config = describe(content, str(source))[0], content.get("config") or {}
     step = {"step": content["step"]} if isinstance(content.get("step"), int) else {}
     arguments = (config.get("args") or {}).items()
@@ -135,7 +135,7 @@ def to_checkpoint(source: Path, output: Path) -> None:
     """model.safetensors and the files beside it -> checkpoint-last.pth and vae.pth, in the published layout."""
     content = read_file(source)
     which = content.get("weights", "ema")
-    model, vae = load_model(source, weights=which)
+    model, vae, _ = load_model(source, weights=which)
     state = model.state_dict()
     check_writable(output, "--output_dir")
     atomic_save({"model": vae.state_dict(), "config": vae.config}, output / "vae.pth")

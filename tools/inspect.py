@@ -16,6 +16,7 @@ from torch import Tensor
 
 from checkpoints import build, download
 from checkpoints.published import BUFFERS, TABLES, WEIGHTS, one_layout
+from dataset.classes import labels_in_words, misleading_numbers
 from models.tokenbridge import TokenBridge
 from models.vae_loading import VAE_CLASSES, load_vae
 from util.checkpoint import find_file, read_file
@@ -91,7 +92,7 @@ def vae_facts(path: Path) -> dict:
 
 def model_facts(path: Path, content: dict) -> dict:
     """What is printed about a TokenBridge model."""
-    name, c = build.describe(content, str(path))
+    (name, c), names = build.describe(content, str(path)), build.class_names(content)
     model = TokenBridge(c)
     tables = {key: content["model"].get(key) for key in TABLES}
     tables = {k: v for k, v in tables.items() if v is not None and v.shape == getattr(model, k).shape}
@@ -105,6 +106,7 @@ def model_facts(path: Path, content: dict) -> dict:
         "parameters": sum(p.numel() for p in model.parameters()),
         "image": f"{c.img_size} px, {c.num_tokens} tokens x {c.vae_embed_dim}",
         "classes": c.class_num,
+        "class names": names,
         "head start": c.head_start,
         "EMA": ema_in_words(content),
         "quantizer": f"{int(math.log2(c.quant_levels))} bits, {c.quant_min:g} to {c.quant_max:g}{unknown_range}",
@@ -136,6 +138,8 @@ def verdict(facts: dict) -> list[str]:
         lines.append(f"the EMA (rate {rate:g}) {held}")
     if facts.get("EMA distance") == 0 and facts.get("step", 1):
         lines.append("the EMA equals the weights: was it ever updated?")
+    if warning := misleading_numbers(facts.get("class names") or ()):
+        lines.append(warning)
     error = facts.get("quantizer tables off by")
     if error is not None and error > 1e-3:
         reason = f"differ from the Gaussian ones by {error:.2g}: another quantizer?"
@@ -167,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         print(json.dumps(facts, indent=1))
     else:
+        if names := facts.get("class names"):
+            facts |= {"class names": labels_in_words(range(len(names)), names)}
         print("\n".join(f"{key:<24}{in_words(value)}" for key, value in facts.items()))
     if facts["not finite"] or facts.get("EMA not finite"):
         raise ValueError(f"{facts['file']} holds NaN or infinite weights; go back to an earlier checkpoint")

@@ -130,7 +130,7 @@ def test_a_checkpoint_carries_its_quantizer(image_root: Path, vae: Path, tmp_pat
         ValueError, match="quantizer uniform contradicts .*which was trained with quantizer lloyd.*--quantizer"
     ):
         train(image_root, vae, tmp_path / "lloyd", max_steps=5, resume=tmp_path / "lloyd", quantizer="uniform")
-    model, _ = load_model(tmp_path / "lloyd", vae)
+    model, *_ = load_model(tmp_path / "lloyd", vae)
     torch.testing.assert_close(model.reconstruction_values.double(), torch.from_numpy(values), rtol=0, atol=1e-6)
 
 
@@ -171,5 +171,5 @@ def test_a_vae_of_diffusers_end_to_end(image_root: Path, tmp_path: Path) -> None
     cache = cached(image_root, tmp_path / "dc", tmp_path / "cache", mode="mean")
     losses = train_from(cache, image_root, tmp_path / "dc", tmp_path / "run")
     assert losses == pytest.approx(train(image_root, tmp_path / "dc", tmp_path / "run_images"), abs=2e-3)
-    model, vae = load_model(tmp_path / "run")
-    assert (model.token_dim, vae.stride, vae.deterministic) == (8, 8, True)
+    model, vae, names = load_model(tmp_path / "run")
+    assert (model.token_dim, vae.stride, vae.deterministic) == (8, 8, True) and names == ["china", "flower"]

@@ -12,6 +12,7 @@ from PIL import Image
 import generation
 from dataset.images import center_crop_adm, read_image
 from generation import Pipeline
+from generation.sample import scale_folder
 from main_tokenbridge import main
 from models import MODELS
 from tests.helpers import photographs, tiny_vae
@@ -32,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for layer in model.modulation_layers:
         torch.nn.init.normal_(layer[1].weight, std=0.2)
     config = {"model_name": "tokenbridge_digits", "model": model.config.to_dict(), "vae": vae.config, "args": {}}
-    config["vae_fingerprint"] = vae.latent_fingerprint()
+    config |= {"vae_fingerprint": vae.latent_fingerprint(), "classes": ["0", "two, 2", "1"]}
     ema = {name: p.detach() for name, p in model.named_parameters()}
     torch.save({"model": model.state_dict(), "model_ema": ema, "config": config}, out / "checkpoint-last.pth")
     return out
@@ -59,8 +60,14 @@ def pixels(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images])
 
 
-def test_the_library_generates_the_same_images(folder, pipeline, tmp_path):
+def test_the_library_generates_the_same_images(folder, pipeline, tmp_path, messages):
+    """Classes by number or by name; the log and samples.json say which they are."""
     written = sample(folder, tmp_path, *CLASSES, "--cfg", 2, "--order", "halton")
+    assert "class 0 = '0', class 2 = '1'" in messages and any("class 2 = '1'; classes takes" in m for m in messages)
+    assert json.loads((tmp_path / "samples.json").read_text())["class_names"] == {"0": "0", "2": "1"}
+    assert pipeline.class_names == ["0", "two, 2", "1"]
+    named = sample(folder, tmp_path / "named", "--classes", "two, 2", "--num_images", 1)
+    assert np.array_equal(named, pixels(pipeline.generate([1], seed=7, num_iter=3)))
     assert np.array_equal(written, pixels(pipeline.generate([0, 0, 2, 2], seed=7, num_iter=3, cfg=2.0, order="halton")))
 
 
@@ -96,8 +103,29 @@ def test_options_change_the_images_and_are_written_down(folder, plain, tmp_path,
     assert record["checkpoint"] == str(folder / "checkpoint-last.pth") and record["weights"] == "ema"
 
 
+@pytest.mark.parametrize("name", ["000007.png", "1000000.png", "grid.png", "samples.json", "steps", "cfg_2"])
+def test_images_of_an_earlier_run_are_not_mixed_in(folder, tmp_path, name):
+    (tmp_path / "checkpoint-last.pth").touch()  # files of other kinds may be there
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rf"holds images of another run \({name}\): .*\(--output_dir\)"):
+        sample(folder, tmp_path, *CLASSES)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_same_command_may_be_repeated_after_a_kill(folder, plain, tmp_path):
+    sample(folder, tmp_path, *CLASSES)
+    record = json.loads((tmp_path / "samples.json").read_text())
+    (tmp_path / "samples.json").write_text(json.dumps(record | {"complete": False}))
+    (tmp_path / "000003.png").unlink()
+    assert np.array_equal(sample(folder, tmp_path, *CLASSES), plain)
+    assert json.loads((tmp_path / "samples.json").read_text()) == record and record["complete"]
+    with pytest.raises(ValueError, match=r"holds images of another run \(000000.png, 000001.png, 000002.png, ...\)"):
+        sample(folder, tmp_path, "--classes", "0,2", "--num_images", 2)
+
+
 def test_a_sweep_has_a_folder_per_scale(folder, plain, tmp_path):
     assert not sample(folder, tmp_path / "sweep", *CLASSES, "--cfg", 1, 3.5).size
+    assert [scale_folder(cfg) for cfg in (2.0, 2.0000001, 2.0000004)] == ["cfg_2", "cfg_2.0000001", "cfg_2.0000004"]
     assert np.array_equal(pictures(tmp_path / "sweep" / "cfg_1"), plain)
     guided = sample(folder, tmp_path / "one", *CLASSES, "--cfg", 3.5)
     assert np.array_equal(pictures(tmp_path / "sweep" / "cfg_3.5"), guided)

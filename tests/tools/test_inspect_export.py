@@ -64,11 +64,13 @@ def test_what_inspect_says(folder: Path, capsys: pytest.CaptureFixture) -> None:
         and facts["quantizer tables off by"] == 0
         and facts["verdict"] == ["nothing wrong was found"]
     )
+    assert facts["class names"] == list("abcdefghij")
     inspect.main([str(folder)])
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == ["step", "700"] for line in lines) and any(
         line.startswith("EMA distance") and "0.01" in line for line in lines
     )
+    assert any("class 0 = 'a', class 1 = 'b'" in line and line.endswith("and 2 more") for line in lines)
     inspect.main([str(folder / "vae.pth"), "--json"])
     assert json.loads(capsys.readouterr().out)["fingerprint"] == tiny_vae().latent_fingerprint()
 
