@@ -221,12 +221,12 @@ class ChannelAR(nn.Module):
         attention, tables = self.channel_blocks[0].attn, self.next_inputs()  # (C-1, K, H)
         shape, dtype = (len(z), attention.num_heads, self.num_channels, attention.head_dim), modulations[0][0].dtype
         caches = LayerCache.allocate(len(self.channel_blocks), shape, z, dtype)
+        by_position = zip(*(zip(*(term.split(1, 1) for term in m), strict=True) for m in modulations), strict=True)
         results = []
-        for c in range(self.num_channels):
-            now = [tuple(term[:, c : c + 1] for term in modulation) for modulation in modulations]  # (N, 1, H)
+        for c, (now, uniform) in enumerate(zip(by_position, uniforms.unbind(1), strict=True)):  # now: (N, 1, H) each
             features = self.head_forward(x.unsqueeze(1), now, caches, start=c)  # (N, 1, H)
             logits = self.channel_heads[c](features[:, 0])  # (N, K)
-            results.append(sample_levels(logits, uniforms[:, c], temperatures[c], top_k, top_p))
+            results.append(sample_levels(logits, uniform, temperatures[c], top_k, top_p))
             if c < self.num_channels - 1:
                 x = F.embedding(results[-1][0], tables[c])
         indices, numbers = (torch.stack(part, dim=1) for part in zip(*results, strict=True))  # (N, C)

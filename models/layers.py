@@ -21,6 +21,15 @@ Modulation = tuple[Tensor, ...]
 """Shifts, scales and gates, each (N, P, H); a scale has its 1 added already: once for all positions."""
 
 
+def addcmul(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x + a * b in one kernel, which reads each type as it is; CUDA's autocast would first copy all to float32."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return torch.addcmul(x, a, b)
+    with torch.autocast(device, enabled=False):
+        return torch.addcmul(x, a, b)
+
+
 def take(x: Tensor, positions: Tensor) -> Tensor:
     """Rows of x (B, L, D) at positions (B, M): (B, M, D)."""
     return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
@@ -69,10 +78,10 @@ class CausalAttention(nn.Module):
         num_tokens, positions, dim = x.shape
         qkv = self.qkv(x).view(num_tokens, positions, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, P, hd)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast runs the norms in float32
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k)  # autocast runs the norms in float32
         mask = None
         if isinstance(start, Tensor):
-            cache.keys.index_copy_(2, start, k)
+            cache.keys.index_copy_(2, start, k.to(v.dtype))
             cache.values.index_copy_(2, start, v)
             k, v = cache.keys, cache.values
             mask = (torch.arange(k.shape[2], device=k.device) <= start).unsqueeze(0)  # (1, C)
@@ -81,6 +90,8 @@ class CausalAttention(nn.Module):
             cache.keys[:, :, start:end] = k
             cache.values[:, :, start:end] = v
             k, v = cache.keys[:, :, :end], cache.values[:, :, :end]
+        else:
+            k = k.to(v.dtype)
         dropout = self.attn_dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=positions > 1)  # (N, heads, P, hd)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(num_tokens, positions, dim)))
@@ -113,8 +124,8 @@ class AdaLNBlock(nn.Module):
     ) -> Tensor:
         """x (N, P, H) -> (N, P, H), at positions start .. start+P-1."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
-        x = torch.addcmul(x, gate_a, self.attn(torch.addcmul(shift_a, self.norm1(x), scale_a), cache, start))
-        return torch.addcmul(x, gate_m, self.mlp(torch.addcmul(shift_m, self.norm2(x), scale_m)))
+        x = addcmul(x, gate_a, self.attn(addcmul(shift_a, self.norm1(x), scale_a), cache, start))
+        return addcmul(x, gate_m, self.mlp(addcmul(shift_m, self.norm2(x), scale_m)))
 
 
 class FinalModulation(nn.Module):
@@ -133,4 +144,4 @@ class FinalModulation(nn.Module):
     def forward(self, x: Tensor, modulation: Modulation) -> Tensor:
         """x (N, P, H) -> (N, P, H)."""
         scale, shift = modulation
-        return torch.addcmul(shift, self.norm(x), scale)
+        return addcmul(shift, self.norm(x), scale)

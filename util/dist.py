@@ -15,7 +15,8 @@ from util.launcher import launched
 from util.options import ArgumentError
 
 DEVICES = "auto, cpu, cuda, cuda:N"
-PRECISIONS = ("fp32", "bf16", "fp16")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = tuple(DTYPES)
 TIMEOUT = datetime.timedelta(minutes=30)  # of a process that waits for the others
 
 
@@ -217,6 +218,18 @@ def device_count() -> int:
     return torch.cuda.device_count()
 
 
+def free_memory(device: torch.device) -> None:
+    """Give cached memory back and count the peak from now on; nothing on cpu."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def total_memory_gib(device: torch.device) -> float:
+    """Memory of the device, GiB; 0 on cpu."""
+    return torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else 0.0
+
+
 def device_name(device: torch.device) -> str:
     """The accelerator's own name, "cpu" on cpu."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -309,5 +322,4 @@ def _convolutions() -> tuple:
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """Autocast to the precision; fp32 turns it off. Weights stay float32."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")

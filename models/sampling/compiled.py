@@ -8,6 +8,9 @@ Shapes that change over the steps are rounded up to buckets, so that a handful o
 On a GPU, torch.compile's "reduce-overhead" mode replays each graph as one launch (CUDA graphs): C + 2 launches per
 step, whatever the depth.
 
+A large batch keeps a GPU busy for longer than the host takes to launch its kernels. There the backbone runs as it is,
+without padding and mask (which would rule out flash attention), each block compiled for any shape.
+
 Exact up to the rounding of fused ops. Letters: R rows (B images, 2B with guidance), L tokens, C dimensions, K levels,
 V visible, N tokens decoded, D and H widths of backbone and head.
 """
@@ -15,7 +18,8 @@ V visible, N tokens decoded, D and H widths of backbone and head.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -28,6 +32,7 @@ from models.sampling.options import FeatureSource, SamplerModel
 from util.options import ArgumentError
 
 MOST_GRAPHS = 64  # of one function: torch would fall back to eager, silently, after its default of 8
+MOST_REPLAYED_SLOTS = 8192  # rows times slots of the backbone: a larger batch runs without graphs; not measured
 VISIBLE_BUCKETS = 4  # lengths of the encoder's sequence that are compiled, besides that with nothing visible
 
 
@@ -72,13 +77,56 @@ class CompiledSampler:
         setattr(config, limit, max(getattr(config, limit), MOST_GRAPHS))
         parts = (self.backbone, self.begin, self.position)
         self._backbone, self._begin, self._position = (graph(part, model.mask_token.device) for part in parts)
+        self._blocks: list[Callable] = []
+        self._weights: HeadWeights | None = None
+        self._caches: dict[tuple, Tensor] = {}
 
     @classmethod
     def of(cls, model: SamplerModel, graph: Callable = graph) -> CompiledSampler:
-        """The model's own; kept in its __dict__, where state_dict() and modules() do not see it."""
+        """The model's own, for a new batch; kept in its __dict__, where state_dict() and modules() do not see it."""
         if "_compiled_sampler" not in model.__dict__:
             model.__dict__["_compiled_sampler"] = cls(model, graph)
-        return model.__dict__["_compiled_sampler"]
+        sampler = model.__dict__["_compiled_sampler"]
+        sampler._weights = None
+        return sampler
+
+    def replays(self, rows: int) -> bool:
+        """Whether the backbone of so many rows runs as graphs with static shapes."""
+        return rows * (self.model.buffer_size + self.model.num_tokens) <= MOST_REPLAYED_SLOTS
+
+    @contextmanager
+    def compiled_blocks(self) -> Iterator[None]:
+        """Within, the blocks of the backbone are compiled for any batch and number of tokens."""
+        blocks = (*self.model.encoder_blocks, *self.model.decoder_blocks)
+        self._blocks = self._blocks or [torch.compile(block._call_impl, dynamic=True) for block in blocks]
+        try:
+            for block, compiled in zip(blocks, self._blocks, strict=True):
+                block._compiled_call_impl = compiled  # what block.compile() sets
+            yield
+        finally:
+            for block in blocks:
+                block._compiled_call_impl = None
+
+    def _head_weights(self) -> HeadWeights:
+        """Stacked once per batch of images."""
+        if self._weights is None:
+            m = self.model
+            self._weights = HeadWeights(
+                F.pad(m.next_inputs(), (0, 0, 0, 0, 0, 1)),
+                torch.stack([head.weight for head in m.channel_heads]),
+                torch.stack([head.bias for head in m.channel_heads]),
+            )
+        return self._weights
+
+    def _key_value_cache(self, count: int, like: Tensor) -> Tensor:
+        """Zeros (layers, 2, N, heads, C, head_dim), kept: a CUDA graph writes to an input at a fixed address only."""
+        key = count, like.dtype, like.device
+        if key not in self._caches:
+            attention = self.model.channel_blocks[0].attn
+            shape = len(self.model.channel_blocks), 2, count, attention.num_heads, self.model.num_channels
+            self._caches[key] = like.new_empty((*shape, attention.head_dim))
+            torch._dynamo.mark_static_address(self._caches[key])
+        return self._caches[key].zero_()
 
     def _launch(self, compiled: Callable, *arguments: object) -> object:
         self.launches += 1
@@ -159,14 +207,8 @@ class CompiledSampler:
         temperatures = spread_temperatures(temperature, m.num_channels)
         warm = torch.stack([torch.full((), t or 1.0, device=z.device) for t in temperatures])  # (C,) no copy from host
         x, modulations = self._launch(self._begin, z)
-        attention = m.channel_blocks[0].attn
-        shape = (len(m.channel_blocks), 2, len(z), attention.num_heads, m.num_channels, attention.head_dim)
-        keys_values = x.new_zeros(shape)
-        weights = HeadWeights(
-            F.pad(m.next_inputs(), (0, 0, 0, 0, 0, 1)),
-            torch.stack([head.weight for head in m.channel_heads]),
-            torch.stack([head.bias for head in m.channel_heads]),
-        )
+        keys_values = self._key_value_cache(len(z), modulations[0][0])
+        weights = self._head_weights()
         results = []
         for c in range(m.num_channels):
             position = torch.full((1,), c, device=z.device)

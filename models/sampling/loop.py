@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from models.layers import take
 from models.sampling.compiled import CompiledSampler
+from models.sampling.half import HalfWeights
 from models.sampling.options import FeatureSource, SamplerModel, SamplerOptions
 from models.sampling.orders import check_orders, masked_first, random_orders, token_orders
 from models.sampling.packed import PackedLinears
@@ -149,15 +150,15 @@ def sample_steps(
         orders = check_orders(orders, batch, num_tokens)
     noise = sampling_noise(batch, num_tokens, model.token_dim, seeds, generator, options.order == "confidence")
     orders = token_orders(options.order, noise.orders, model.grid_size) if orders is None else orders
-    orders, num_masked = orders.to(device), num_tokens
+    orders, num_masked = orders.to(device, non_blocking=True), num_tokens  # no copy to the device makes the host wait
     values = torch.zeros(batch, num_tokens, model.token_dim, device=device)  # dequantized so far
     if (init is None) != (regenerate is None):
         raise ArgumentError("mask", "editing needs both an image (init) and a mask of what to regenerate (mask)")
     if init is not None:
         mask, num_masked = check_regenerate(regenerate, batch, num_tokens, num_regenerate)
-        mask = mask.to(device)
+        mask = mask.to(device, non_blocking=True)
         orders = masked_first(orders, mask)
-        known = model.quantize(model.patchify(init.to(device)))[1].expand(batch, -1, -1)  # (B, L, C)
+        known = model.quantize(model.patchify(init.to(device, non_blocking=True)))[1].expand(batch, -1, -1)  # (B, L, C)
         values = known.masked_fill(mask.unsqueeze(-1), 0.0)
     sampler = Sampler(model, class_embedding, options, noise)
     plan = unmasking_plan(options.num_iter, num_masked, options.mask_schedule)
@@ -165,7 +166,7 @@ def sample_steps(
         for step, (before, after, keep) in enumerate(plan):
             scale = guidance_scale(options.cfg, options.cfg_schedule, num_masked, keep, options.cfg_interval)
             if before > after:
-                with sampler.packed.used():
+                with sampler.prepared():
                     orders, z = sampler.choose(values, orders, before, after, scale)
                     values = sampler.reveal(values, orders[:, after:before], z, step)
             yield SamplerState(step, options.num_iter, values, orders, after, scale, model.grid_size)
@@ -177,11 +178,25 @@ class Sampler:
     def __init__(self, model: SamplerModel, class_embedding: Tensor, options: SamplerOptions, noise: Noise):
         device = class_embedding.device
         self.model, self.options = model, options
-        self.uniforms = noise.uniforms[:, :, model.channel_order].to(device)  # (B, L, C) head order
-        self.confidence = None if noise.confidence is None else noise.confidence.to(device)  # (B, L)
-        self.features = feature_source(model, class_embedding, options)
-        self.channel_sample = CompiledSampler.of(model).channel_sample if options.compile else model.channel_sample
-        self.packed = PackedLinears([] if options.compile else model.modules())
+        uniforms = noise.uniforms.to(device, non_blocking=True)  # (B, L, C)
+        self.uniforms = uniforms.index_select(2, model.to_head_order)
+        self.confidence = None if noise.confidence is None else noise.confidence.to(device, non_blocking=True)  # (B, L)
+        compiled = CompiledSampler.of(model) if options.compile else None
+        replays = compiled is not None and compiled.replays(2 * len(class_embedding))
+        self.features = feature_source(model, class_embedding, options, compiled if replays else None)
+        self.channel_sample = model.channel_sample if compiled is None else compiled.channel_sample
+        half = torch.is_autocast_enabled(device.type)
+        weights = HalfWeights.of(model, torch.get_autocast_dtype(device.type)) if half else None
+        weights = weights or PackedLinears([] if options.compile else model.modules())
+        self.contexts = [weights.used] + ([compiled.compiled_blocks] if compiled and not replays else [])
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Within, the model computes with the weights and blocks that were prepared for sampling."""
+        with ExitStack() as stack:
+            for context in self.contexts:
+                stack.enter_context(context())
+            yield
 
     def choose(self, values: Tensor, orders: Tensor, before: int, after: int, scale: float) -> tuple[Tensor, Tensor]:
         """Orders whose [after:before] are this step's tokens, and their z (B, M, D).
@@ -217,10 +232,12 @@ class Sampler:
         return values.scatter(1, targets.unsqueeze(-1).expand_as(predicted), predicted)
 
 
-def feature_source(model: SamplerModel, class_embedding: Tensor, options: SamplerOptions) -> FeatureSource:
-    """What computes z for images with class_embedding (B, D): compiled, with reuse between the steps, or as it is."""
-    if options.compile:
-        return CompiledSampler.of(model).features(class_embedding)
+def feature_source(
+    model: SamplerModel, class_embedding: Tensor, options: SamplerOptions, compiled: CompiledSampler | None = None
+) -> FeatureSource:
+    """What computes z for images with class_embedding (B, D): graphs, with reuse between the steps, or as it is."""
+    if compiled is not None:
+        return compiled.features(class_embedding)
     if options.reuse_features > 1 or options.reuse_guidance > 1:
         return ReusedFeatures(model, class_embedding, options)
 

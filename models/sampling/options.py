@@ -99,7 +99,7 @@ class SamplerModel(Protocol):
     num_tokens: int  # L
     token_dim: int  # C
     grid_size: int
-    channel_order: Sequence[int]
+    to_head_order: Tensor  # (C,)
     to_natural_order: Tensor  # (C,)
     fake_latent: Tensor  # (1, D) class embedding of no class
     training: bool

@@ -6,8 +6,10 @@ import shutil
 import pytest
 import torch
 
+from models.sampling import compiled
 from models.sampling.compiled import CompiledSampler, bucket, launches_per_step
 from tests.helpers import tiny_model
+from util import dist
 
 LABELS = torch.tensor([3, 7])
 
@@ -42,6 +44,26 @@ def test_the_static_shapes_change_no_token(options, head_start):
     """The graphs' functions run uncompiled: what is compiled below is this."""
     model = uncompiled(tiny_model(head_start=head_start))
     assert torch.equal(sample(model, compile=True, **options), sample(model, **options))
+
+
+def test_a_large_batch_has_no_padding_and_no_graphs(monkeypatch):
+    """Its blocks are compiled instead, and only while the loop runs."""
+    monkeypatch.setattr(compiled, "MOST_REPLAYED_SLOTS", 79)  # two rows of 4 + 16 slots have 40, four have 80
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    model = uncompiled(tiny_model())
+    assert torch.equal(sample(model, compile=True), sample(model))
+    assert CompiledSampler.of(model).launches == 8 * (1 + 16)  # the head's
+    assert all(block._compiled_call_impl is None for block in model.encoder_blocks)
+
+
+def test_under_autocast_the_cache_has_the_type_of_keys_and_values(monkeypatch):
+    """Equal without padding; the padded encoder sums in another order, and half precision shows it."""
+    monkeypatch.setattr(compiled, "VISIBLE_BUCKETS", 16)
+    model = uncompiled(tiny_model())
+    with dist.autocast(torch.device("cpu"), "bf16"):
+        found, expected = (sample(model, compile=compile, num_iter=1) for compile in (True, False))
+    assert {cache.dtype for cache in CompiledSampler.of(model)._caches.values()} == {torch.bfloat16}
+    assert (found == expected).float().mean() > 0.9
 
 
 def test_launches_depend_on_steps_alone():

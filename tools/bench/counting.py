@@ -3,16 +3,19 @@
 FLOPs are torch.utils.flop_counter's (a multiply-add is two), counted under FakeTensorMode, where nothing is computed.
 """
 
+import contextlib
 import functools
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -24,6 +27,8 @@ Row = tuple[str, Sequence[str]]  # name and cells
 
 SYNC_OPS = {"_local_scalar_dense", "is_nonzero", "nonzero", "nonzero_numpy", "masked_select", "equal"}
 SYNC_OPS |= {"_unique2", "unique_dim", "unique_consecutive"}
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # no kernel
+GATHERS = {"gather", "embedding", "index_select"}  # these read as many rows as they write
 INDEX_OPS = {"index", "index_put", "index_put_"}  # a boolean index needs the number of its True entries
 
 for direction in ("", "_backward"):  # torch 2.6 counts no attention on a CPU: as much as a GPU's
@@ -36,13 +41,14 @@ class OpCounter(TorchDispatchMode):
     """Counts what reaches torch's dispatcher while it is entered.
 
     ops: all operations; views: those that make another view of the same memory; by_name: number of each; syncs: those
-    for which the host waits, by name; largest, largest_bytes: of the largest tensor made; flops: set by `count`.
+    for which the host waits, by name; largest, largest_bytes: of the largest tensor made; flops: set by `count`;
+    launches, bytes: operations that run a kernel on a GPU, and what these read and write, each tensor once.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.armed = True
-        self.flops = self.ops = self.views = self.largest = self.largest_bytes = 0
+        self.flops = self.ops = self.views = self.largest = self.largest_bytes = self.launches = self.bytes = 0
         self.by_name: Counter[str] = Counter()
         self.syncs: Counter[str] = Counter()
 
@@ -50,13 +56,17 @@ class OpCounter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if self.armed and func.namespace == "aten":  # fake tensors are also asked for their device, which is no work
             name = func.overloadpacket.__name__
+            is_view = func.is_view or name in ("_unsafe_view", "detach")
             self.ops += 1
-            self.views += func.is_view or name in ("_unsafe_view", "detach")
+            self.views += is_view
+            if not is_view and name not in ALLOCATIONS:
+                self.launches += 1
+                self.bytes += moved_bytes(name, (args, kwargs), result)
             self.by_name[name] += 1
             if is_host_sync(name, args, result):
                 self.syncs[name] += 1
             for x in tree_leaves(result):
-                if isinstance(x, Tensor) and all(isinstance(n, int) for n in x.shape):
+                if is_sized(x):
                     self.largest = max(self.largest, x.numel())
                     self.largest_bytes = max(self.largest_bytes, x.numel() * x.element_size())
         return result
@@ -70,6 +80,62 @@ class OpCounter(TorchDispatchMode):
     def work(self) -> int:
         """Number of operations that are no views."""
         return self.ops - self.views
+
+
+def is_sized(x: object) -> bool:
+    """Whether x is a tensor of a known size: that of a fake one may depend on values."""
+    return isinstance(x, Tensor) and all(isinstance(n, int) for n in x.shape)
+
+
+def moved_bytes(name: str, arguments: object, result: object) -> int:
+    """Bytes that a kernel reads and writes, each tensor of a known size once; a broadcast one counts as stored."""
+
+    def size(tree: object) -> int:
+        tensors = [x for x in tree_leaves(tree) if is_sized(x)]
+        return sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in tensors)
+
+    return size(result) * 2 if name in GATHERS else size(result) + size(arguments)
+
+
+class GpuAttention(TorchFunctionMode):
+    """Attention as a GPU with fused kernels runs it (sm80 or later), which no CPU build of torch selects by itself.
+
+    Flash attention for half precision without a mask, otherwise the memory-efficient kernel.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        return self.attention(*args, **(kwargs or {}))
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout_p: float = 0.0, is_causal=False, **_
+    ) -> Tensor:
+        """As F.scaled_dot_product_attention."""
+        if torch.is_autocast_enabled("cuda"):
+            q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
+        if mask is None and q.dtype != torch.float32:
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
+        bias = None if mask is None else mask.to(q.dtype).expand(*q.shape[:3], k.shape[2])
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, False, dropout_p, is_causal)[0]
+
+
+@contextlib.contextmanager
+def on_fake_gpu(precision: str) -> Iterator[None]:
+    """Within, fake CUDA tensors run the operations of a real GPU: autocast (torch turns it off without a GPU) and
+    attention. Forward passes only."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", precision != "fp32")
+    torch.set_autocast_dtype("cuda", dist.DTYPES[precision])
+    torch.autocast_increment_nesting()
+    try:
+        with fake_mode(), torch.device("cuda"), GpuAttention():
+            yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
 
 
 def is_host_sync(name: str, args: Sequence, result: object) -> bool:

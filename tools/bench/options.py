@@ -39,6 +39,11 @@ class ModelOptions(BenchOptions):
     buffer_size: int = option(64, lowest=1)
     quant_bits: int = option(6, lowest=1, highest=MAX_BITS)
 
+    def picked_device(self) -> torch.device:
+        """The device of --device; with --dry also a GPU that is not there, since nothing is computed."""
+        missing = self.dry and self.device == "cuda" and not torch.cuda.is_available()
+        return torch.device("cuda") if missing else dist.pick_device(self.device)
+
     def build_model(self, **changes: int) -> TokenBridge:
         """The model with random weights, adaLN's too: their zeros would make every block of the head the identity."""
         sizes = {name: getattr(self, name) for name in ("img_size", "vae_stride", "vae_embed_dim", "buffer_size")}

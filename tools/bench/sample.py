@@ -6,6 +6,7 @@ growth   time against iterations, batch and tokens, each with the exponent of a 
 reuse    FLOPs and time of features and guidance reused, and of the confidence order (effect on images: demo.samplers)
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from models.sampling.orders import random_orders
 from models.sampling.schedules import CFG_SCHEDULES
 from models.tokenbridge import TokenBridge
 from tools.bench.baselines import baseline_head, sample_baseline
-from tools.bench.counting import OpCounter, Row, count, fake_mode, print_table, ratio_row, timed
+from tools.bench.counting import OpCounter, Row, count, fake_mode, on_fake_gpu, print_table, ratio_row, timed
 from tools.bench.options import ModelOptions
 from util import dist
 from util.options import option
@@ -70,8 +71,14 @@ def count_samplers(
 ) -> list[tuple[OpCounter, float]]:
     """Of baseline and ours: counts of one batch, and head positions per token; on fake tensors."""
     counted = []
-    with fake_mode(), device, dist.autocast(device, precision):
-        model = build().eval()
+    with contextlib.ExitStack() as stack:
+        if device.type == "cpu":
+            contexts = fake_mode(), device, dist.autocast(device, precision)
+        else:
+            contexts = on_fake_gpu(precision), torch.no_grad()
+        for context in contexts:
+            stack.enter_context(context)
+        model = build().eval().requires_grad_(False)
         labels = torch.zeros(images, dtype=torch.long, device=device)
         for function in samplers(model, None, labels, *guidance):
             positions = HeadPositions(model)
@@ -90,7 +97,7 @@ def seeded(options: Options, images: int, device: torch.device) -> tuple[TokenBr
 
 def run(options: Options) -> None:
     """The study of --study."""
-    STUDIES[options.study](options, dist.pick_device(options.device))
+    STUDIES[options.study](options, options.picked_device())
 
 
 def study_whole(options: Options, device: torch.device) -> None:
@@ -113,10 +120,12 @@ def study_whole(options: Options, device: torch.device) -> None:
 
 
 def dispatch_rows(baseline: OpCounter, ours: OpCounter) -> list[Row]:
-    """Rows of operations and host syncs."""
+    """Rows of operations, kernels and host syncs."""
     return [
         ratio_row("dispatched ops", baseline.ops, ours.ops, "d"),
         ratio_row("dispatched ops (excluding views)", baseline.work, ours.work, "d"),
+        ratio_row("kernels launched", baseline.launches, ours.launches, "d"),
+        ratio_row("GB read and written by them", baseline.bytes / 1e9, ours.bytes / 1e9, ".4g"),
         ratio_row("host syncs in the loop", baseline.num_syncs, ours.num_syncs, "d"),
     ]
 
