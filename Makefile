@@ -2,7 +2,7 @@
 # make demo      the whole pipeline on handwritten digits, CPU only
 # make test      the tests (make test-all: the slow ones too)
 # make lint      ruff, and the rule of imports among folders and files
-# make extras    install what is optional: web demo, notebook
+# make extras    install what is optional: notebook, VAEs of diffusers, the browser test
 # make clean     delete what the demo wrote
 
 PYTHON ?= python3

@@ -164,8 +164,6 @@ def refused(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     def run(case: list) -> None:
         base, more, words = case[:3]
         words = [words] if isinstance(words, str) else words
-        if base == "app":
-            pytest.importorskip("gradio", reason="gradio, an optional extra, is not installed: make extras")
         module, argv = arguments(base, more, case[3] if len(case) > 3 else [])
         command = importlib.import_module(module + ".__main__" * (module == "tools.bench"))
         try:

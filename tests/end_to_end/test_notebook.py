@@ -1,5 +1,6 @@
-"""docs/notebook.ipynb runs on a CPU with an untrained model of the demo's size (test_demo.py runs the demo itself)."""
+"""docs/notebook.ipynb: its committed outputs, and that it runs with an untrained model of the demo's size."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +10,26 @@ from models import MODELS
 from models.vae import AutoencoderKL
 from tests.helpers import REPO
 from util.checkpoint import atomic_save
+
+NOTEBOOK = REPO / "docs" / "notebook.ipynb"
+PICTURES = 8
+
+
+def count_pictures(cells: list[dict]) -> int:
+    """Figures among the outputs."""
+    outputs = [output for cell in cells if cell["cell_type"] == "code" for output in cell["outputs"]]
+    assert not any(output["output_type"] == "error" for output in outputs)
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_the_committed_outputs() -> None:
+    text = NOTEBOOK.read_text()
+    cells = json.loads(text)["cells"]
+    assert len(text) < 300_000 and count_pictures(cells) == PICTURES
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) == 10 and [cell["execution_count"] for cell in code] == list(range(1, 11))
+    streams = [output for cell in code for output in cell["outputs"] if output["output_type"] == "stream"]
+    assert streams and all(output["name"] == "stdout" for output in streams), "no warnings, no paths of a machine"
 
 
 @pytest.mark.slow
@@ -24,10 +45,11 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     atomic_save(content, tmp_path / "model" / "checkpoint-last.pth")
     monkeypatch.setenv("TOKENBRIDGE_DEMO", str(tmp_path))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
-    notebook = nbformat.read(REPO / "docs" / "notebook.ipynb", as_version=4)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert not any(cell.get("outputs") for cell in cells), "clear the outputs before it is committed"
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
     resources = {"metadata": {"path": str(REPO / "docs")}}
     nbclient.NotebookClient(notebook, timeout=400, kernel_name="python3", resources=resources).execute()
-    assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs) == 4
+    assert count_pictures(notebook.cells) == PICTURES

@@ -18,7 +18,6 @@ import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -230,11 +229,7 @@ def test_every_command_runs(run: Callable[[str], None], place: Path, monkeypatch
     Downloads and the page are stand-ins.
     """
     served = []
-    page = mock.MagicMock()
-    page.launch = lambda **how: served.append(how["server_name"])
-    monkeypatch.setattr(app, "need_gradio", mock.MagicMock())
-    monkeypatch.setattr(app, "build_page", lambda *_: page)
-    monkeypatch.setattr(app, "check_port", lambda *_: None)
+    monkeypatch.setattr(app, "serve", lambda server: served.append(server.host))
     monkeypatch.setattr(download, "fetch_all", lambda names, *_: served.append(names))
     failed = []
     for command, document in COMMANDS.items():
