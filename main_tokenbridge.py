@@ -52,6 +52,8 @@ SWEPT = {  # help, and with what several values go
     "temperature": ("divides the logits; several: all pairs with --cfg", ["evaluate", "online_eval"]),
 }
 
+MOST_PASSES = 10**10  # of the model, for an image and a step each; the published evaluation has 12.8 million
+
 
 class Loaded(NamedTuple):
     """What a run starts from: models, and the checkpoint's path and content if there is one."""
@@ -102,6 +104,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         evaluation.check_enough_images()
     if (args.save_images != "none" and not args.evaluate) or (args.fid_infinity and not evaluates):
         raise ValueError("--save_images and --fid_infinity change --evaluate only; give it too, or leave them out")
+    if args.num_images * args.num_iter > MOST_PASSES and (evaluates or args.sample):
+        many = f"--num_images {args.num_images} x --num_iter {args.num_iter} is {args.num_images * args.num_iter:,}"
+        raise ValueError(f"{many} passes of the model, more than {MOST_PASSES:,}: was that meant?")
     factors = len(args.channel_temperature)  # the number of dimensions is known later
     read_options(SamplerOptions, args).check(factors or 2)
     if args.use_quantized_value:

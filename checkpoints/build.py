@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.published import generator_state, one_layout, structure_from_shapes
+from checkpoints.published import BUFFERS, generator_state, one_layout, other_weights, structure_from_shapes
 from models import MODELS
 from models.config import TokenBridgeConfig
 from models.latent_space import LatentSpace
@@ -15,8 +15,9 @@ from models.quantizer import MAX_BITS, check_range
 from models.quantizer_tables import QUANTIZERS, build_quantizer
 from models.tokenbridge import TokenBridge
 from models.vae_loading import load_vae
-from util.checkpoint import LAST, SAFE, find_file, load_latest, load_state, numbered, read_file
+from util.checkpoint import LAST, SAFE, check_shapes, find_file, load_latest, load_state, numbered, read_file
 from util.ema import initial_share
+from util.files import check_schema
 from util.log import get_logger
 from util.options import ArgumentError, check_options, option, option_fields
 
@@ -36,7 +37,10 @@ FROM_SHAPES = (
     "class_num",
     "buffer_size",
 )  # see structure_from_shapes
-CONFIG_PARTS = {"model_name": str, "model": dict, "vae": dict, "vae_fingerprint": str}  # what a model is built from
+# What the files of a model say of it (util.files.check_schema); published ones have no config.
+ARGS = {"vae_path?": str, "quantizer?": str, "ema_rate?": (float, None), "ema_warmup?": bool}
+CONFIG = {"model_name": str, "model": dict, "vae": dict, "vae_fingerprint": str, "args?": (ARGS, None)}
+CONTENT = {"config?": (CONFIG | {"classes?": ([str], None)}, None), "step?": int}
 
 
 def _config_option(name: str) -> dataclasses.Field:
@@ -115,26 +119,36 @@ def read_checkpoint(resume: str, output_dir: str, *, trains: bool) -> tuple[Path
     if trains and is_folder and not path.is_file() and not numbered(Path(resume)):
         logger.info("no %s in %s: training starts from random weights", LAST, resume)
         return None, None
-    path, content = load_latest(resume) if trains else (path, read_file(path, "resume", mmap=True))
+    path, content = load_latest(resume) if trains else (path, read_generator(path, "resume"))
     return path, _checked_content(content, path, trains)
 
 
 def _checked_content(content: dict, path: Path, trains: bool) -> dict:
     """The content in one layout. ArgumentError if training cannot continue from it, or its config is not a model's."""
     try:
-        content = one_layout(content, str(path))
+        content = model_content(content, str(path))
     except ValueError as error:
         raise ArgumentError("resume", str(error)) from error
     if trains and "weights" in content:
         reason = "it generates images, but a training cannot be continued from it"
         raise ArgumentError("resume", f"{path} holds one set of weights only: {reason}")
-    config = content.get("config")
-    if config is not None:
-        parts = config if isinstance(config, dict) else {}
-        missing = [key for key, kind in CONFIG_PARTS.items() if not isinstance(parts.get(key), kind)]
-        if missing:
-            reason = f"has a config that is no TokenBridge model's, it lacks {', '.join(missing)}; is the file a VAE's?"
-            raise ArgumentError("resume", f"{path} {reason}")
+    return content
+
+
+def read_generator(path: Path, argument: str = "") -> dict:
+    """A checkpoint to generate images with: its optimizer state stays on the disk, unread."""
+    return read_file(path, argument, mmap=True, unchecked=["optimizer"])
+
+
+def model_content(content: dict, source: str) -> dict:
+    """`one_layout` of a file of a TokenBridge model. ValueError, which names `source`, for weights of another model."""
+    content = one_layout(content, source)
+    if other := other_weights(content["model"]):
+        raise ValueError(f"{source} holds the weights of {other}")
+    try:
+        check_schema(content, CONTENT, "the file")
+    except ValueError as error:
+        raise ValueError(f"{source} does not describe a TokenBridge model: {error}") from error
     return content
 
 
@@ -152,17 +166,22 @@ def describe(content: dict, source: str, vae: LatentSpace | None = None) -> tupl
     no model of this code.
     """
     config = content.get("config")
-    if not isinstance(config, dict):
+    if config is None:
         name, arguments = structure_from_shapes(content["model"], source)
         if vae is not None:
             img_size = arguments["img_size"] // 16 * vae.stride
             arguments |= dict(img_size=img_size, vae_stride=vae.stride, channel_order=vae.channel_order)
-        return name, TokenBridgeConfig(**arguments)
-    try:
-        return config["model_name"], TokenBridgeConfig(**config["model"])
-    except (KeyError, TypeError) as error:
-        message = f"{source} does not describe a TokenBridge model of this code: {error}; is the file a VAE's?"
-        raise ValueError(message) from error
+        name, config = name, TokenBridgeConfig(**arguments)
+    else:
+        try:
+            name, config = config["model_name"], TokenBridgeConfig(**config["model"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source} does not describe a TokenBridge model of this code: {error}") from error
+    with torch.device("meta"):  # before memory is allocated: the sizes in a config may be absurd
+        own = TokenBridge(config).state_dict()
+    parameters = {key: value for key, value in own.items() if key not in BUFFERS}  # which some files lack
+    check_shapes(parameters, content["model"], source, others=True)
+    return name, config
 
 
 def build_model(
@@ -265,7 +284,7 @@ def load_generator_weights(model: TokenBridge, content: dict, source: Path, whic
     """
     state = generator_state(content, model, which, str(source))
     config = content.get("config")
-    trained = (config.get("args") if isinstance(config, dict) else None) or {}
+    trained = (config or {}).get("args") or {}
     rate, step = trained.get("ema_rate"), content.get("step")
     share = initial_share(rate, bool(trained.get("ema_warmup")), step) if rate and step is not None else 0.0
     if which == "ema" and share > 0.1:
@@ -300,8 +319,8 @@ def load_model(
             advice = f"checkpoints.download.local_path({str(place)!r}) fetches it and returns its path"
             raise ValueError(f"{place} is not on this machine; {advice}")
     path = find_file(path)
-    content = one_layout(read_file(path, mmap=True), str(path))
-    described = isinstance(content.get("config"), dict)
+    content = model_content(read_generator(path), str(path))
+    described = content.get("config") is not None
     if described:
         _, config = describe(content, str(path))  # before the VAE is looked for: the file may be a VAE's
     vae = find_vae(path, content["config"] if described else {}, vae_path)
@@ -315,8 +334,7 @@ def load_model(
 
 def find_vae(checkpoint: Path, config: dict, vae_path: str | Path | None = None) -> LatentSpace:
     """The VAE that the checkpoint was trained with; see `load_model` for where it is looked for."""
-    arguments = config.get("args")
-    trained_with = arguments.get("vae_path") if isinstance(arguments, dict) else None
+    trained_with = (config.get("args") or {}).get("vae_path")
     folder = checkpoint.resolve().parent
     if vae_path is not None:
         places = [vae_path]

@@ -10,6 +10,9 @@ import re
 from torch import Tensor, nn
 
 from models import MODELS
+from models.vae import OF_DIFFUSERS
+from models.vae import ROOT_KEY as VAE_KEY
+from util.checkpoint import plain_keys
 from util.log import get_logger
 from util.options import ArgumentError
 
@@ -24,17 +27,29 @@ ROOT_KEY = "class_emb.weight"  # a state dict without a dict around it is recogn
 def one_layout(content: dict, source: str) -> dict:
     """`content` with its weights under "model", and "weights" = "ema" or "model" if the file has one set only.
 
-    ValueError, which names `source`, if there are none.
+    Their keys are those of the bare model (`plain_keys`). ValueError, which names `source`, if there are no weights.
     """
-    if isinstance(content.get("model"), dict):
-        return content
-    if isinstance(content.get("model_ema"), dict):
-        return content | {"model": content["model_ema"], "weights": "ema"}
-    if ROOT_KEY in content:
-        weights = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-        return {"model": weights, "weights": content.get("weights", "unnamed")}
+    states = {key: plain_keys(content[key]) for key in ("model", "model_ema") if isinstance(content.get(key), dict)}
+    if "model" in states:
+        return content | states
+    if states:
+        return content | states | {"model": states["model_ema"], "weights": "ema"}
+    inner = content.get("state_dict")
+    for state in (inner if isinstance(inner, dict) else {}, content):
+        weights = plain_keys({key: value for key, value in state.items() if isinstance(value, Tensor)})
+        if ROOT_KEY in weights or other_weights(weights):
+            return {"model": weights, "weights": content.get("weights", "unnamed")}
     found = ", ".join(map(str, list(content)[:8])) or "nothing"
     raise ValueError(f'{source} has no weights under the key "model"; found {found}')
+
+
+def other_weights(state: dict) -> str:
+    """What the weights of another model are, and where they belong; "" if they are not known."""
+    if any(str(key).startswith("diffloss.") for key in state):
+        return "MAR, whose head is a diffusion model: of MAR's files only the VAE can be used, kl16.ckpt (vae_path)"
+    if OF_DIFFUSERS in state:
+        return "a VAE of diffusers: give its folder as vae_path"
+    return "a VAE: give them as vae_path" if VAE_KEY in state else ""
 
 
 def generator_state(content: dict, model: nn.Module, which: str, source: str) -> dict:
@@ -97,8 +112,7 @@ def structure_from_shapes(state: dict, source: str) -> tuple[str, dict]:
             head_start="official",
         )
     except (KeyError, AttributeError, IndexError, TypeError) as error:
-        message = f"{source} does not describe a TokenBridge model: it lacks {error}; is the file a VAE's?"
-        raise ValueError(message) from error
+        raise ValueError(f"{source} does not describe a TokenBridge model: it lacks {error}") from error
     for name, builder in MODELS.items():
         if all(builder.keywords[key] == value for key, value in sizes.items()):
             return name, builder.keywords | arguments

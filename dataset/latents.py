@@ -14,6 +14,7 @@ from dataset.folders import list_folder
 from dataset.loader import Index, split_index
 from dataset.record import NOT_FINISHED, RECORD, read_record, recorded_classes
 from dataset.shards import Shard
+from util.files import plain_reason
 from util.seeds import coin, pick
 
 
@@ -48,7 +49,7 @@ class CachedLatents(Dataset):
             with np.load(path, allow_pickle=False) as arrays:
                 moments = torch.from_numpy(arrays[key]).float()
         except Exception as error:  # zipfile, zlib, numpy and the disk each have their own
-            raise ValueError(f"{about} cannot be read, cache this image again: {error}") from error
+            raise ValueError(f"{about} cannot be read, cache this image again: {plain_reason(error)}") from error
         if not torch.isfinite(moments).all():
             raise ValueError(f"{about} hold NaN or infinite values, cache this image again")
         if self.shape is not None and tuple(moments.shape) != self.shape:

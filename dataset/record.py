@@ -1,7 +1,6 @@
 """cache.json: the settings and the VAE that a cache was made with, and what they must agree with."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from models.quantizer import MAX_BITS, TableQuantizer, check_range
 from models.quantizer_tables import QUANTIZERS, build_quantizer
 from models.vae import AutoencoderKL
 from util import dist
-from util.files import file_sha256
+from util.files import check_schema, file_sha256, read_json
 from util.log import get_logger
 from util.options import ArgumentError, check_options, option
 
@@ -34,6 +33,17 @@ AGREE = {key: key for key in ("format", "img_size", "precision", "mode", "dtype"
 }
 VAE_KEYS = ("vae", "scale_factor", "shift", "latent_fingerprint", "vae_file", "vae_sha256")
 
+LARGEST = 2**28  # bytes of a record; that of ImageNet in shards has 150 kB
+# What a record says (util.files.check_schema), and what one of shards says besides.
+NUMBERS = (float, [float])
+SCHEMA = {
+    **{"complete": bool, "img_size": (int, None), "format?": ("shards", "npz"), "classes?": [str], "images?": int},
+    **{"flips?": bool, "crops?": int, "mode?": MODES, "batch_size?": int, "shards?": [{"name": str, "sha256": str}]},
+    **{"latent_fingerprint?": (str, None), "vae?": dict, "scale_factor?": NUMBERS, "shift?": NUMBERS},
+    "quantizer?": {"kind": str, "bits": int, "min": float, "max": float, "reconstruction_values": [float]},
+}
+OF_SHARDS = {"flips": bool, "classes": [str], "shards": list, "images": int, "mode": MODES}
+
 
 @dataclass(frozen=True)
 class CacheOptions:
@@ -42,7 +52,9 @@ class CacheOptions:
     vae_path: str = option("pretrained_models/vae/kl16.ckpt", "VAE checkpoint, or a folder of diffusers")
     vae_embed_dim: int = option(16, "latent channels; taken from the VAE's file if it says so")
     batch_size: int = option(128, "images per process encoded together", lowest=1)
-    img_size: int | None = option(256, "side of the images, pixels; a multiple of the VAE's stride", lowest=1)
+    img_size: int | None = option(
+        256, "side of the images, pixels; a multiple of the VAE's stride", lowest=1, highest=2**14
+    )
     data_path: str = option("./data/imagenet", "folder with train/<class>/<image>")
     on_bad_image: str = option(
         "error",
@@ -57,8 +69,12 @@ class CacheOptions:
     )
     dtype: str | None = option(None, "of moments and mean; default: float16, npz float32", choices=tuple(DTYPES))
     no_flip: bool = option(False, "no mirrored images (for digits, text): half the size; training needs --no_flip too")
-    crops: int = option(1, "of each image: the centre, then random ones of 0.8 to 1 times the short side", lowest=1)
-    shard_size: int = option(1024, "images per shard; it is kept in memory until it is complete", lowest=1)
+    crops: int = option(
+        1, "of each image: the centre, then random ones of 0.8 to 1 times the short side", lowest=1, highest=1000
+    )
+    shard_size: int = option(
+        1024, "images per shard; it is kept in memory until it is complete", lowest=1, highest=10**7
+    )
     quantizer: str = option("gaussian", "--mode indices: where the levels come from", choices=QUANTIZERS)
     quantizer_tables: str = option("", "--quantizer lloyd: file with its levels, from python -m tools.vae_stats")
     quant_bits: int = option(6, "--mode indices: bits per latent dimension", lowest=1, highest=MAX_BITS)
@@ -106,17 +122,13 @@ def read_record(cache: str | Path, flag: str = "--cached_path") -> dict | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text())
-        names = [entry["name"] for entry in record.get("shards", [])]
-        hashes = [entry["sha256"] for entry in record.get("shards", [])]
-        sound = isinstance(record["complete"], bool) and isinstance(record["img_size"], (int, type(None)))
-        if not sound or not all(isinstance(text, str) for text in names + hashes):
-            raise ValueError("complete, img_size or shards are not as expected")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        record = read_json(path, SCHEMA, LARGEST)
+        if record.get("format") == "shards":
+            check_schema(record, OF_SHARDS)
+    except (OSError, ValueError) as error:
         advice = "choose another folder, or encode the images again with --overwrite"
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} ({flag}) is not a record of main_cache.py ({why}); {advice}") from error
-    foreign = [name for name in names if not NAME.fullmatch(name)]
+        raise ValueError(f"{path} ({flag}) is not a record of main_cache.py ({error}); {advice}") from error
+    foreign = [name for entry in record.get("shards", []) if not NAME.fullmatch(name := entry["name"])]
     if foreign:
         refused = "which is no file of this folder; it was tampered with, and is refused"
         raise ValueError(f"{path} ({flag}) names a shard {foreign[0]!r}, {refused}")
@@ -269,10 +281,10 @@ def own_shards(cache: Path) -> list[Path]:
     """
     path = cache / RECORD
     try:
-        record = json.loads(path.read_text()) if path.exists() else {}
+        record = read_json(path, largest=LARGEST) if path.exists() else {}
     except (OSError, ValueError):
         record = {}  # ours, damaged: nothing else is said about such a file
-    if not isinstance(record, dict) or (record and not record.keys() & {"complete", "latent_fingerprint", "img_size"}):
+    if record and not record.keys() & {"complete", "latent_fingerprint", "img_size"}:
         raise ValueError(f"{path} (--cached_path) is not a record of main_cache.py; choose another folder, or move it")
     shards = record.get("shards")
     listed = {entry.get("name") for entry in (shards if isinstance(shards, list) else ()) if isinstance(entry, dict)}

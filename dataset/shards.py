@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from util.files import replacing
+from util.files import parse_json, replacing
 
 FORMAT = "tokenbridge-latents-2"
 READABLE = (FORMAT, "tokenbridge-latents-1")  # 1: U32 checksums, padded paths, flat metadata
@@ -163,7 +163,7 @@ class Shard:
             header = length + file.read(min(int.from_bytes(length, "little"), LARGEST_HEADER))
         with safe_open(self.path, "np") as file:
             about = file.metadata()
-            about = json.loads(about["tokenbridge"]) if "tokenbridge" in about else about
+            about = parse_json(about["tokenbridge"]) if "tokenbridge" in about else about
             if about["format"] not in READABLE:
                 raise ValueError(f"its format is {about['format']!r}, not {FORMAT}")
             (mode,) = set(file.keys()) - set(INDEX)
@@ -172,7 +172,7 @@ class Shard:
             stored, dtype = tuple(records.get_shape()), SAFETENSORS_NAMES[records.get_dtype()]
         self.labels, self.crcs = index[0], index[1].view("<u4")  # (N,), (N, V)
         self.images, views = self.crcs.shape
-        self.spec = RecordSpec(mode, dtype, tuple(map(int, json.loads(about["shape"]))), views, int(about["bits"]))
+        self.spec = RecordSpec(mode, dtype, tuple(map(int, parse_json(about["shape"]))), views, int(about["bits"]))
         consistent = mode in MODES and len(self.spec.shape) == 3 and stored == self.spec.stored_shape(self.images)
         if not consistent or self.labels.shape != (self.images,) or min(stored) < 1:
             raise ValueError("its header is not consistent")

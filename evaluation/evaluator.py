@@ -47,7 +47,7 @@ class EvaluationOptions:
     """How many images `--evaluate` generates, what it compares them with, and what it keeps."""
 
     num_images: int = option(
-        50000, "images in all, spread evenly over the classes; with --sample 4 per class", lowest=1
+        50000, "images in all, spread evenly over the classes; with --sample 4 per class", lowest=1, highest=10**7
     )
     eval_bsz: int = option(64, "images per process generated together", lowest=1)
     fid_stats: str = option(

@@ -38,15 +38,17 @@ class ReconstructionOptions:
     vae_path: str = option("pretrained_models/vae/kl16.ckpt", 'VAE checkpoint (weights under "model")')
     vae_embed_dim: int | None = option(None, "latent channels, to be checked against the VAE's")
     image_dir: str = option("./data/imagenet/train", "folder with <class>/<image>, or with train/<class>/<image>")
-    images_per_class: ImageCount = option(50, "the first so many images of each class, or all", lowest=1)
+    images_per_class: ImageCount = option(
+        50, "the first so many images of each class, or all", lowest=1, highest=sys.maxsize
+    )
     num_images: int | None = option(None, "at most so many images in all, spread evenly over the classes", lowest=1)
-    img_size: int = option(256, "side of the images, pixels", lowest=SMALLEST_FOR_SSIM)
+    img_size: int = option(256, "side of the images, pixels", lowest=SMALLEST_FOR_SSIM, highest=2**14)
     output_dir: str = option("quantization_results", "where results.json and grid.png go")
     bits: tuple[int, ...] = option(
         6, f"bits per latent dimension, 1 to {MAX_BITS}; several make a sweep", nargs="+", lowest=1, highest=MAX_BITS
     )
     range: tuple[float, ...] = option(
-        5.0, "the quantizer covers [-range, range]; several make a sweep", nargs="+", above=0
+        5.0, "the quantizer covers [-range, range]; several make a sweep", nargs="+", above=0, highest=1e4
     )
     quantizer: tuple[str, ...] = option(
         "gaussian",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dataset.images import save_png
-from util.files import replacing
+from util.files import plain_reason, replacing
 from util.log import get_logger
 from util.options import ArgumentError
 
@@ -74,7 +74,7 @@ class EvalStore:
                 raise ValueError("it holds another number of images")
             return found
         except Exception as error:  # zipfile, zlib, numpy and the disk each have their own
-            logger.warning("%s cannot be used (%s): its images are generated again", path, error)
+            logger.warning("%s cannot be used (%s): its images are generated again", path, plain_reason(error))
             return None
 
     def _has_images(self, numbers: Sequence[int]) -> bool:

@@ -6,12 +6,15 @@ from dataclasses import asdict, dataclass, replace
 
 from models import quantizer
 from models.latent_space import KL16
+from util.files import conforms
 from util.options import ArgumentError, check_options, option
 
 logger = logging.getLogger("tokenbridge")
 
 HEADS = ("autoregressive", "parallel")
 HEAD_STARTS = ("official", "trained")
+# Larger sizes are a damaged file's, or a slip: huge has 1280 and 20, and 256 tokens.
+MOST = {"width": 2**14, "depth": 256, "tokens": 2**16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,27 +26,29 @@ class TokenBridgeConfig:
     head: "parallel" for the ablation that predicts the dimensions of a token at once.
     """
 
-    img_size: int = option(256, "side of the images, pixels", lowest=1)
-    vae_stride: int = option(16, "pixels per latent position; taken from the VAE's file if it says so", lowest=1)
+    img_size: int = option(256, "side of the images, pixels", lowest=1, highest=2**14)
+    vae_stride: int = option(
+        16, "pixels per latent position; taken from the VAE's file if it says so", lowest=1, highest=4096
+    )
     patch_size: int = option(1, "latent positions per token side; the head is defined for 1 only")
-    encoder_embed_dim: int = 1024
-    encoder_depth: int = option(16, lowest=1)
-    encoder_num_heads: int = 16
-    decoder_embed_dim: int = 1024
-    decoder_depth: int = option(16, lowest=1)
-    decoder_num_heads: int = 16
-    channel_embed_dim: int = 1024
-    channel_depth: int = 4
-    channel_heads: int = 8
-    mlp_ratio: float = 4.0
-    quant_levels: int = 64
-    vae_embed_dim: int = option(16, "latent channels; taken from the VAE's file if it says so", lowest=1)
+    encoder_embed_dim: int = option(1024, lowest=1, highest=MOST["width"])
+    encoder_depth: int = option(16, lowest=1, highest=MOST["depth"])
+    encoder_num_heads: int = option(16, lowest=1, highest=MOST["width"])
+    decoder_embed_dim: int = option(1024, lowest=1, highest=MOST["width"])
+    decoder_depth: int = option(16, lowest=1, highest=MOST["depth"])
+    decoder_num_heads: int = option(16, lowest=1, highest=MOST["width"])
+    channel_embed_dim: int = option(1024, lowest=1, highest=MOST["width"])
+    channel_depth: int = option(4, lowest=1, highest=MOST["depth"])
+    channel_heads: int = option(8, lowest=1, highest=MOST["width"])
+    mlp_ratio: float = option(4.0, above=0, highest=64)
+    quant_levels: int = option(64, check=False)
+    vae_embed_dim: int = option(16, "latent channels; taken from the VAE's file if it says so", lowest=1, highest=4096)
     mask_ratio_min: float = option(0.7, "smallest share of masked tokens in training", above=0, highest=1)
     label_drop_prob: float = option(0.1, "share of images trained without their class", lowest=0, highest=1)
-    class_num: int = option(1000, "number of classes", lowest=1)
+    class_num: int = option(1000, "number of classes", lowest=1, highest=10**6)
     attn_dropout: float = option(0.1, "on attention weights, in training", lowest=0, highest=1)
     proj_dropout: float = option(0.1, "after projections and in the MLPs, in training", lowest=0, highest=1)
-    buffer_size: int = option(64, "class-token slots before the image tokens", lowest=1)
+    buffer_size: int = option(64, "class-token slots before the image tokens", lowest=1, highest=2**14)
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     quant_min: float = option(-5.0, "lowest latent value of the quantizer", check=False)
     quant_max: float = option(5.0, "highest latent value of the quantizer", check=False)
@@ -73,10 +78,13 @@ class TokenBridgeConfig:
         if self.img_size % self.vae_stride:
             message = f"img_size {self.img_size} is not a multiple of the VAE's stride {self.vae_stride}"
             raise ArgumentError("img_size", message)
-        for part in ("encoder", "decoder"):
-            width, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_num_heads")
+        if self.num_tokens > MOST["tokens"]:
+            message = f"img_size {self.img_size} at stride {self.vae_stride} makes {self.num_tokens:,} tokens"
+            raise ArgumentError("img_size", f"{message}, more than {MOST['tokens']:,}")
+        for part, of_heads in (("encoder", "num_heads"), ("decoder", "num_heads"), ("channel", "heads")):
+            width, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_{of_heads}")
             if width % heads:
-                message = f"{part}_embed_dim {width} is not a multiple of {part}_num_heads {heads}"
+                message = f"{part}_embed_dim {width} is not a multiple of {part}_{of_heads} {heads}"
                 raise ArgumentError(f"{part}_embed_dim", message)
         if not 2 <= self.quant_levels <= 4096 or self.quant_levels & (self.quant_levels - 1):
             message = f"quant_levels must be a power of two from 2 to 4096, got {self.quant_levels}"
@@ -84,6 +92,8 @@ class TokenBridgeConfig:
 
     def _checked_order(self) -> tuple[int, ...]:
         order = self.channel_order
+        if order is not None and not conforms(list(order) if isinstance(order, Sequence) else None, [int]):
+            raise ArgumentError("channel_order", f"channel_order must be whole numbers, got {order!r:.60}")
         if order is None and self.vae_embed_dim == 16:
             order = KL16.channel_order
         elif order is None:

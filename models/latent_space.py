@@ -8,8 +8,6 @@ Letters: B batch, C latent channels, h and w latent grid.
 """
 
 import hashlib
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,9 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from util.files import conforms, read_json
 from util.options import ArgumentError
 
 Number = float | Sequence[float]
+LARGEST_SIZE, LARGEST_SCALE = 4096, 1e6  # of channels and stride, of scale and shift; those of KL-16 are 16 and 0.2
 DECODER_KEYS = ("decoder.", "post_quant_conv.")
 
 
@@ -71,21 +71,21 @@ class VaeDescription:
 
     def __post_init__(self) -> None:
         for size in (self.channels, self.stride):
-            if not isinstance(size, int) or size < 1:
+            if not conforms(size, int) or not 1 <= size <= LARGEST_SIZE:
                 got = f"{self.channels!r} and {self.stride!r}"
-                raise ValueError(f"channels and stride must be whole numbers of at least 1, got {got}")
+                raise ValueError(f"channels and stride must be whole numbers from 1 to {LARGEST_SIZE}, got {got}")
         self.scale_factor = self._numbers("scale_factor", "finite numbers, none of them 0")
         self.shift = self._numbers("shift", "finite numbers")
         order, last = self.channel_order, self.channels - 1
         if order is not None:
-            if not isinstance(order, Sequence) or sorted(order) != list(range(self.channels)):
+            numbers = list(order) if isinstance(order, Sequence) else None
+            if not conforms(numbers, [int]) or sorted(numbers) != list(range(self.channels)):
                 raise ValueError(f"channel_order must be a permutation of 0..{last}, got {order!r}")
             self.channel_order = [int(c) for c in order]
-        if self.quant_bits is not None and not (isinstance(self.quant_bits, int) and 1 <= self.quant_bits <= 12):
+        if self.quant_bits is not None and not (conforms(self.quant_bits, int) and 1 <= self.quant_bits <= 12):
             raise ValueError(f"quant_bits must be a whole number from 1 to 12, got {self.quant_bits!r}")
         low, high = self.quant_min, self.quant_max
-        one_missing = (low is None) != (high is None)
-        if one_missing or (low is not None and not -math.inf < low < high < math.inf):
+        if (low, high) != (None, None) and not (conforms([low, high], [float]) and low < high):
             raise ValueError(f"quant_min must be less than quant_max, both finite; got {low!r} and {high!r}")
 
     def _numbers(self, name: str, kind: str) -> Number:
@@ -95,7 +95,8 @@ class VaeDescription:
         values = list(value) if several else [value]
         if several and len(values) != self.channels:
             raise ValueError(f"{name} has {len(values)} values but the VAE has {self.channels} latent channels")
-        if not all(isinstance(v, (int, float)) and math.isfinite(v) and (v or name == "shift") for v in values):
+        lowest = 0 if name == "shift" else 1 / LARGEST_SCALE
+        if not all(conforms(v, float) and lowest <= abs(v) <= LARGEST_SCALE for v in values):
             raise ValueError(f"{name} must be {kind}, got {value!r}")
         return [float(v) for v in values] if several else float(value)
 
@@ -120,9 +121,7 @@ def description_path(vae_path: str | Path) -> Path:
 def read_description(path: str | Path) -> VaeDescription:
     """ValueError naming the file if it is no description."""
     try:
-        content = json.loads(Path(path).read_text())
-        if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
+        content = read_json(path)
         known = {field.name for field in fields(VaeDescription)}
         if set(content) - known:
             raise ValueError(f"unknown keys {sorted(set(content) - known)}; known are {', '.join(sorted(known))}")

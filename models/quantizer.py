@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from util.options import ArgumentError
 
+LARGEST_VALUE = 1e4  # of a range: scaled latents are of order 1
 STD_RANGE = 3.0  # the tables live on [-3, 3] standard deviations; [min_value, max_value] is mapped there
 MAX_BITS = 12
 TRUNCATED_FROM_BITS = 10  # from here on i/K < Phi(-3), so clamping the plain quantiles would merge the outer boundaries
@@ -25,9 +26,10 @@ def check_bits(bits: int) -> None:
 
 
 def check_range(min_value: float, max_value: float) -> None:
-    """ArgumentError unless min_value < max_value, both finite."""
-    if not (np.isfinite(min_value) and np.isfinite(max_value) and min_value < max_value):
-        message = f"quantizer range must satisfy quant_min < quant_max, got [{min_value}, {max_value}]"
+    """ArgumentError unless min_value < max_value, both of at most LARGEST_VALUE."""
+    if not -LARGEST_VALUE <= min_value < max_value <= LARGEST_VALUE:
+        limits = f"got [{min_value}, {max_value}], and at most {LARGEST_VALUE:g}"
+        message = f"quantizer range must satisfy quant_min < quant_max, {limits}"
         raise ArgumentError("quant_min", message)
 
 

@@ -3,15 +3,16 @@
 They fill the same buffers of a checkpoint. Letters: K levels, b boundaries, r reconstruction values.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from models.quantizer import STD_RANGE, GaussianQuantizer, TableQuantizer, check_bits, check_range, gaussian_tables
+from util.files import read_json
 from util.options import ArgumentError
 
 QUANTIZERS = ("gaussian", "uniform", "lloyd")  # the paper's; cells of equal width; fitted to latents
+DESCRIPTION = {"kind": str, "boundaries": [float], "reconstruction_values": [float], "min": float, "max": float}
 
 
 def uniform_tables(bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -64,10 +65,10 @@ def read_quantizer(path: str | Path) -> TableQuantizer:
     if not path.is_file():
         raise FileNotFoundError(f"no quantizer tables at {path}: python -m tools.vae_stats writes them")
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path, DESCRIPTION)
         tables = (content["boundaries"], content["reconstruction_values"])
-        return TableQuantizer(str(content["kind"]), *tables, content["min"], content["max"])
-    except (KeyError, TypeError, ValueError) as error:
+        return TableQuantizer(content["kind"], *tables, content["min"], content["max"])
+    except ValueError as error:
         raise ArgumentError("quantizer_tables", f"{path} does not describe a quantizer: {error}") from error
 
 

@@ -7,15 +7,23 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.latent_space import KL16, DiagonalGaussian, LatentSpace, VaeDescription
-from util.checkpoint import read_file, shape_of
+from models.latent_space import KL16, LARGEST_SIZE, DiagonalGaussian, LatentSpace, VaeDescription
+from util.checkpoint import load_state, plain_keys, read_file
+from util.files import conforms
 from util.options import ArgumentError
 
 logger = logging.getLogger("tokenbridge")
+
+ROOT_KEY = "encoder.conv_in.weight"  # a state dict without a dict around it is recognised by this key
+OF_DIFFUSERS = "encoder.mid_block.resnets.0.conv1.weight"
+LDM = "first_stage_model."  # before the VAE's keys in a whole checkpoint of latent diffusion
+# Larger sizes are a damaged file's, or a slip: KL-16 has 128, 2, 32, 16 and 4, at 5 levels.
+LARGEST = {"ch": 8192, "num_res_blocks": 64, "norm_groups": 8192, "embed_dim": LARGEST_SIZE, "ch_mult": 64}
+MOST_LEVELS = 12
+THE_VAE = "the VAE (vae_embed_dim, or the sizes in the file's config)"
 
 
 class ResidualBlock(nn.Module):
@@ -209,10 +217,12 @@ class AutoencoderKL(nn.Module, LatentSpace):
         channel_order: Sequence[int] | None = None,
     ):
         super().__init__()
-        ch_mult = tuple(int(m) for m in ch_mult)
-        if embed_dim < 1 or ch < 1 or num_res_blocks < 1 or not ch_mult or min(ch_mult) < 1:
-            sizes = f"embed_dim {embed_dim}, ch {ch}, ch_mult {ch_mult}, num_res_blocks {num_res_blocks}"
-            raise ValueError(f"VAE sizes must be positive: {sizes}")
+        ch_mult = tuple(ch_mult)
+        sizes = dict(embed_dim=[embed_dim], ch=[ch], num_res_blocks=[num_res_blocks], norm_groups=[norm_groups])
+        for name, values in (sizes | {"ch_mult": ch_mult}).items():
+            most = LARGEST[name]
+            if not 1 <= len(values) <= MOST_LEVELS or not all(conforms(v, int) and 1 <= v <= most for v in values):
+                raise ValueError(f"{name} of a VAE must be whole numbers from 1 to {most}, got {values[:MOST_LEVELS]}")
         if any(ch * m % norm_groups for m in (1, *ch_mult)):
             widths = f"ch {ch} times ch_mult {ch_mult}"
             raise ValueError(f"every VAE width ({widths}) must be a multiple of norm_groups {norm_groups}")
@@ -244,9 +254,10 @@ class AutoencoderKL(nn.Module, LatentSpace):
 
 
 def read_vae_file(path: str | Path) -> dict:
-    """The dict in a VAE checkpoint; weights under "model".
+    """The dict in a VAE checkpoint, with its weights under "model" wherever the file has them.
 
-    FileNotFoundError or ArgumentError naming the file otherwise.
+    They may be under "model" or "state_dict" (latent diffusion, whose keys are the same), or be the dict itself.
+    FileNotFoundError or ArgumentError, which name the file, for others.
     """
     path = Path(path)
     if not path.is_file():
@@ -258,10 +269,21 @@ def read_vae_file(path: str | Path) -> dict:
         content = read_file(path)
     except ValueError as error:
         raise ArgumentError("vae_path", str(error)) from error
-    if not isinstance(content.get("model"), dict):
+    named = isinstance(content.get("model"), dict)
+    weights = content["model"] if named else content.get("state_dict", content)
+    weights = weights if isinstance(weights, dict) else {}
+    inner = {str(key).removeprefix(LDM): value for key, value in weights.items() if str(key).startswith(LDM)}
+    weights = plain_keys(inner or weights)
+    if OF_DIFFUSERS in weights:
+        raise ArgumentError(
+            "vae_path", f"{path} holds the weights of a VAE of diffusers: give its folder, {path.parent}"
+        )
+    if named:
+        return content | {"model": weights}
+    if ROOT_KEY not in weights:
         found = sorted(map(str, content))[:8]
         raise ArgumentError("vae_path", f'{path} has no weights under the key "model"; found {found}')
-    return content
+    return {"model": weights} | ({"config": content["config"]} if isinstance(content.get("config"), dict) else {})
 
 
 def load_weights(vae: nn.Module, path: str | Path, content: dict | None = None) -> None:
@@ -271,19 +293,12 @@ def load_weights(vae: nn.Module, path: str | Path, content: dict | None = None) 
     """
     content = read_vae_file(path) if content is None else content
     weights, own = content["model"], vae.state_dict()
-    problem, missing = "", [key for key in own if key not in weights]
-    if missing:
-        problem = f"lacks {len(missing)} of the VAE's {len(own)} keys, first: {', '.join(missing[:4])}"
-    elif wrong := [key for key in own if shape_of(weights[key]) != shape_of(own[key])]:
-        shapes = "; ".join(f"{key}: file {shape_of(weights[key])}, VAE {shape_of(own[key])}" for key in wrong[:4])
-        problem = f"has {len(wrong)} weights of another shape: {shapes} (see vae_embed_dim)"
-    elif bad := [key for key in own if not torch.isfinite(weights[key]).all()]:
-        problem = f"holds NaN or infinite weights, first: {', '.join(bad[:4])}"
-    if problem:
-        raise ArgumentError("vae_path", f"{path} {problem}")
     extra = [key for key in content if key not in ("model", "config", "description")]
     extra += [key for key in weights if key not in own]
     if extra:
         names = ", ".join(map(str, extra[:8]))
         logger.info("%s: ignoring %d keys that are not the VAE's weights: %s", path, len(extra), names)
-    vae.load_state_dict({key: weights[key] for key in own}, strict=True)
+    try:
+        load_state(vae, weights, str(path), THE_VAE, others=True)
+    except ValueError as error:
+        raise ArgumentError("vae_path", str(error)) from error

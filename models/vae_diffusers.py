@@ -12,8 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from models.latent_space import DiagonalGaussian, LatentSpace, VaeDescription
+from util.files import check_schema, read_json
 
 CLASSES = ("AutoencoderKL", "AutoencoderDC")
+
+
+LARGEST_CONFIG = {"layers": 64, "": 2**16}  # most layers of a level, and largest number, of a config from a file
 
 
 class PointPosterior(DiagonalGaussian):
@@ -60,6 +64,10 @@ class DiffusersVAE(nn.Module, LatentSpace):
         """The network's own, with its own keys."""
         return self.net.state_dict(*args, **kwargs)
 
+    def load_state_dict(self, state_dict: dict, *args: object, **kwargs: object) -> object:
+        """Into the network, with its own keys."""
+        return self.net.load_state_dict(state_dict, *args, **kwargs)
+
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Image (B, 3, H, W) in [-1, 1] -> posterior over raw latents (B, C, h, w)."""
         self.check_images(x)
@@ -80,17 +88,14 @@ def load_diffusers_vae(folder: str | Path) -> DiffusersVAE:
     folder = Path(folder)
     if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
         folder = folder / "vae"
-    kind = read_kind(folder)
-    if not any(folder.glob("*.safetensors")):
+    kind, names = read_kind(folder), [path.name for path in folder.glob("*.safetensors*")]
+    if not names:
         raise FileNotFoundError(f"{folder} has no .safetensors weights; save it again with save_pretrained")
-    try:
-        import diffusers
-    except ImportError as error:
-        advice = "pip install -r requirements-extra.txt"
-        raise ValueError(f"{folder} is a VAE of diffusers, which is not installed: {advice}") from error
     options = dict(use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    if all(".fp16." in name for name in names):  # published beside the full precision, or alone
+        options["variant"] = "fp16"
     try:
-        net, report = getattr(diffusers, kind).from_pretrained(folder, output_loading_info=True, **options)
+        net, report = class_of(kind, folder).from_pretrained(folder, output_loading_info=True, **options)
     except Exception as error:  # safetensors, torch, accelerate and diffusers each have their own
         raise ValueError(f"{folder} cannot be loaded by diffusers: {str(error).splitlines()[0]}") from error
     missing = sorted(report.get("missing_keys") or [])
@@ -102,16 +107,41 @@ def load_diffusers_vae(folder: str | Path) -> DiffusersVAE:
     return DiffusersVAE(net)
 
 
+def class_of(kind: str, source: object) -> type:
+    """A class of diffusers. ValueError, which names what needs it, if diffusers is not installed."""
+    try:
+        import diffusers
+    except ImportError as error:
+        advice = "pip install -r requirements-extra.txt"
+        raise ValueError(f"{source} is a VAE of diffusers, which is not installed: {advice}") from error
+    return getattr(diffusers, kind)
+
+
+def build_diffusers_vae(config: dict) -> DiffusersVAE:
+    """The VAE of a `DiffusersVAE.config`, with random weights: what tools.export writes. ValueError for another."""
+    check_schema(config, {"diffusers": CLASSES, "diffusers_config": dict}, "config")
+    settings = config["diffusers_config"]
+    for key, value in settings.items():
+        most = LARGEST_CONFIG["layers" if "layers" in key else ""]
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) > most:
+                raise ValueError(f"{key} {number} is more than {most}")
+    vae = DiffusersVAE(class_of(config["diffusers"], "it").from_config(settings))
+    scaling = {key: config[key] for key in ("scale_factor", "shift", "channel_order") if key in config}
+    vae.set_description(VaeDescription(vae.embed_dim, vae.stride, **scaling))
+    return vae
+
+
 def read_kind(folder: Path) -> str:
     """The diffusers class that the folder's config.json names; FileNotFoundError, or ValueError if not in CLASSES."""
     path = folder / "config.json"
     try:
-        kind = json.loads(path.read_text())["_class_name"]
+        kind = read_json(path, {"_class_name": str})["_class_name"]
     except FileNotFoundError:
         advice = "give a checkpoint file, or a VAE folder of diffusers"
         raise FileNotFoundError(f"{folder} is a folder without config.json: {advice}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no config of diffusers: {type(error).__name__} {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no config of diffusers: {error}") from error
     if kind not in CLASSES:
         raise ValueError(f"{folder} holds a {kind}; of diffusers' classes {' and '.join(CLASSES)} can be used")
     return kind

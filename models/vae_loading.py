@@ -1,13 +1,16 @@
 """A VAE from its files. A new one: a class as `LatentSpace` describes it, and a line in VAE_CLASSES."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from models.latent_space import LatentSpace, VaeDescription, find_description
-from models.vae import AutoencoderKL, load_weights, read_vae_file
-from models.vae_diffusers import load_diffusers_vae
+from models.vae import THE_VAE, AutoencoderKL, load_weights, read_vae_file
+from models.vae_diffusers import build_diffusers_vae, load_diffusers_vae
+from util.checkpoint import check_shapes
 from util.options import ArgumentError
 
 # By the "class" in the config of a checkpoint file; where it names none, it is an AutoencoderKL.
@@ -39,16 +42,22 @@ def load_vae(path: str | Path, embed_dim: int | None = None, stride: int | None 
 def load_checkpoint_vae(path: str | Path, embed_dim: int | None = None) -> nn.Module:
     """The VAE of a checkpoint file with its weights; see `load_vae`."""
     content = read_vae_file(path)
-    config = content.get("config")
-    if config is None:
-        config = {} if embed_dim is None else {"embed_dim": embed_dim}
-    try:
-        arguments = dict(config)
-        vae = VAE_CLASSES[arguments.pop("class", "AutoencoderKL")](**arguments)
-        if "description" in content:
-            vae.set_description(VaeDescription(**content["description"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its config does not describe a VAE of this code: {error}") from error
-    if embed_dim in (None, vae.embed_dim):  # else load_vae names the contradiction
-        load_weights(vae, path, content)
+    config = content.get("config", {} if embed_dim is None else {"embed_dim": embed_dim})
+
+    def build() -> nn.Module:
+        try:
+            arguments = dict(config)
+            make = VAE_CLASSES[arguments.pop("class", "AutoencoderKL")]
+            vae = build_diffusers_vae(config) if "diffusers" in config else make(**arguments)
+            if "description" in content:
+                vae.set_description(VaeDescription(**content["description"]))
+            return vae
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: its config does not describe a VAE of this code: {error}") from error
+
+    # before memory is allocated: the sizes in a config may be absurd
+    with contextlib.suppress(NotImplementedError), torch.device("meta"):  # of a class that computes with its weights
+        check_shapes(build().state_dict(), content["model"], str(path), THE_VAE, others=True)
+    vae = build()
+    load_weights(vae, path, content)
     return vae

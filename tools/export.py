@@ -20,8 +20,8 @@ from huggingface_hub import HfApi
 from safetensors.torch import save
 
 from checkpoints import download
-from checkpoints.build import describe, load_model
-from checkpoints.published import BUFFERS, WEIGHTS, one_layout
+from checkpoints.build import describe, load_model, model_content, read_generator
+from checkpoints.published import BUFFERS, WEIGHTS
 from models.latent_space import LatentSpace
 from models.tokenbridge import TokenBridge
 from util.checkpoint import LAST, SAFE, atomic_save, find_file, read_file
@@ -107,7 +107,7 @@ What it was trained on, who may use it and what it must not be used for is for i
 
 def to_folder(source: Path, options: ExportOptions) -> None:
     """Write the five files. ValueError or OSError for what does not fit; nothing is written then."""
-    content = one_layout(read_file(source, mmap=True), str(source))
+    content = model_content(read_generator(source), str(source))
     model, vae, _ = load_model(source, options.vae_path or None, weights=options.weights)
     name, config = describe(content, str(source))[0], content.get("config") or {}
     step = {"step": content["step"]} if isinstance(content.get("step"), int) else {}

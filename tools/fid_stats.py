@@ -29,7 +29,7 @@ logger = get_logger()
 class FidStatsOptions:
     """What the statistics are of."""
 
-    img_size: int | None = option(None, "side of the images; default: that of the first image", lowest=1)
+    img_size: int | None = option(None, "side of the images; default: that of the first image", lowest=1, highest=2**14)
     crop: str = option("adm", "adm: resize and crop as training does; none: images have the size", choices=CROPS)
     num_images: int | None = option(None, "only so many images, evenly spaced in the list sorted by class", lowest=2)
     keep_features: int = option(

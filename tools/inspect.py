@@ -60,7 +60,7 @@ def describe(path: Path) -> dict:
     facts: dict[str, object] = {"file": str(path), "bytes": path.stat().st_size, "keys": sorted(map(str, content))[:12]}
     content = one_layout(content, str(path))
     weights = content["model"]
-    facts |= vae_facts(path) if holds_vae(content) else model_facts(path, content)
+    facts |= vae_facts(path) if holds_vae(content) else model_facts(path, build.model_content(content, str(path)))
     facts |= {"values": count_values(weights), "not finite": not_finite(weights)[:5]}
     if isinstance(content.get("model_ema"), dict) and "weights" not in content:
         facts["EMA distance"] = ema_distance(weights, content["model_ema"])
@@ -147,6 +147,15 @@ def verdict(facts: dict) -> list[str]:
     return lines
 
 
+def without_nan(value: object) -> object:
+    """The value with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def in_words(value: object) -> object:
     """A fact as it is printed."""
     if value in (None, []):
@@ -169,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts = describe(find_file(download.local_path(args.checkpoint, "checkpoint")))
     facts["verdict"] = verdict(facts) or ["nothing wrong was found"]
     if args.json:
-        print(json.dumps(facts, indent=1))
+        print(json.dumps(without_nan(facts), indent=1))
     else:
         if names := facts.get("class names"):
             facts |= {"class names": labels_in_words(range(len(names)), names)}

@@ -4,7 +4,7 @@
 demo/expected_loss.json.
 """
 
-import json
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,36 +15,38 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from util.cli import at_least, make_parser, run_cli
-from util.files import replacing
+from util.files import check_schema, parse_json, read_json, replacing
 from util.log import doing
+
+# A line of a step that was not skipped; others of a log are of other commands, or damaged.
+LINE = {"step": int, "loss": float, "lr": float, "grad_norm": float, "loss_per_dim?": [float]}
 
 
 def read_columns(folder: Path) -> dict[str, np.ndarray]:
-    """{name: values (N,)} of OUT/log.jsonl, NaN where a line lacks the name; lists become (N, C).
+    """{name: values (N,)} of OUT/log.jsonl, loss_per_dim (N, C), with NaN where a line lacks it.
 
-    Skipped steps are left out; their number is under "skipped". An incomplete last line, after a kill, is ignored.
-    ValueError or FileNotFoundError naming the file if it has no losses.
+    Skipped steps are left out; their number is under "skipped". Damaged lines, such as the last one after a kill, are
+    ignored. ValueError or FileNotFoundError naming the file if it has no losses.
     """
     path = folder / "log.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"no log at {path}; give the --output_dir of a training run")
     lines, skipped = [], 0
-    for text in path.read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        skipped += bool(line.get("skipped"))
-        if "loss" in line:
+    for text in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            check_schema(line := parse_json(text), dict)
+            skipped += line.get("skipped") is True
+            check_schema(line, LINE)
             lines.append(line)
     if not lines:
         raise ValueError(f"{path} has no step with a loss yet")
-    columns: dict[str, np.ndarray] = {"skipped": np.array([skipped])}
-    for name in {key for line in lines for key in line}:
-        example = next(line[name] for line in lines if name in line)
-        missing = [np.nan] * len(example) if isinstance(example, list) else np.nan
-        columns[name] = np.array([line.get(name, missing) for line in lines], dtype=float)
-    return columns
+    columns = {name: np.array([line[name] for line in lines], dtype=float) for name in LINE if "?" not in name}
+    details = [line["loss_per_dim"] for line in lines if line.get("loss_per_dim")]
+    if details:
+        missing = [np.nan] * len(details[0])
+        rows = [line.get("loss_per_dim", missing) for line in lines]
+        columns["loss_per_dim"] = np.array([row if len(row) == len(missing) else missing for row in rows])
+    return columns | {"skipped": np.array([skipped])}
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
@@ -68,7 +70,7 @@ class Expected:
     def read(cls, path: str) -> "Expected":
         """From a JSON file with these names. ValueError or FileNotFoundError naming it."""
         try:
-            return cls(**json.loads(Path(path).read_text()))
+            return cls(**read_json(path, {"steps": [int], "loss": [float], "width": int, "tolerance": float}))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} (--expected) must hold steps, loss, width and tolerance: {error}") from error
 

@@ -118,11 +118,11 @@ def choose_run(output_dir: str, config: dict, data: dict, content: dict | None) 
     return run
 
 
-def read_snapshot(path: Path, run: str | None) -> dict[str, dict[str, Tensor]]:
+def read_snapshot(path: Path, run: str | None, whole: bool = False) -> dict[str, dict[str, Tensor]]:
     """{sigma_rel as text: {name: float16}} of one file, tensors left on the disk until they are used. ValueError if it
-    is none of this run's.
+    is none of this run's, or (whole) a checksum is wrong.
     """
-    content = read_file(path, mmap=True)
+    content = read_file(path, mmap=True, unchecked=() if whole else ["averages"])
     averages = content.get("averages")
     if not isinstance(averages, dict) or not all(isinstance(averages.get(f"{s:g}"), dict) for s in SIGMA_RELS):
         raise ValueError(f"{path} is no snapshot of --posthoc_ema_freq: it lacks averages; move it away")
@@ -186,7 +186,7 @@ def add_up(files: Sequence[Path], run: str, weights: np.ndarray, like: dict[str,
     """
     total = {name: torch.zeros(value.shape) for name, value in like.items()}
     for path, row in zip(files, weights, strict=True):
-        averages = read_snapshot(path, run)
+        averages = read_snapshot(path, run, whole=True)
         for sigma_rel, weight in zip(SIGMA_RELS, row, strict=True):
             average = averages[f"{sigma_rel:g}"]
             bad = [name for name, value in total.items() if getattr(average.get(name), "shape", None) != value.shape]

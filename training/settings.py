@@ -66,7 +66,7 @@ class TrainSettings(LoopSettings):
     weight_decay: float = option(0.02, "of AdamW; when resuming, default: the checkpoint's", lowest=0)
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     eps: float = 1e-8
-    ema_rate: float = option(0.9999)
+    ema_rate: float = option(0.9999, lowest=0, highest=1)
     ema_warmup: bool = option(False, "a lower EMA rate in the first steps, (1 + t) / (10 + t); published: off")
     posthoc_ema_freq: int = option(
         0,

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dataset.folders import BAD_IMAGE_CHOICES
 from models.latent_space import DiagonalGaussian
-from models.vae import AutoencoderKL
+from models.vae import LARGEST, MOST_LEVELS, AutoencoderKL
 from training.lr_sched import learning_rate
 from training.progress import Progress
 from training.settings import LoopSettings
@@ -42,18 +42,24 @@ class VaeSettings(LoopSettings):
     data_path: str = option(
         "./data/imagenet", "folder with train/<class>/<image> and, if there is one, val/<class>/<image>"
     )
-    img_size: int = option(256, "side of the images, pixels; a multiple of the stride 2^(levels - 1)", lowest=2)
+    img_size: int = option(
+        256, "side of the images, pixels; a multiple of the stride 2^(levels - 1)", lowest=2, highest=2**14
+    )
     class_num: int | None = option(
         None, "refuse a folder with more classes than this; the VAE itself has none", lowest=1
     )
     no_flip: bool = option(False, "never mirror images (for digits, text)")
     on_bad_image: str = option("error", choices=BAD_IMAGE_CHOICES)
-    vae_embed_dim: int = option(16, "latent channels", lowest=1)
-    width: int = option(128, "channels of the finest level", lowest=1)
+    vae_embed_dim: int = option(16, "latent channels", lowest=1, highest=LARGEST["embed_dim"])
+    width: int = option(128, "channels of the finest level", lowest=1, highest=LARGEST["ch"])
     ch_mult: str = option("1,1,2,2,4", "width of each level as a multiple of --width; n levels have stride 2^(n - 1)")
-    num_res_blocks: int = option(2, "residual blocks per encoder level; the decoder has one more", lowest=1)
+    num_res_blocks: int = option(
+        2, "residual blocks per encoder level; the decoder has one more", lowest=1, highest=LARGEST["num_res_blocks"]
+    )
     no_attention: bool = option(False, "no spatial attention at the coarsest level")
-    norm_groups: int = option(32, "groups of every GroupNorm; must divide the width of every level", lowest=1)
+    norm_groups: int = option(
+        32, "groups of every GroupNorm; must divide the width of every level", lowest=1, highest=LARGEST["norm_groups"]
+    )
     kl_weight: float = option(
         1e-6,
         "weight of the KL in nats per image; 1e-5 suits 64 latents (32-pixel digits), images with more latents need "
@@ -89,10 +95,14 @@ class VaeSettings(LoopSettings):
             multipliers = [int(part) for part in self.ch_mult.split(",")]
         except ValueError:
             multipliers = []
-        if not multipliers or min(multipliers) < 1:
+        if (
+            not 1 <= len(multipliers) <= MOST_LEVELS
+            or not 1 <= min(multipliers) <= max(multipliers) <= LARGEST["ch_mult"]
+        ):
             raise ArgumentError(
                 "ch_mult",
-                f"ch_mult takes positive whole numbers separated by commas, such as 1,1,2,2; got {self.ch_mult!r}",
+                "ch_mult takes positive whole numbers separated by commas, such as 1,1,2,2, at most "
+                f"{MOST_LEVELS} of at most {LARGEST['ch_mult']}; got {self.ch_mult!r:.60}",
             )
         return multipliers
 

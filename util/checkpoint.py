@@ -5,13 +5,15 @@ Knows no model: what the files of this project hold is in checkpoints/published.
 
 import argparse
 import hashlib
-import json
 import os
 import platform
 import random
 import re
 import threading
 import zipfile
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from util import dist
-from util.files import replacing, second_name, write_json
+from util.files import read_json, replacing, second_name, write_json
 from util.log import get_logger
 from util.options import ArgumentError, MissingFile
 
@@ -30,6 +32,8 @@ SAFE = "model.safetensors"
 NUMBERED = "checkpoint-{:08d}.pth"  # by step; beside LAST with --keep_last 2 or more
 NUMBER = re.compile(r"checkpoint-\d{8}\.pth")
 LISTING = "checkpoints.json"  # which numbered ones the folder's run wrote: name -> `file_mark` when it was complete
+WRAPPERS = ("module.", "_orig_mod.", "model.")  # before all keys of a wrapped module's state dict
+MODEL = "the model (was it trained with the same model, img_size, quant_bits, buffer_size, class_num?)"
 MARKED = 2**16  # bytes at the end of a file that `file_mark` reads: in a zip file, the checksums of its parts
 
 
@@ -41,12 +45,12 @@ def find_file(path: str | Path) -> Path:
     return path / SAFE if (path / SAFE).is_file() and not (path / LAST).is_file() else path / LAST
 
 
-def read_file(path: str | Path, argument: str = "", mmap: bool = False) -> dict:
+def read_file(path: str | Path, argument: str = "", mmap: bool = False, unchecked: Collection[str] = ()) -> dict:
     """The dict in a checkpoint file, on the CPU; code in the file is never run.
 
-    argument: whose value the path is. mmap: read tensors from the disk when they are used, so that an optimizer's are
-    never read; the file must not be rewritten meanwhile. MissingFile (a FileNotFoundError) or ArgumentError (a
-    ValueError), which name the file.
+    Tensors are compared with the checksums that the file has, but for those under the keys `unchecked`. argument: whose
+    value the path is. mmap: read tensors from the disk when they are used; the file must not be rewritten meanwhile.
+    MissingFile (a FileNotFoundError) or ArgumentError (a ValueError), which name the file.
     """
     path = Path(path)
     if not path.is_file():
@@ -65,7 +69,65 @@ def read_file(path: str | Path, argument: str = "", mmap: bool = False) -> dict:
         kind = type(content).__name__
         message = f'{path} is not a checkpoint: it holds a {kind}, not a dict with weights under "model"'
         raise ArgumentError(argument, message)
+    for name, tensor in _tensors(content):
+        if problem := _unusable(tensor):
+            raise ArgumentError(argument, f"{path}: the tensor {name} {problem}")
+    if damaged := _damaged(path, content, unchecked):
+        advice = "the file was changed or damaged after it was written; copy it again, or go back to an earlier one"
+        raise ArgumentError(argument, f"{path}: the checksum of {damaged} is wrong: {advice}")
     return {key: _detached(value) for key, value in content.items()}
+
+
+def _tensors(content: dict) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested dicts and lists, with its name."""
+    seen, left = set(), [("", content)]
+    while left:
+        name, value = left.pop()
+        if isinstance(value, Tensor):
+            yield name[1:], value
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            parts = value.items() if isinstance(value, dict) else enumerate(value)
+            left += [(f"{name}.{key}", part) for key, part in parts]
+
+
+def _unusable(tensor: Tensor) -> str:
+    """What a tensor of a file has that no file of weights needs, and that later fails or takes all memory."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        return f"is sparse, quantized or without values ({tensor.layout}, {tensor.device.type}); save it dense"
+    kept = tensor.untyped_storage().nbytes()
+    if tensor.numel() * tensor.element_size() > kept:
+        return f"has the shape {tuple(tensor.shape)}, but only {kept} bytes are in the file; save it contiguous"
+    return ""
+
+
+def _damaged(path: Path, content: dict, unchecked: Collection[str]) -> str:
+    """The name of a part of a zip file that does not match its CRC-32, "" if all do; torch.load compares none.
+
+    What was read is compared, not the file: each storage's checksum must be one of those in the file's directory.
+    """
+    if not zipfile.is_zipfile(path):
+        return ""  # torch.save's format before 1.6 has no checksums
+    with zipfile.ZipFile(path) as archive:
+        sums = {(part.file_size, part.CRC) for part in archive.infolist()}
+        if not any(crc for _, crc in sums):
+            return ""  # written with torch.serialization.set_crc32_options(False)
+        for name in archive.namelist():
+            if name.endswith(("/data.pkl", "/byteorder")):
+                try:
+                    archive.read(name)
+                except zipfile.BadZipFile:
+                    return name
+    checked = {key: value for key, value in content.items() if key not in unchecked}
+    storages = {tensor.untyped_storage().data_ptr(): (name, tensor) for name, tensor in _tensors(checked)}
+
+    def crc(tensor: Tensor) -> tuple[int, int]:
+        values = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+        return len(values), zlib.crc32(values)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        names, tensors = [name for name, _ in storages.values()], [tensor for _, tensor in storages.values()]
+        return next((name for name, crc32 in zip(names, pool.map(crc, tensors), strict=True) if crc32 not in sums), "")
 
 
 def _why_unreadable(error: Exception) -> str:
@@ -101,9 +163,7 @@ def _read_safetensors(path: Path, argument: str) -> dict:
         raise ArgumentError(argument, message) from error
     beside = path.with_name("config.json") if path.name == SAFE else path.with_suffix(".json")
     try:
-        config = json.loads(beside.read_text()) if beside.is_file() else {}
-        if not isinstance(config, dict):
-            raise ValueError("it holds no object")
+        config = read_json(beside, {"config?": dict, "weights?": str, "step?": int}) if beside.is_file() else {}
     except ValueError as error:
         message = f"{beside}, the description of {path}, is no JSON of tools.export: {error}"
         raise ArgumentError(argument, message) from error
@@ -129,10 +189,8 @@ def file_mark(path: Path) -> str:
 def read_listing(folder: Path) -> dict[str, str]:
     """What LISTING says; nothing if there is none, or it cannot be read."""
     try:
-        listed = json.loads((folder / LISTING).read_text())
+        listed = read_json(folder / LISTING)
     except (OSError, ValueError):
-        return {}
-    if not isinstance(listed, dict):
         return {}
     return {name: mark for name, mark in listed.items() if isinstance(mark, str) and NUMBER.fullmatch(name)}
 
@@ -161,32 +219,55 @@ def load_latest(resume: str | Path, mmap: bool = False) -> tuple[Path, dict]:
     raise failure
 
 
-def shape_of(value: object) -> tuple[int, ...] | str:
-    """A tensor's shape, or words for what is no tensor."""
-    return tuple(value.shape) if isinstance(value, Tensor) else f"no tensor but {type(value).__name__}"
+def plain_keys(state: dict) -> dict:
+    """A state dict without what DistributedDataParallel, torch.compile and the like put before all of its keys."""
+    prefix = ""
+    while state and (
+        wrapper := next((w for w in WRAPPERS if all(str(key).startswith(prefix + w) for key in state)), "")
+    ):
+        prefix += wrapper
+    return {key[len(prefix) :]: value for key, value in state.items()} if prefix else state
 
 
-def load_state(module: nn.Module, state: dict, source: str) -> None:
+def _shape_in_words(value: object) -> str:
+    """Shape, and dtype if it is no floating one; words for what is no tensor."""
+    if not isinstance(value, Tensor):
+        return f"no tensor but {type(value).__name__}"
+    return f"{tuple(value.shape)}" + (f" {value.dtype}" if not value.is_floating_point() else "")
+
+
+def check_shapes(
+    own: Mapping[str, Tensor], state: Mapping[str, object], source: str, what: str = MODEL, others: bool = False
+) -> None:
+    """ValueError, which names `source` and the first keys, unless `state` has the keys and shapes of `own`.
+
+    others: it may have other keys too.
+    """
+    missing = [key for key in own if key not in state]
+    unknown = [str(key) for key in state if key not in own and not others]
+    shapes = {key: (_shape_in_words(state[key]), _shape_in_words(own[key])) for key in own if key in state}
+    wrong = [f"{key}: file {file}, here {here}" for key, (file, here) in shapes.items() if file != here]
+    problems = [f"lacks {len(missing)} keys ({', '.join(missing[:3])})"] if missing else []
+    problems += [f"has {len(unknown)} unknown keys ({', '.join(unknown[:3])})"] if unknown else []
+    problems += [f"has {len(wrong)} weights of another shape ({'; '.join(wrong[:3])})"] if wrong else []
+    if problems:
+        raise ValueError(f"{source} does not fit {what}: {' and '.join(problems)}")
+
+
+def load_state(module: nn.Module, state: dict, source: str, what: str = MODEL, others: bool = False) -> None:
     """Strict load_state_dict whose ValueError names the file and the first keys that do not fit.
 
     NaN and infinite values are refused, except infinite ones where the module has them. Weights of another precision
     are converted; float32 buffers that a half-precision file holds rounded stay as the module computed them.
     """
     own = module.state_dict()
-    missing, unknown = [key for key in own if key not in state], [key for key in state if key not in own]
-    shapes = {key: (shape_of(state[key]), shape_of(own[key])) for key in own if key in state}
-    wrong = [f"{key}: file {file}, model {model}" for key, (file, model) in shapes.items() if file != model]
-    problems = [f"lacks {len(missing)} keys ({', '.join(missing[:3])})"] if missing else []
-    problems += [f"has {len(unknown)} unknown keys ({', '.join(unknown[:3])})"] if unknown else []
-    problems += [f"has {len(wrong)} weights of another shape ({'; '.join(wrong[:3])})"] if wrong else []
-    if problems:
-        sizes = "was it trained with the same model, img_size, quant_bits, buffer_size, class_num?"
-        raise ValueError(f"{source} does not fit the model ({sizes}): {' and '.join(problems)}")
-    not_finite = [
-        key
-        for key, value in own.items()
-        if state[key].isnan().any() or (state[key].isinf() & value.isfinite().to(state[key].device)).any()
-    ]
+    check_shapes(own, state, source, what, others)
+
+    def is_finite(value: Tensor, here: Tensor) -> bool:
+        value = value.to(here.dtype)
+        return not (value.isnan().any() or (value.isinf() & here.isfinite().to(value.device)).any())
+
+    not_finite = [key for key, here in own.items() if not is_finite(state[key], here)]
     if not_finite:
         raise ValueError(f"{source} holds NaN or infinite weights, first: {', '.join(not_finite[:3])}")
     rounded = [
@@ -198,7 +279,7 @@ def load_state(module: nn.Module, state: dict, source: str) -> None:
     ]
     if rounded:
         logger.info("%s is in half precision: %s are computed, not read", source, ", ".join(rounded))
-    module.load_state_dict(state | {key: own[key] for key in rounded}, strict=True)
+    module.load_state_dict({key: own[key] if key in rounded else state[key] for key in own}, strict=True)
 
 
 def atomic_save(content: object, path: str | Path) -> None:

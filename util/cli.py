@@ -45,7 +45,7 @@ class ProcessOptions:
     """
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes cuda where there is one")
-    seed: int = option(0, "seed of every random draw", lowest=0)
+    seed: int = option(0, "seed of every random draw", lowest=0, highest=2**63 - 1)
     num_workers: int = option(
         10, "loader processes per training process, by default at most its cores; 0 loads in the process", lowest=0
     )

@@ -8,10 +8,21 @@ wherever the settings are built, so that the library and the command line refuse
 import argparse
 import contextlib
 import dataclasses
+import functools
 import math
+import numbers
+import os
 import types
 import typing
 from collections.abc import Collection, Iterator, Sequence
+
+LARGEST = 10**9  # of an option that has no bound of its own: more is a slip, and would not end
+KINDS = (  # of an option's values
+    (bool, "True or False"),
+    (numbers.Integral, "a whole number"),
+    (numbers.Real, "a number"),
+    ((str, os.PathLike), "text"),
+)
 
 
 class ArgumentError(ValueError):
@@ -56,8 +67,8 @@ def option(
 ) -> typing.Any:
     """A dataclass field that is a flag too.
 
-    lowest, highest: inclusive bounds of a number (of each, where there are several); above: an exclusive lower one.
-    Numbers must be finite. check=False leaves the bounds to the settings' own checks.
+    lowest, highest: inclusive bounds of a number (of each, where there are several), LARGEST unless given; above: an
+    exclusive lower one. Numbers must be finite. check=False leaves the bounds to the settings' own checks.
     """
     kept = Option(
         help, None if choices is None else tuple(choices), lowest, highest, above, nargs, metavar, const, check
@@ -121,12 +132,30 @@ def check_options(settings: object) -> None:
     """ArgumentError naming the first field whose value is outside its choices or bounds, or not finite; for
     `__post_init__`.
     """
+    kinds = _kinds(type(settings))
     for name, field in option_fields(type(settings)).items():
         kept, value = field.metadata["option"], getattr(settings, name)
-        if not kept.check or value is None:
-            continue
-        for part in value if isinstance(value, (tuple, list)) else (value,):
-            _check_value(name, kept, part)
+        if value is None and field.default is not None and kinds[name] in (bool, int, float):
+            raise ArgumentError(name, f"{name} must have a value, got None")
+        for part in value if isinstance(value, (tuple, list)) else () if value is None else (value,):
+            _check_kind(name, kinds[name], part)
+            if kept.check:
+                _check_value(name, kept, part)
+
+
+@functools.cache
+def _kinds(settings: type) -> dict[str, type]:
+    hints = typing.get_type_hints(settings)
+    return {name: _value_type(hints[name]) for name in option_fields(settings)}
+
+
+def _check_kind(name: str, kind: type, value: object) -> None:
+    """ArgumentError for a value, from a file or from Python, that the command line could not give."""
+    if isinstance(value, int) and abs(value) >= 2**64:
+        raise ArgumentError(name, f"{name} must be a number of at most 64 bits")
+    base, words = next(((base, words) for base, words in KINDS if issubclass(kind, base)), (object, ""))
+    if not isinstance(value, base) or isinstance(value, bool) != issubclass(kind, bool):
+        raise ArgumentError(name, f"{name} must be {words}, got {value!r:.60}")
 
 
 def _check_value(name: str, kept: Option, value: object) -> None:
@@ -140,8 +169,9 @@ def _check_value(name: str, kept: Option, value: object) -> None:
         raise ArgumentError(name, f"{name} must be above {kept.above}, got {value}")
     if kept.lowest is not None and value < kept.lowest:
         raise ArgumentError(name, f"{name} must be at least {kept.lowest}, got {value}")
-    if kept.highest is not None and value > kept.highest:
-        raise ArgumentError(name, f"{name} must be at most {kept.highest}, got {value}")
+    highest = LARGEST if kept.highest is None else kept.highest
+    if value > highest:
+        raise ArgumentError(name, f"{name} must be at most {highest}, got {value}")
 
 
 @contextlib.contextmanager

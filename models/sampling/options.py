@@ -16,6 +16,8 @@ from util.options import ArgumentError, check_options, option
 FeatureSource = Callable[[Tensor, Tensor, int, Tensor, float], Tensor]
 """values (B, L, C), orders (B, L), number of masked tokens, target positions (B, M), guidance scale -> z (B, M, D)."""
 
+LOWEST_TEMPERATURE = 1e-4  # logits divided by less overflow
+
 
 @dataclass(kw_only=True)
 class SamplerOptions:
@@ -25,8 +27,8 @@ class SamplerOptions:
     line between. reuse_features, reuse_guidance: see reuse.py; 1 recomputes at every step. compile: see compiled.py.
     """
 
-    num_iter: int = option(64, "sampling steps", lowest=1)
-    cfg: float = option(1.0, "guidance scale; 1 means none")
+    num_iter: int = option(64, "sampling steps", lowest=1, highest=10**5)
+    cfg: float = option(1.0, "guidance scale; 1 means none", lowest=-1e4, highest=1e4)
     cfg_schedule: str = option("linear", "guidance over the steps; linear as published", choices=CFG_SCHEDULES)
     cfg_interval: tuple[float, float] = option(
         (0.2, 0.8),
@@ -36,15 +38,16 @@ class SamplerOptions:
         nargs=2,
         metavar=("FROM", "TO"),
     )
-    temperature: float = option(1.0, "divides the logits; 0 means argmax", lowest=0)
+    temperature: float = option(1.0, "divides the logits; 0 means argmax", lowest=0, highest=1e4)
     temperature_schedule: str = option(
         "constant", "linear and cosine go from temperature to temperature_end", choices=TEMPERATURE_SCHEDULES
     )
-    temperature_end: float = option(0.0, lowest=0)
+    temperature_end: float = option(0.0, lowest=0, highest=1e4)
     channel_temperature: tuple[float, ...] = option(
         (),
         "factors of the temperature by dimension in the head's order: one each, or two, for the first and the last",
         lowest=0,
+        highest=1e4,
         nargs="+",
         metavar="FACTOR",
     )
@@ -52,7 +55,7 @@ class SamplerOptions:
     top_p: float = option(1.0, "sample from the most likely levels that make up this probability", above=0, highest=1)
     order: str = option("random", "which tokens are revealed first; random as published", choices=ORDERS)
     mask_schedule: str = option("cosine", "how many tokens stay masked over the steps", choices=MASK_SCHEDULES)
-    confidence_temperature: float = option(1.0, "for order confidence: weight of its noise", lowest=0)
+    confidence_temperature: float = option(1.0, "for order confidence: weight of its noise", lowest=0, highest=1e6)
     reuse_features: int = option(
         1, "run the whole backbone at every n-th step, only the changed tokens in between (approximate)", lowest=1
     )
@@ -65,6 +68,10 @@ class SamplerOptions:
         check_options(self)
         if len(self.cfg_interval) != 2 or self.cfg_interval[0] > self.cfg_interval[1]:
             raise ArgumentError("cfg_interval", f"cfg_interval must be two shares, from <= to, got {self.cfg_interval}")
+        for name in ("temperature", "temperature_end"):
+            if 0 < getattr(self, name) < LOWEST_TEMPERATURE:
+                lowest = f"{name} must be 0, which takes the likeliest level, or at least {LOWEST_TEMPERATURE:g}"
+                raise ArgumentError(name, f"{lowest}; got {getattr(self, name):g}")
         for name in ("reuse_features", "reuse_guidance"):
             if self.compile and getattr(self, name) > 1:
                 raise ArgumentError(

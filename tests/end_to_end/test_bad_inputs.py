@@ -10,6 +10,7 @@ import shlex
 import shutil
 import socket
 import struct
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 import main_tokenbridge
 from tests.helpers import Explosive, tiny_vae, write_image_folder
@@ -74,6 +76,33 @@ def write_bad_checkpoints(root: Path) -> None:
             if tensor is None:
                 del content[part]["mask_token"]
         torch.save(content, root / f"{name}.pth")
+    for name, setting, value in (
+        ("deep", "decoder_depth", 10**12),
+        ("many", "class_num", 900_000),
+        ("text_depth", "encoder_depth", "three"),
+    ):
+        content = torch.load(last, weights_only=True)
+        content["config"]["model"][setting] = value
+        torch.save(content, root / f"{name}.pth")
+    flip_a_byte(last, root / "flipped.pth")
+    for name, tensor in (
+        ("expanded", torch.zeros(1).expand(10**6, 10**6)),
+        ("sparse", torch.eye(3).to_sparse()),
+        ("meta", torch.zeros(1, 1, 128, device="meta")),
+    ):
+        torch.save({"model": {"mask_token": tensor}}, root / f"{name}.pth")
+    torch.save({"model": {"diffloss.net.x": torch.zeros(2)}, "model_ema": {}, "args": {}}, root / "mar.pth")
+    diffusers = {"encoder.mid_block.resnets.0.conv1.weight": torch.zeros(2), "encoder.conv_in.weight": torch.zeros(2)}
+    save_file(diffusers, root / "diffusion_pytorch_model.safetensors")
+
+
+def flip_a_byte(path: Path, copy: Path) -> None:
+    """A copy of torch.save's file with another bit in the middle of its largest tensor."""
+    with zipfile.ZipFile(path) as archive:
+        largest = max((part for part in archive.infolist() if "/data/" in part.filename), key=lambda p: p.file_size)
+    content = bytearray(path.read_bytes())
+    content[largest.header_offset + 200 + largest.file_size // 2] ^= 1
+    copy.write_bytes(content)
 
 
 def write_bad_vaes(root: Path) -> None:
@@ -83,11 +112,18 @@ def write_bad_vaes(root: Path) -> None:
         "less": lambda weights: weights.pop(key),
         "shape": lambda weights: weights.update({key: weights[key][:4]}),
         "nan": lambda weights: weights[key].fill_(float("nan")),
+        "int": lambda weights: weights.update({key: weights[key].long()}),
+        "large": lambda weights: weights.update({key: weights[key].double() * 1e300}),
     }.items():
         content = torch.load(root / "vae.pth", weights_only=True)
         change(content["model"])
         torch.save(content, root / f"vae_{name}.pth")
     torch.save({"model": {}, "config": {"width": 3}}, root / "vae_config.pth")
+    for name, sizes in (("huge", {"num_res_blocks": 10**9}), ("wide", {"ch": 4096})):
+        content = torch.load(root / "vae.pth", weights_only=True)
+        content["config"] |= sizes
+        torch.save(content, root / f"vae_{name}.pth")
+    flip_a_byte(root / "vae.pth", root / "vae_flipped.pth")
 
 
 @pytest.fixture(scope="module")

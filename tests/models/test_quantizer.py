@@ -261,7 +261,7 @@ def test_lloyd_tables_of_odd_latents_are_tables(kind, bits):
         ),
         (
             '{"kind": "x", "boundaries": [-3, 0, 3], "reconstruction_values": [-1, NaN], "min": -5, "max": 5}',
-            "no quantizer's tables",
+            "reconstruction_values is nan, expected a finite number",
         ),
     ],
 )

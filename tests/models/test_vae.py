@@ -244,7 +244,7 @@ def test_without_config_a_file_is_kl16(tmp_path):
     ("change", "message"),
     [
         (lambda w: w.pop("decoder.conv_in.bias"), r"lacks 1 .*decoder\.conv_in\.bias"),
-        (lambda w: w.update({"quant_conv.bias": torch.zeros(3)}), r"quant_conv\.bias: file \(3,\), VAE \(8,\)"),
+        (lambda w: w.update({"quant_conv.bias": torch.zeros(3)}), r"quant_conv\.bias: file \(3,\), here \(8,\)"),
         (lambda w: w.update({"quant_conv.bias": torch.full((8,), math.nan)}), r"NaN.*quant_conv\.bias"),
         (lambda w: w.update({"quant_conv.bias": torch.full((8,), math.inf)}), r"infinite.*quant_conv\.bias"),
         (lambda w: w.update({"quant_conv.bias": 5}), r"quant_conv\.bias: file no tensor but int"),

@@ -12,12 +12,13 @@ from tools.plot import draw, main, read_columns, smooth
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A log of 10 steps, one of them skipped, details at every fifth, its last line incomplete."""
+    """A log of 10 steps, one of them skipped, details at every fifth, three damaged lines."""
     lines = [{"step": i, "lr": i * 1e-4, "loss": 4 - i / 10, "grad_norm": 1.0 + i} for i in range(1, 11)]
     for line in lines[4::5]:
         line["loss_per_dim"] = [3.0, 1.0]
+    lines.append(lines[0] | {"loss": "x"})
     lines[3] = {"step": 4, "lr": 4e-4, "skipped": True}
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 11, "lo')
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '5\n{"step": 11, "lo')
     return tmp_path
 
 

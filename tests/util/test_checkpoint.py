@@ -161,7 +161,7 @@ def test_strict_loading_into_the_model():
     [
         (lambda s: s.pop("mask_token"), r"a\.pth does not fit.*lacks 1 keys \(mask_token\)"),
         (lambda s: s.update(other=torch.zeros(1)), r"1 unknown keys \(other\)"),
-        (lambda s: s.update(mask_token=torch.zeros(1, 1, 7)), r"mask_token: file \(1, 1, 7\), model \(1, 1, 96\)"),
+        (lambda s: s.update(mask_token=torch.zeros(1, 1, 7)), r"mask_token: file \(1, 1, 7\), here \(1, 1, 96\)"),
         (lambda s: s.update(mask_token="weights"), r"mask_token: file no tensor but str"),
         (
             lambda s: s["z_proj.bias"].__setitem__(3, math.nan),
