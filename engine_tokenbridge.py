@@ -1,16 +1,21 @@
-"""The loops: `train` over epochs, `train_one_epoch` over optimizer steps (training/step.py has one step)."""
+"""The loops: `train` over epochs, `train_one_epoch` over steps (training/step.py), `evaluate` over sampler settings."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from checkpoints.build import loaded_weights
 from dataset.images import read_image, save_grid, to_tensor
 from dataset.loader import GlobalBatchSampler, build_loader
 from dataset.training_set import DataOptions, build_dataset
+from evaluation.evaluator import Evaluator
+from evaluation.published import comparison
+from evaluation.report import sweep_table, write_sweep
 from generation.pipeline import GenerationSettings, generate_batches
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
@@ -27,6 +32,7 @@ from training.step import accumulate, draw_step, optimizer_step, set_learning_ra
 from util import checkpoint, dist
 from util.log import JsonlLog, get_logger
 from util.options import ArgumentError
+from util.presets import Preset
 
 logger = get_logger()
 
@@ -55,7 +61,7 @@ def train(
     sampler = GlobalBatchSampler(len(dataset), settings.batch_size, dist.rank(), dist.world_size(), settings.seed)
     settings = settings.prepared(steps_in_epoch(len(dataset), len(sampler), settings), device)
     check_sharding(settings.fsdp, device)
-    evaluate = make_evaluator(dataset.classes) if run.online_eval else None
+    score = make_evaluator(dataset.classes) if run.online_eval else None
     samples.check(model.token_dim)
     vae.to(memory_format=torch.channels_last)  # faster convolutions; for images only, a cache needs no VAE
     state, outputs = start(model, vae, dataset, device, settings, run, arguments, resumed)
@@ -69,7 +75,7 @@ def train(
             stopped = train_one_epoch(
                 state, vae, loader, settings, device, outputs.log, outputs=outputs, should_stop=stop.agreed
             )
-            end_of_epoch(state, vae, settings, samples, outputs, evaluate, epoch=epoch, stopped=stopped)
+            end_of_epoch(state, vae, settings, samples, outputs, score, epoch=epoch, stopped=stopped)
     if stopped:
         logger.info(
             "stopped by a signal after step %d of %d; the same command with --resume %s continues",
@@ -160,7 +166,7 @@ def end_of_epoch(
     settings: TrainSettings,
     samples: GenerationSettings,
     outputs: RunOutputs,
-    evaluate: Callable | None,
+    score: Callable | None,
     *,
     epoch: int,
     stopped: bool,
@@ -173,12 +179,45 @@ def end_of_epoch(
         outputs.save_checkpoint()
     if stopped:
         return
-    if evaluate is not None and (finished or due(epoch, run.eval_freq)):
-        evaluate(state.averaged_model(), vae, state.step)
+    if score is not None and (finished or due(epoch, run.eval_freq)):
+        score(state.averaged_model(), vae, state.step)
     ended = state.step % settings.steps_per_epoch == 0
     if run.sample_freq and (finished or ended and (epoch + 1) % run.sample_freq == 0):
         grid = sample_grid(state.averaged_model(), vae, samples, outputs.sample_path(), state.device)
         outputs.log_image("samples", grid)
+
+
+def evaluate(
+    evaluator: Evaluator,
+    model: TokenBridge,
+    vae: AutoencoderKL,
+    pairs: Sequence[tuple[float, float]],
+    *,
+    checkpoint: Path,
+    weights: str,
+    preset: Preset | None = None,
+) -> list[dict]:
+    """--evaluate: scores at each pair of guidance scale and temperature, each of which resumes where it was killed.
+
+    Appends a line each to OUT/eval.jsonl; of several, a table, CSV and plot. weights: "ema" or "model", which were
+    loaded from `checkpoint`. preset: an evaluation whose figures are printed beside these. The records on rank 0.
+    """
+    hashes = loaded_weights(model, vae, checkpoint, evaluator.about["vae_path"])
+    about = {"checkpoint": str(checkpoint), "weights": weights, "vae_config": vae.config} | hashes
+    records = []
+    for cfg, temperature in pairs:
+        settings = replace(evaluator.settings, cfg=cfg, temperature=temperature)
+        store = evaluator.store(model, settings, about)
+        record = evaluator(model, vae, settings=settings, store=store, folder=str(store.folder), **about)
+        records += [record] if record is not None else []
+    dist.barrier()
+    if len(records) > 1:
+        print(sweep_table(records))
+        write_sweep(records, evaluator.output)
+        logger.info("wrote %s and %s", evaluator.output / "eval_sweep.csv", evaluator.output / "eval_sweep.png")
+    for record in records if preset is not None and preset.evaluates else ():
+        print(comparison(preset, record))
+    return records
 
 
 def steps_in_epoch(samples: int, micro_batches: int, settings: TrainSettings) -> int:
@@ -206,6 +245,8 @@ def announce(name: str, settings: TrainSettings, images: int, state: TrainState)
         *(model.num_tokens, model.token_dim, levels, images, settings.images_per_step, settings.lr),
         *(settings.epochs, settings.steps_per_epoch, settings.precision, state.device),
     )
+    for line in settings.schedule_warnings():
+        logger.warning("%s", line)
     chance = math.log(levels)
     start = initial_loss(levels, model.config.channel_embed_dim)
     logger.info("chance level is ln %d = %.3f; the loss of an untrained model is about %.2f", levels, chance, start)

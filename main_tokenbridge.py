@@ -22,10 +22,17 @@ from typing import NamedTuple
 import torch
 
 from checkpoints import download
-from checkpoints.build import StructureOptions, build_model, class_names, load_generator_weights, read_checkpoint
+from checkpoints.build import (
+    StructureOptions,
+    build_model,
+    class_names,
+    load_generator_weights,
+    loaded_weights,
+    read_checkpoint,
+)
 from dataset.record import read_record
 from dataset.training_set import DataOptions
-from engine_tokenbridge import train
+from engine_tokenbridge import evaluate, train
 from evaluation.evaluator import EvaluationOptions, Evaluator
 from generation.pipeline import Pipeline, generation_settings
 from generation.sample import SampleOptions, sample
@@ -214,11 +221,13 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
     loaded = load_models(args, given, device)
     model, vae, source, content = loaded
     if args.evaluate:
-        about = {"vae_path": args.vae_path, "weights": args.weights, "preset": preset}
         with doing("evaluating"):
-            make_evaluator(args, device, class_names(content)).run(model, vae, pairs, checkpoint=source, **about)
+            evaluator = make_evaluator(args, device, class_names(content))
+            evaluate(evaluator, model, vae, pairs, checkpoint=source, weights=args.weights, preset=preset)
     elif args.sample:
         options = read_options(SampleOptions, args, num_images=args.num_images if "num_images" in given else None)
+        if dist.world_size() > 1:
+            loaded_weights(model, vae, source, args.vae_path)
         about = {"checkpoint": str(source), "step": content.get("step"), "weights": args.weights}
         scales = [cfg for cfg, _ in pairs]
         pipeline = Pipeline(model, vae, class_names=class_names(content))

@@ -15,7 +15,18 @@ from models.quantizer import MAX_BITS, check_range
 from models.quantizer_tables import QUANTIZERS, build_quantizer
 from models.tokenbridge import TokenBridge
 from models.vae_loading import load_vae
-from util.checkpoint import LAST, SAFE, check_shapes, find_file, load_latest, load_state, numbered, read_file
+from util import dist
+from util.checkpoint import (
+    LAST,
+    SAFE,
+    check_shapes,
+    find_file,
+    fingerprint,
+    load_latest,
+    load_state,
+    numbered,
+    read_file,
+)
 from util.ema import initial_share
 from util.files import check_schema
 from util.log import get_logger
@@ -298,6 +309,13 @@ def load_generator_weights(model: TokenBridge, content: dict, source: Path, whic
         )
     load_state(model, state, f"{source} ({which} weights)")
     logger.info("loaded the %s weights of %s", which, source)
+
+
+def loaded_weights(model: TokenBridge, vae: LatentSpace, source: Path, vae_path: str | Path) -> dict[str, str]:
+    """SHA-256 of the weights as they were loaded. ValueError unless all processes have the same; all must call it."""
+    hashes = {"weights_sha256": fingerprint(model.state_dict()), "vae_weights_sha256": fingerprint(vae.state_dict())}
+    dist.check_same(hashes, f"{source} (--resume) or {vae_path} (--vae_path)")
+    return hashes
 
 
 def load_model(

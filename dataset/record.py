@@ -42,7 +42,7 @@ SCHEMA = {
     **{"latent_fingerprint?": (str, None), "vae?": dict, "scale_factor?": NUMBERS, "shift?": NUMBERS},
     "quantizer?": {"kind": str, "bits": int, "min": float, "max": float, "reconstruction_values": [float]},
 }
-OF_SHARDS = {"flips": bool, "classes": [str], "shards": list, "images": int, "mode": MODES}
+OF_SHARDS = {"flips": bool, "classes": [str], "shards": list, "images": int}
 
 
 @dataclass(frozen=True)

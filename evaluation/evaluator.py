@@ -18,9 +18,8 @@ from dataset.images import to_uint8
 from evaluation.image_metrics import psnr
 from evaluation.inception import InceptionFeatures, fetch_inception_weights
 from evaluation.metrics import IS_SPLITS, METRICS, Reference
-from evaluation.published import comparison
 from evaluation.reference import check_published, load_reference_stats, load_references
-from evaluation.report import scores_in_words, sweep_table, write_sweep
+from evaluation.report import scores_in_words
 from evaluation.scores import evaluate
 from evaluation.store import SAVE_IMAGES, EvalStore
 from generation.pipeline import GenerationSettings, generate_batches
@@ -29,17 +28,14 @@ from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util import dist
 from util.cli import check_writable
-from util.files import file_sha256, write_json, writing
+from util.files import file_sha256, unchanged, write_json, writing
 from util.log import get_logger
 from util.options import ArgumentError, check_options, option
-from util.presets import Preset
 
 logger = get_logger()
 FEW_IMAGES = 10_000  # with fewer, FID is visibly too high
 ROUNDTRIP_PSNR = 15.0  # dB; a VAE that fits its latents gives 25 and more
 ROUNDTRIP_STD = (0.25, 4.0)  # of scaled latents, which are made to have 1
-# Options of earlier versions, at the only values that still exist: they keep the names of the stores' folders.
-FORMER_SETTINGS = {"draw": "inverse", "confidence_candidates": 0.0}
 
 
 @dataclass(frozen=True)
@@ -173,8 +169,11 @@ def plain(settings: GenerationSettings) -> dict[str, object]:
 
 
 def store_key(settings: GenerationSettings, inputs: dict[str, object], about: dict[str, object]) -> dict[str, object]:
-    """Everything that an evaluation's images and features depend on; references and the checkpoint's path do not."""
-    key = FORMER_SETTINGS | plain(settings) | inputs | about
+    """Everything that an evaluation's images and features depend on; references and the checkpoint's path do not.
+
+    about: the hashes of the weights, the configs of model and VAE, the device.
+    """
+    key = plain(settings) | inputs | about
     others = ("checkpoint", "fid_stats", "fid_stats_sha256", "pr_reference", "pr_reference_sha256")
     return {name: value for name, value in key.items() if name not in others}
 
@@ -183,6 +182,7 @@ def model_record(model: TokenBridge, device: torch.device) -> dict[str, object]:
     """What a record says of the model and of where it ran."""
     return {
         "img_size": model.config.img_size,
+        "model_config": model.config.to_dict(),
         "head_start": model.head_start,
         "class_num": model.class_num,
         "quant_bits": model.config.quant_levels.bit_length() - 1,
@@ -222,15 +222,17 @@ class Evaluator:
     ) -> "Evaluator":
         """Read the Inception weights and the references; every process calls it. ValueError or OSError for bad ones.
 
-        about: further entries of each record, such as the model's name and vae_path.
+        about: further entries of each record, such as the model's name, vae_path, and class_names of the data.
         """
         options.check_enough_images()
         options.check_references(img_size)
         features = InceptionFeatures(options.inception_weights, device)
         loading = dict(batch_size=options.eval_bsz, num_workers=num_workers)
-        reference = load_references(options.fid_stats, options.pr_reference, features, img_size, **loading)
+        with unchanged(options.fid_stats, options.pr_reference):
+            inputs = options.describe() | {"inception_sha256": features.sha256}
+            reference = load_references(options.fid_stats, options.pr_reference, features, img_size, **loading)
+        dist.check_same(inputs, f"{options.fid_stats} (--fid_stats), --pr_reference or the Inception weights")
         output = check_writable(output_dir, "--output_dir")
-        inputs = options.describe() | {"inception_sha256": features.sha256}
         if reference.features is None and dist.is_main():
             published = img_size == download.PUBLISHED_SIZE
             hint = download.PRECISION_RECALL_HINT if published else "they need images or features (--pr_reference)"
@@ -241,6 +243,12 @@ class Evaluator:
                 "%d images make FID too high: compare with runs of as many only, or add --fid_infinity; "
                 "published numbers use 50,000",
                 options.num_images,
+            )
+        if dist.is_main() and (reference.num_images or FEW_IMAGES) < FEW_IMAGES:
+            logger.warning(
+                "%s (--fid_stats) is of %d images only, which makes FID too high too: compare with scores against the "
+                "same file only; published references are of 50,000 images and more",
+                *(options.fid_stats, reference.num_images),
             )
         return cls(options, settings, device, features, reference, output, inputs, about)
 
@@ -258,15 +266,19 @@ class Evaluator:
         Rank 0 returns that record, the others None.
         """
         settings, started = settings or self.settings, time.perf_counter()
-        labels = balanced_labels(self.options.num_images, range(model.class_num))
-        logger.info("%d images: %s", len(labels), spread_of_labels(labels, model.class_num))
+        classes = self.trained_classes(model)
+        labels = balanced_labels(self.options.num_images, range(classes))
+        logger.info("%d images: %s", len(labels), spread_of_labels(labels, classes))
+        if classes < model.class_num:
+            unseen = "the model has %d classes, but was trained on the first %d only: images are of these"
+            logger.warning(unseen, model.class_num, classes)
         make_images = ImageMaker(model, vae, labels, settings, self.device)
         more = dict(store=store, requested=self.options.requested, device=self.device)
         scores = evaluate(make_images, labels, settings.batch_size, self.features, self.reference, **more)
         if scores is None:
             return None
         record = scores | {"vae_roundtrip": make_images.roundtrip} | plain(settings) | self.inputs | self.about | about
-        record |= model_record(model, self.device)
+        record |= model_record(model, self.device) | {"classes": classes}
         record |= {"seconds": time.perf_counter() - started, "time": time.time()}
         lines = self.output / "eval.jsonl"
         with writing(lines), lines.open("a") as file:
@@ -274,6 +286,10 @@ class Evaluator:
         pair = (settings.cfg, settings.temperature, settings.num_iter)
         logger.info("cfg %g, temperature %g, %d iterations: %s", *pair, scores_in_words(record))
         return record
+
+    def trained_classes(self, model: TokenBridge) -> int:
+        """How many classes of the model it was trained on, from the first on; all where their names are not known."""
+        return min(len(self.about.get("class_names") or ()) or model.class_num, model.class_num)
 
     def during_training(
         self, pairs: Sequence[tuple[float, float]], model: TokenBridge, vae: AutoencoderKL, step: int
@@ -283,45 +299,11 @@ class Evaluator:
             settings = replace(self.settings, cfg=cfg, temperature=temperature)
             self(model, vae, settings=settings, step=step, weights="ema")
 
-    def run(
-        self,
-        model: TokenBridge,
-        vae: AutoencoderKL,
-        pairs: Sequence[tuple[float, float]],
-        *,
-        checkpoint: Path,
-        vae_path: str | Path,
-        weights: str,
-        preset: Preset | None = None,
-    ) -> list[dict]:
-        """--evaluate: each pair of guidance scale and temperature, in its own folder; table, CSV and plot of several.
-
-        preset: an evaluation whose figures are printed beside these. Returns the records on rank 0.
-        """
-        hashes = None
-        if dist.is_main():
-            hashes = {"checkpoint_sha256": file_sha256(checkpoint), "vae_sha256": file_sha256(vae_path)}
-        about = {"checkpoint": str(checkpoint), "weights": weights, "vae_config": vae.config}
-        about |= dist.broadcast_from_main(hashes)
-        records = []
-        for cfg, temperature in pairs:
-            settings = replace(self.settings, cfg=cfg, temperature=temperature)
-            folder = self._folder(settings, about)
-            store = EvalStore(folder, self.options.save_images)
-            record = self(model, vae, settings=settings, store=store, folder=str(folder), **about)
-            records += [record] if record is not None else []
-        dist.barrier()
-        if len(records) > 1:
-            print(sweep_table(records))
-            write_sweep(records, self.output)
-            logger.info("wrote %s and %s", self.output / "eval_sweep.csv", self.output / "eval_sweep.png")
-        for record in records if preset is not None and preset.evaluates else ():
-            print(comparison(preset, record))
-        return records
-
-    def _folder(self, settings: GenerationSettings, about: dict[str, object]) -> Path:
-        """The folder of one setting's store, with settings.json in it."""
-        key = store_key(settings, self.inputs, about)
+    def store(self, model: TokenBridge, settings: GenerationSettings, about: dict[str, object]) -> EvalStore:
+        """Where the features (and images) of one setting are kept: OUT/eval/cfg..., with settings.json in it."""
+        where = {"device": self.device.type, "tf32": dist.allows_tf32(self.device)}
+        what = {"model_config": model.config.to_dict(), "classes": self.trained_classes(model)}
+        key = store_key(settings, self.inputs, about | what | where)
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
         pair = (settings.cfg, settings.temperature)
         folder = self.output / "eval" / "cfg{:g}-t{:g}-{}".format(*pair, digest)
@@ -329,4 +311,4 @@ class Evaluator:
             write_json(folder / "settings.json", key)
         kept = "features" if self.options.save_images == "none" else "features and images"
         logger.info("cfg %g, temperature %g: %s in %s", *pair, kept, folder)
-        return folder
+        return EvalStore(folder, self.options.save_images)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from util.dist import agree, float32_precision
-from util.files import file_sha256
+from util.files import file_sha256, unchanged
 from util.launcher import launched
 from util.log import first_line
 from util.options import ArgumentError
@@ -82,16 +82,21 @@ class InceptionFeatures:
 
     def __init__(self, weights: str | None, device: torch.device):
         path = fetch_inception_weights(weights)
-        try:
-            torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity itself would run code in the file
-            network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
-        except Exception as error:
-            message = f"{path} does not hold torch-fidelity's Inception weights: {first_line(error)}"
-            raise ArgumentError("inception_weights", message) from error
+        with unchanged(path):
+            self.sha256 = file_sha256(path)
+            network = self._load(path)
         self.network = network.to(device)
         # this branch's channels come first in the block's 768
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
-        self.device, self.sha256 = device, file_sha256(path)
+        self.device = device
+
+    def _load(self, path: Path) -> torch.nn.Module:
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity itself would run code in the file
+            return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
+        except Exception as error:
+            message = f"{path} does not hold torch-fidelity's Inception weights: {first_line(error)}"
+            raise ArgumentError("inception_weights", message) from error
 
     def _keep_spatial(self, module: torch.nn.Module, inputs: object, output: Tensor) -> None:
         self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)

@@ -7,7 +7,6 @@ any VAE, in a small JSON file beside its weights, which takes precedence: kl16.c
 Letters: B batch, C latent channels, h and w latent grid.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from util.checkpoint import fingerprint
 from util.files import conforms, read_json
 from util.options import ArgumentError
 
@@ -198,10 +198,7 @@ class LatentSpace:
         weights = {k: v for k, v in sorted(self.state_dict().items()) if not k.startswith(DECODER_KEYS)}
         if not weights:
             raise ValueError("this VAE has no weights outside its decoder, so nothing identifies its latent space")
-        digest = hashlib.sha256()
-        for name, value in weights.items():
-            digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(weights)
 
     def scale(self, z: Tensor) -> Tensor:
         """Raw latents -> the transformer's latents of about unit variance: (z - shift) * scale_factor, (B, C, h, w)."""

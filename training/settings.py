@@ -85,6 +85,16 @@ class TrainSettings(LoopSettings):
         """The global batch."""
         return self.batch_size * self.accum_iter * dist.world_size()
 
+    def schedule_warnings(self) -> list[str]:
+        """What is odd about the learning rate's schedule, in words; after `prepared`."""
+        epochs, found = self.total_steps / self.steps_per_epoch, []
+        if self.warmup_epochs >= epochs:
+            share = f"the learning rate ends at {100 * epochs / self.warmup_epochs:.0f} % of {self.lr:.3g}"
+            found.append(f"warmup_epochs {self.warmup_epochs} is no shorter than the run of {epochs:g} epochs: {share}")
+        if self.min_lr > self.lr and self.lr_schedule == "cosine":
+            found.append(f"min_lr {self.min_lr:g} is above lr {self.lr:.3g}: the learning rate rises after the warm-up")
+        return found
+
     @property
     def optimizer(self) -> dict[str, object]:
         """AdamW's own settings, as checkpoints record them."""

@@ -282,6 +282,15 @@ def load_state(module: nn.Module, state: dict, source: str, what: str = MODEL, o
     module.load_state_dict({key: own[key] if key in rounded else state[key] for key in own}, strict=True)
 
 
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names and float32 values, in their order."""
+    digest = hashlib.sha256()
+    for name, value in weights.items():
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().numpy().reshape(-1))
+    return digest.hexdigest()
+
+
 def atomic_save(content: object, path: str | Path) -> None:
     """torch.save to a temporary file beside `path`, fsync, rename: a kill leaves the old file or the new one."""
     with replacing(path, sync=True) as file:

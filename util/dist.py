@@ -174,6 +174,13 @@ def broadcast_from_main(value: object) -> object:
     return shared[0]
 
 
+def check_same(value: object, what: str) -> None:
+    """ValueError on every process unless all bring the same value: else some read another file than the others."""
+    if any(other != value for other in gather_objects(value)):
+        advice = "is it on a disk that all of them share, and was it replaced meanwhile?"
+        raise ValueError(f"the processes read different contents of {what}: {advice}")
+
+
 def agree(error: Exception | None) -> None:
     """Raise together: if any process brings an error, every process raises one, so that none waits for a dead peer."""
     messages = [m for m in gather_objects(None if error is None else str(error)) if m is not None]

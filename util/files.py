@@ -388,6 +388,21 @@ def refuse_existing(path: str | Path, flag: str, advice: str = "choose another n
         raise FileExistsError(f"{path} ({flag}) is there already: {advice}")
 
 
+@contextlib.contextmanager
+def unchanged(*paths: str | Path | None) -> Iterator[None]:
+    """Around reading files and hashing them: ValueError if one was replaced or written to meanwhile."""
+
+    def states() -> dict[str, tuple[int, ...]]:
+        found = {str(path): os.stat(path) for path in paths if path and os.path.isfile(path)}
+        return {path: (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for path, s in found.items()}
+
+    before = states()
+    yield
+    changed = [path for path, state in states().items() if state != before.get(path)]
+    if changed:
+        raise ValueError(f"{changed[0]} was replaced while it was read: run the command again when it is complete")
+
+
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file, as sha256sum prints it; of a folder, over its files' names and contents."""
     path, digest = Path(path), hashlib.sha256()

@@ -63,6 +63,11 @@ def ema_of(model: TokenBridge) -> dict[str, Tensor]:
     return {name: p.detach() * 1.5 for name, p in model.named_parameters()}
 
 
+def wrapped(state: object) -> object:
+    """The keys that DistributedDataParallel around a compiled module gives a state dict."""
+    return {f"module._orig_mod.{key}": value for key, value in state.items()} if isinstance(state, dict) else state
+
+
 def published(model: TokenBridge) -> dict:
     """The content of a published file."""
     return {"model": model.state_dict(), "model_ema": ema_of(model), "optimizer": {}, "epoch": 799, "scaler": {}}
@@ -74,6 +79,9 @@ LAYOUTS: dict[str, tuple[Callable[[TokenBridge], dict], float]] = {
     "EMA alone": (lambda m: {"model_ema": ema_of(m)}, 0),
     "EMA alone, float16": (lambda m: {"model_ema": half(ema_of(m))}, 2e-3),
     "bare": (lambda m: m.state_dict() | ema_of(m), 0),
+    "state_dict": (lambda m: {"state_dict": m.state_dict() | ema_of(m), "epoch": 3}, 0),
+    "wrapped": (lambda m: {key: wrapped(state) for key, state in published(m).items()}, 0),
+    "bare and wrapped": (lambda m: wrapped(m.state_dict() | ema_of(m)), 0),
 }
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,13 +96,13 @@ def test_a_sweep(
     )
     assert all(np.load(folder / "samples.npz")["arr_0"].shape == (13, 32, 32, 3) for folder in folders)
     names = (
-        "checkpoint checkpoint_sha256 weights vae_sha256 vae_path num_images seed num_iter order cfg_schedule "
+        "checkpoint weights_sha256 weights vae_weights_sha256 vae_path num_images seed num_iter order cfg_schedule "
         "arithmetic img_size model inception_sha256 fid_stats_sha256 batch_size world_size torch head_start top_k "
         "vae_roundtrip"
     )
     first = found[0]
     assert set(names.split()) <= first.keys()
-    assert first["weights"] == "ema" and first["num_images"] == 13 and len(first["checkpoint_sha256"]) == 64
+    assert first["weights"] == "ema" and first["num_images"] == 13 and len(first["weights_sha256"]) == 64
     assert any("13 images: 6 of each of 2 classes and one more of each of the first 1" in line for line in messages)
     assert any("13 images make FID too high" in line for line in messages)
     table = capsys.readouterr().out
@@ -113,6 +114,26 @@ def test_a_sweep(
     assert records(tmp_path)[4]["fid"] == found[3]["fid"]
     with pytest.raises(pytest.fail.Exception, match="made again"):
         main(command(files, tmp_path, cfg=2.5, seed=7))  # another setting never takes the first one's images
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_images_belong_to_the_weights_and_all_settings(
+    files: dict[str, Path], tmp_path: Path, messages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other weights under the same name, another range of a file without config, fewer classes: a folder for each."""
+    monkeypatch.setattr(evaluator, "load_references", lambda *_, **__: replace(small_reference(), num_images=30))
+    content = torch.load(files["run"] / "checkpoint-last.pth", weights_only=True)
+    plain, path = {key: content[key] for key in ("model", "model_ema")}, tmp_path / "x.pth"
+    one_class = content | {"config": content["config"] | {"classes": ["china"]}}
+    other = plain | {"model_ema": {key: 1.1 * value for key, value in plain["model_ema"].items()}}
+    for saved, flags in ((plain, {}), (plain, {"quant_max": 4}), (other, {}), (content, {}), (one_class, {})):
+        torch.save(saved, path)
+        main(command(files | {"run": path}, tmp_path, **flags))
+    found = records(tmp_path)
+    assert len({record["folder"] for record in found}) == 5 and [record["classes"] for record in found] == 4 * [2] + [1]
+    assert len({record["weights_sha256"] for record in found}) == 2 and found[1]["model_config"]["quant_max"] == 4
+    assert any("has 2 classes, but was trained on the first 1 only: images are of these" in line for line in messages)
+    assert any("stats.npz (--fid_stats) is of 30 images only" in line for line in messages)
 
 
 @pytest.mark.usefixtures("stand_ins")

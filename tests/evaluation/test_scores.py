@@ -1,7 +1,5 @@
 """evaluation/scores.py, store.py, evaluator.py: every image is scored once, resuming, saved images, guards."""
 
-import hashlib
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from dataset.images import read_image
 from evaluation import evaluator, metrics, report
-from evaluation.evaluator import spread_of_labels, store_key, vae_roundtrip
+from evaluation.evaluator import spread_of_labels, vae_roundtrip
 from evaluation.metrics import METRICS, FeatureStatistics, Generated, Metric, Reference, fid, kid, precision_recall
 from evaluation.scores import Scores, evaluate, warn_of_flaws
 from evaluation.store import EvalStore, batches_of, image_flaws
@@ -186,21 +184,6 @@ def test_an_archive_of_lost_batches_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"000000\.npy and 4 more batches are not on this machine") as caught:
         EvalStore(tmp_path, "npz").write_archive(LABELS, 4)
     assert caught.value.argument == "save_images"
-
-
-def test_the_key_of_a_store_is_that_of_the_last_version() -> None:
-    """Stores are found by the hash of this key: options that went (draw, confidence_candidates) are still in it."""
-    settings = GenerationSettings(num_iter=2, cfg=2.0, seed=5, batch_size=4)
-    inputs = {
-        "num_images": 20,
-        "fid_stats": "a",
-        "fid_stats_sha256": "b",
-        "pr_reference": None,
-        "inception_sha256": "c",
-    }
-    about = {"checkpoint": "d", "checkpoint_sha256": "e", "weights": "ema", "vae_config": {}, "vae_sha256": "f"}
-    key = store_key(settings, inputs | {"pr_reference_sha256": None}, about)
-    assert hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12] == "a7b4a562c640"
 
 
 def test_flawed_images_are_reported(messages: list[str]) -> None:

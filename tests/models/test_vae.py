@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from models.latent_space import DiagonalGaussian, LatentSpace
-from models.vae import AutoencoderKL, Downsample, SpatialAttention, Upsample, load_weights
+from models.vae import AutoencoderKL, Downsample, SpatialAttention, Upsample, load_weights, read_vae_file
 from models.vae_loading import load_vae
 from tests.helpers import Explosive, fill_golden, golden_arrays, golden_json, tiny_vae
 
@@ -260,6 +260,16 @@ def test_weights_that_do_not_fit(tmp_path, change, message):
         load_weights(vae, path)
     assert str(path) in str(caught.value) and caught.value.argument == "vae_path"
     assert all(torch.equal(before[k], v) for k, v in vae.state_dict().items())  # nothing was half loaded
+
+
+def test_weights_are_found_wherever_a_file_has_them(tmp_path):
+    """Latent diffusion's state_dict, alone or in a whole checkpoint, a bare dict, DistributedDataParallel's keys."""
+    weights = AutoencoderKL(**BIT_OF_EVERYTHING).state_dict()
+    in_ldm = {f"first_stage_model.{key}": value for key, value in weights.items()}
+    contents = ({"state_dict": weights, "epoch": 3}, {"state_dict": in_ldm | {"model.diffusion_model.x": weights}})
+    for content in (*contents, weights, {"model": {f"module.{key}": value for key, value in weights.items()}}):
+        found = read_vae_file(save(tmp_path / "vae.ckpt", content))["model"]
+        assert found.keys() == weights.keys() and all(torch.equal(found[key], weights[key]) for key in weights)
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {}}, {"model": [1]}, [1, 2], torch.zeros(3), {}])

@@ -170,7 +170,7 @@ def test_load_says_what_is_wrong(folder):
     torch.save({"model": other.state_dict(), "config": other.config}, folder / "other.pth")
     for path, options, error, message in (
         (folder / "nowhere", {}, FileNotFoundError, "no checkpoint"),
-        (folder / "vae.pth", {}, ValueError, "is the file a VAE"),
+        (folder / "vae.pth", {}, ValueError, "holds the weights of a VAE: give them as vae_path"),
         (folder, dict(weights="best"), ValueError, "ema, model"),
         (folder, dict(vae_path=folder / "other.pth"), ValueError, "not the VAE"),
     ):

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from training.lr_sched import base_learning_rate, learning_rate
+from training.settings import TrainSettings
 
 COSINE = dict(peak=0.8, min_lr=0.2, schedule="cosine", warmup_epochs=10, epochs=30)
 
@@ -57,3 +58,15 @@ def test_base_rate():
 def test_unknown_schedules_list_the_choices():
     with pytest.raises(ValueError, match="'step'.*cosine, constant"):
         learning_rate(0, **(COSINE | dict(schedule="step")))
+
+
+def test_odd_schedules_are_named() -> None:
+    def said(**changes: object) -> list[str]:
+        settings = TrainSettings(**(dict(lr=1e-3, warmup_epochs=1, epochs=3, steps_per_epoch=4) | changes))
+        return settings.schedule_warnings()
+
+    assert said() == said(min_lr=1, lr_schedule="constant") == []
+    late = "warmup_epochs 100 is no shorter than the run of 3 epochs: the learning rate ends at 3 % of 0.001"
+    assert said(warmup_epochs=100) == [late]
+    assert "of 0.5 epochs: the learning rate ends at 50 % of 0.001" in said(max_steps=2)[0]
+    assert said(min_lr=1) == ["min_lr 1 is above lr 0.001: the learning rate rises after the warm-up"]

@@ -158,3 +158,10 @@ def test_ranks_that_never_come_are_named():
     store.set("asks/1", "died before its answer")
     with pytest.raises(RuntimeError, match="3 processes were started, but ranks 1, 2 did not join"):
         dist.store_of_this_start(store, 0, 3, datetime.timedelta(seconds=0.2))
+
+
+def test_processes_that_read_different_files_all_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    dist.check_same({"sha256": "a"}, "run.pth (--resume)")
+    monkeypatch.setattr(dist, "gather_objects", lambda value: [value, {"sha256": "b"}])
+    with pytest.raises(ValueError, match=r"read different contents of run.pth \(--resume\): is it on a disk that all"):
+        dist.check_same({"sha256": "a"}, "run.pth (--resume)")

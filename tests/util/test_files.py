@@ -22,12 +22,15 @@ from util import dist, files
 from util.files import (
     LOCK,
     CannotWrite,
+    check_schema,
     file_sha256,
     folder_lock,
+    read_json,
     refuse_existing,
     replacing,
     second_name,
     temporary_name,
+    unchanged,
     write_json,
     writing,
 )
@@ -271,3 +274,49 @@ def test_hash_of_a_file_and_of_a_folder(tmp_path):
     assert file_sha256(tmp_path) == hashlib.sha256(b"aonesub/btwo").hexdigest()
     (tmp_path / "a").rename(tmp_path / "c")
     assert file_sha256(tmp_path) != hashlib.sha256(b"aonesub/btwo").hexdigest()
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_text("a")
+    with unchanged(path, None, tmp_path / "absent"):
+        path.read_text()
+    with pytest.raises(ValueError, match="x was replaced while it was read"), unchanged(path), replacing(path) as file:
+        file.write(b"b")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"n": 3, "x": 1, "names": ["a"], "inner": {"y": None}}, None),
+        ({"n": True, "x": 1, "names": []}, "n is True, expected a whole number"),
+        ({"n": 3, "x": 10**400, "names": []}, "expected a finite number"),
+        ({"n": 3, "x": 1, "names": ["a", 5]}, "an entry of names is 5, expected a text"),
+        ({"n": 3, "x": 1, "names": [], "inner": {"y": "z"}}, "y is 'z', expected a or null"),
+        ({"n": 3, "x": 1}, "it lacks names"),
+        ([], r"it is \[\], expected an object"),
+    ],
+)
+def test_schemas(value: object, words: str | None) -> None:
+    schema = {"n": int, "x": float, "names": [str], "inner?": {"y": ("a", None)}}
+    if words is None:
+        check_schema(value, schema)
+    else:
+        with pytest.raises(ValueError, match=words):
+            check_schema(value, schema)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"\xff{}", "no text in UTF-8"),
+        (b"[" * 10**5, "nested too deep"),
+        (b"[" * 60 + b"]" * 60, "nested too deep"),
+        (b"[1" + b"0" * 400 + b"]", "has 401 digits"),
+        (b" " * 200, "it has 101 bytes, more than 100"),
+    ],
+)
+def test_json_that_cannot_be_used(tmp_path: Path, text: bytes, words: str) -> None:
+    (tmp_path / "x.json").write_bytes(text)
+    with pytest.raises(ValueError, match=words):
+        read_json(tmp_path / "x.json", list, **({"largest": 100} if "101" in words else {}))
