@@ -25,15 +25,16 @@ CHUNK = 32  # images at a time, so that activations stay below 1 GiB
 DOWNLOAD_TIMEOUT = 20  # seconds; a firewall that drops packets would block the job for ever
 
 
-def _download_target() -> Path:
+def download_target() -> Path:
+    """Where torch-fidelity keeps its download."""
     return Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
 
 
 def find_inception_weights(path: str | None) -> Path:
     """The weights file: `path`, else torch-fidelity's download. ArgumentError says what to put where."""
-    weights = Path(path) if path else _download_target()
+    weights = Path(path) if path else download_target()
     if not weights.is_file():
-        advice = f"download {URL_INCEPTION_V3} and give its path, or put it at {_download_target()}"
+        advice = f"download {URL_INCEPTION_V3} and give its path, or put it at {download_target()}"
         raise ArgumentError("inception_weights", f"no Inception weights at {weights}: {advice}")
     return weights
 
@@ -56,7 +57,7 @@ def fetch_inception_weights(path: str | None, download: bool = True) -> Path:
 
 def _download(missing: ArgumentError) -> ArgumentError | None:
     """torch-fidelity's weights into torch's download folder; None if that worked, otherwise `missing` with a reason."""
-    target, timeout = _download_target(), socket.getdefaulttimeout()
+    target, timeout = download_target(), socket.getdefaulttimeout()
     expected_hash = target.stem.rsplit("-", 1)[1]
     try:
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)

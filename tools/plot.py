@@ -7,7 +7,7 @@ demo/expected_loss.json.
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
@@ -59,12 +59,16 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 @dataclass
 class Expected:
-    """Expected course of the loss: its mean over `width` steps up to each of `steps`, within `tolerance`."""
+    """Expected course of the loss: its mean over `width` steps up to each of `steps`, within `tolerance`.
+
+    about: which run it was recorded from.
+    """
 
     steps: list[int]
     loss: list[float]
     width: int
     tolerance: float
+    about: dict[str, object] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str) -> "Expected":

@@ -48,6 +48,15 @@ def block_flops(tokens: int, width: int, mlp_ratio: float) -> float:
     return 2 * tokens * width**2 * (4 + 2 * mlp_ratio) + 4 * tokens**2 * width
 
 
+def head_flops(config: TokenBridgeConfig) -> float:
+    """FLOPs of the head for one token: all of its dimensions."""
+    c, head, dims = config, config.channel_embed_dim, config.vae_embed_dim
+    # adaLN, then attention over the dimensions, and MLP
+    layer = 2 * dims * 6 * head**2 + block_flops(dims, head, c.mlp_ratio)
+    ends = 2 * c.decoder_embed_dim * head + 2 * dims * 2 * head**2 + 2 * dims * head * c.quant_levels
+    return ends + c.channel_depth * layer
+
+
 def forward_flops(config: TokenBridgeConfig, num_masked: int) -> float:
     """FLOPs of one image's forward pass with `num_masked` of its tokens hidden."""
     c = config
@@ -57,11 +66,7 @@ def forward_flops(config: TokenBridgeConfig, num_masked: int) -> float:
     seen = slots + visible
     encoder = 2 * visible * dims * wide + c.encoder_depth * block_flops(seen, wide, ratio)
     decoder = 2 * seen * wide * deep + c.decoder_depth * block_flops(slots + tokens, deep, ratio)
-    head = c.channel_embed_dim
-    # adaLN, then attention over the dimensions, and MLP
-    layer = 2 * dims * 6 * head**2 + block_flops(dims, head, ratio)
-    per_token = 2 * deep * head + c.channel_depth * layer + 2 * dims * 2 * head**2 + 2 * dims * head * c.quant_levels
-    return encoder + decoder + num_masked * per_token
+    return encoder + decoder + num_masked * head_flops(c)
 
 
 def step_flops(config: TokenBridgeConfig, num_masked: int) -> float:

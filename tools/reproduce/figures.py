@@ -1,0 +1,188 @@
+"""The paper's figures, how far a repetition may be from them and why, and how ours are read from what stages wrote."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from checkpoints import build
+from evaluation.published import reference_differences, run_settings
+from evaluation.report import FIDS_BY_BITS, FIDS_BY_RANGE
+from models.tokenbridge import TokenBridge
+from tools.bench.counting import timed
+from util import dist
+from util.checkpoint import find_file, read_file
+from util.presets import differences, load_preset
+
+SEEDS = "another seed moves FID of 50,000 images by about 2 % (as EDM's authors report); rounding of the published one"
+TOLERANCES = {  # share of the published value, absolute part, reason
+    "FID": (0.03, 0.005, SEEDS + "; the VAE decodes in float32"),
+    "Inception Score": (0.02, 0.05, "another seed, the shuffle before its 10 splits: assumed to stay below 2 %"),
+    "precision": (0.0, 0.02, "published to two decimals; features of torch-fidelity's network instead of ADM's graph"),
+    "recall": (0.0, 0.02, "published to two decimals; features of torch-fidelity's network instead of ADM's graph"),
+    "reconstruction FID": (0.02, 0.01, "posterior samples of another seed; rounding of the published one; TF32"),
+    "reconstruction IS": (0.0, 5.0, 'published as "about 305"'),
+    "rFID": (0.02, 0.01, "posterior samples of another seed; rounding of the published one; TF32"),
+    "parameters, M": (0.0, 1.0, "published in whole millions, not rounded up: 486 for 486.89"),
+}
+PARAMETERS = {"large": 486, "huge": 910}  # M
+HEAD_MS = (52.42, 311.25)  # the paper's head and MAR's diffusion head, on an A100
+HEAD_NOTE = f"published: {HEAD_MS[0]} ms, diffusion head {HEAD_MS[1]} ms, on an A100, batch not stated: not comparable"
+HEAD_TOKENS = 256
+# Settings of results.json that the published reconstruction has.
+RECONSTRUCTION = {"images_per_class": 50, "img_size": 256, "mode": False, "pixels": "truncate", "num_images": None}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A line of the report. within: None if it is compared with nothing; clock: depends on machine and moment."""
+
+    name: str
+    published: float | None
+    measured: float | None
+    tolerance: float | None = None
+    reason: str = ""
+    note: str = ""
+    clock: bool = False
+
+    @property
+    def difference(self) -> float | None:
+        """Measured less published."""
+        return None if None in (self.published, self.measured) else self.measured - self.published
+
+    @property
+    def within(self) -> bool | None:
+        """Whether the difference is within the tolerance."""
+        if None in (self.difference, self.tolerance):
+            return None
+        return abs(self.difference) <= self.tolerance + 1e-9
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self) | {"difference": self.difference, "within": self.within}
+
+
+def tolerance(kind: str, published: float) -> tuple[float, str]:
+    """(largest difference, reason) of a kind of figure."""
+    share, absolute, reason = TOLERANCES[kind]
+    return share * published + absolute, reason
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A figure of the catalogue: its stage and key there, its name, and what is published."""
+
+    stage: str
+    key: str
+    name: str
+    kind: str = ""  # of TOLERANCES
+    published: float | None = None
+    note: str = ""
+    clock: bool = False
+
+    def figure(self, measured: Mapping[str, object], comparable: bool) -> Figure:
+        """With what the stage measured; without tolerance unless it is comparable."""
+        value, limits = measured.get(self.key), (None, "")
+        if comparable and self.published is not None and self.kind:
+            limits = tolerance(self.kind, self.published)
+        return Figure(self.name, self.published, value, *limits, note=self.note, clock=self.clock)
+
+
+def pair_key(bits: int | None, half_width: float | None) -> str:
+    """Key of a reconstruction's FID."""
+    return "fid VAE alone" if bits is None else f"fid {bits:g} {half_width:g}"
+
+
+def catalogue(iterations: tuple[int, int] = (256, 64), fid_infinity: bool = False) -> list[Wanted]:
+    """Every figure, in the report's order. iterations: of the evaluation, and of the stage "speed"."""
+    found = [Wanted("reconstruction", "fid VAE alone", "reconstruction, VAE alone: FID", "reconstruction FID", 1.11)]
+    for (bits, width), fid in {k: v for k, v in (FIDS_BY_BITS | FIDS_BY_RANGE).items() if k is not None}.items():
+        stage = "reconstruction" if (bits, width) == (6, 5) else "bits" if width == 5 else "ranges"
+        name = f"reconstruction, {bits} bits, ±{width}: FID"
+        found.append(Wanted(stage, pair_key(bits, width), name, "reconstruction FID", fid))
+    found += [
+        Wanted("reconstruction", "is", "reconstruction, 6 bits, ±5: IS", "reconstruction IS", 305.0),
+        Wanted("validation", "rfid", "validation images, VAE alone: rFID", "rFID", 0.53),
+        Wanted("validation", "rfid 6 5", "validation images, 6 bits, ±5: rFID"),
+    ]
+    for model, millions in PARAMETERS.items():
+        for name, value in load_preset(f"{model}_eval").expected.items():
+            kind = name if name in TOLERANCES else ""
+            found.append(Wanted(model, name.lower().replace(" ", "_"), f"{model}: {name}", kind, value))
+        if fid_infinity:
+            found.append(Wanted(model, "fid_infinity", f"{model}: FID∞", note="an estimate, extrapolated"))
+        found.append(Wanted(f"parameters-{model}", "millions", f"{model}: parameters, M", "parameters, M", millions))
+    for stage, steps in zip(("large", "speed"), iterations, strict=True):
+        name, note = f"large: images/s, {steps} iterations", "all devices, VAE and Inception included; not published"
+        found.append(Wanted(stage, "images_per_s", name, note=note, clock=True))
+    return [*found, Wanted("head", "ms", f"large: head, {HEAD_TOKENS} tokens, ms", note=HEAD_NOTE, clock=True)]
+
+
+# ---- reading what the stages wrote
+
+
+def read_reconstruction(folder: Path) -> dict[str, object]:
+    """FID, rFID and IS of results.json, and the settings that differ from the published script's."""
+    record = json.loads((folder / "results.json").read_text())
+    found: dict[str, object] = {}
+    for row in record["rows"]:
+        key = pair_key(row["bits"], row["range"])
+        found |= {key: row["fid"], key.replace("fid", "rfid"): row["rfid"]}
+        if (row["bits"], row["range"]) == (6, 5):
+            found["is"] = row["inception_score"]
+    settings = record["settings"] | {"pixels": record["pixels"]}
+    differs = differences(settings, RECONSTRUCTION) + reference_differences(
+        {name: value for name, value in record.items() if name in ("fid_stats", "inception_sha256") and value}
+    )
+    return found | {"rfid": found["rfid VAE alone"], "differs": differs}
+
+
+def read_evaluation(folder: Path, preset: str, cfg: float) -> dict[str, object]:
+    """The scores of the last record of eval.jsonl at that guidance, and the settings that differ from the preset's."""
+    records = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines() if line.strip()]
+    records = [record for record in records if record["cfg"] == cfg]
+    if not records:
+        raise ValueError(f"{folder / 'eval.jsonl'} has no record with cfg {cfg:g}")
+    record, published = records[-1], load_preset(preset)
+    same = [r["images_per_s"] for r in records if r["folder"] == record["folder"] and r.get("images_per_s")]
+    settings = run_settings(record)
+    differs = differences(settings, published.decisive | published.neutral) + reference_differences(record)
+    keys = ("fid", "inception_score", "inception_score_std", "precision", "recall", "fid_infinity")
+    scores = {key: record.get(key) for key in keys}
+    return scores | {"images_per_s": same[-1] if same else None, "num_iter": record["num_iter"], "differs": differs}
+
+
+def read_guidance(folder: Path, scales: Iterable[float]) -> dict[str, object]:
+    """FID at each guidance scale, of the last record with it."""
+    records = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines() if line.strip()]
+    return {f"{cfg:g}": [r["fid"] for r in records if r["cfg"] == cfg][-1] for cfg in scales}
+
+
+def model_of(path: str | Path) -> tuple[str, TokenBridge]:
+    """Name and model of a checkpoint, without its weights."""
+    file = find_file(path)
+    name, config = build.describe(read_file(file, mmap=True), str(file))
+    return name, TokenBridge(config)
+
+
+def count_parameters(path: str | Path) -> dict[str, object]:
+    """Millions of parameters of a checkpoint's model."""
+    with torch.device("meta"):
+        _, model = model_of(path)
+    return {"millions": sum(p.numel() for p in model.parameters()) / 1e6}
+
+
+@torch.no_grad()
+def time_head(path: str | Path, device_flag: str, temperature: float, precision: str) -> dict[str, object]:
+    """Milliseconds in which the head samples all dimensions of HEAD_TOKENS tokens; median of 5."""
+    device = dist.init(device_flag)
+    model = model_of(path)[1].to(device).eval()  # the time does not depend on the weights' values
+    z = torch.randn(HEAD_TOKENS, model.config.decoder_embed_dim, device=device)
+    uniforms = torch.rand(HEAD_TOKENS, model.token_dim, device=device)
+    with dist.autocast(device, precision):
+        sample = partial(model.channel_sample, z, uniforms, [temperature] * model.token_dim, 0, 1.0)
+        seconds = timed([sample], 5, device, warm_up=2)[0]
+    return {"ms": 1000 * seconds, "setting": f"{HEAD_TOKENS} tokens, {precision} on {dist.device_name(device)}"}

@@ -1,0 +1,301 @@
+"""What is asked for, and the stages that give it: on ImageNet, quickly, or with the demo's model as a stand-in."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+
+from checkpoints.download import PUBLISHED as FILES
+from evaluation.inception import InceptionFeatures, download_target, fetch_inception_weights
+from evaluation.reference import make_reference, save_reference
+from models import MODELS
+from models.config import TokenBridgeConfig
+from models.tokenbridge import num_masked_tokens
+from tools.bench.evaluation import write_random_inception
+from tools.bench.train import IMAGENET, mean_mask_ratio
+from tools.reproduce import figures
+from tools.reproduce.commands import Command, published
+from tools.reproduce.cost import DOWNLOAD_BYTES, INCEPTION_FLOPS, Work, sampling_flops, vae_flops
+from tools.reproduce.stages import Stage
+from tools.reproduce.training import read_training
+from training.flops import step_flops
+from util.checkpoint import LAST
+from util.options import ArgumentError, check_options, option
+from util.presets import load_preset
+
+SECTIONS = ("reconstruction", "large", "huge", "speed")
+MODELS_PUBLISHED = ("large", "huge")
+CLASSES, IMAGES_RECONSTRUCTED = 1000, 50_000  # of ImageNet; as many of train/ as of val/
+FEATURE_BYTES = 20.4e3  # that an evaluation keeps of an image
+CACHED_BYTES = 2 * 32 * 16 * 16 * 2  # float16 moments of an image and of its mirror image
+SPEED_IMAGES = {False: 5000, True: 16}  # True: of the demo
+QUICK = dict(num_images=5000, num_iter=64, fid_infinity=True)
+QUICK_PER_CLASS = 5  # reconstructed images
+STAND_IN = "stand-in: the demo's model, VAE and digits, random Inception weights, a few images on the CPU"
+# The demo's sizes: enough images for every score (the Inception Score needs 10, FID's extrapolation 20).
+DEMO_REFERENCE, DEMO_IMAGES, DEMO_RECONSTRUCTED = 200, 32, 12
+DEMO_VAE = dict(embed_dim=4, ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, attention=False)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to reproduce, and where. ArgumentError for what does not go together."""
+
+    data_path: str = option("", "the ImageNet folder, with train/<class>/ and val/<class>/; not needed with demo")
+    output_dir: str = option("reproduction", "where records, features and reproduction.md go")
+    gpus: int | None = option(None, "processes, one per GPU; default: 8 as published, with demo 2 on the CPU", lowest=1)
+    only: str = option("", f"parts, separated by commas: {', '.join(SECTIONS)}; default: all")
+    guidance: tuple[float, ...] = option(
+        (), "also FID at these guidance scales, as many images each, and its plot", nargs="+", lowest=0
+    )
+    quick: bool = option(False, "5,000 images, 64 iterations: shows that all works, compared with nothing published")
+    demo: bool = option(False, "the same stages with the demo's model and random Inception weights, on the CPU")
+    demo_dir: str = option("demo/out", "with demo: what make demo wrote; if it is not there, a toy-size training")
+    train: str | None = option(None, "instead: the first steps of the published training", choices=("large", "huge"))
+    steps: int = option(2000, "with train: optimizer steps", lowest=10)
+    cached_path: str = option("", "with train: a latent cache; default: OUT/cache, made first (42 GB for ImageNet)")
+    bands: str = option("loss_bands", "with train: folder of the recorded losses that the run is compared with")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        unknown = [name for name in self.sections if name not in SECTIONS]
+        if unknown:
+            raise ArgumentError("only", f"only {unknown[0]!r} is unknown; choose from {', '.join(SECTIONS)}")
+        if not self.demo and not self.data_path:
+            raise ArgumentError("data_path", "data_path is needed: the ImageNet folder that holds train/ and val/")
+        for name in ("quick", "only", "guidance") if self.train else ():
+            if getattr(self, name):
+                raise ArgumentError(name, f"{name} does not go with train, which runs a training only")
+        if self.quick and self.demo:
+            raise ArgumentError("quick", "quick does not go with demo, which is quicker")
+
+    @property
+    def sections(self) -> tuple[str, ...]:
+        """The parts that were chosen."""
+        return tuple(name.strip() for name in self.only.split(",")) if self.only else SECTIONS
+
+    @property
+    def processes(self) -> int:
+        """Of each command."""
+        return self.gpus or (2 if self.demo else 8)
+
+    @property
+    def out(self) -> Path:
+        """The folder of the run."""
+        return Path(self.output_dir)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the figures stand beside the published ones."""
+        return not (self.quick or self.demo)
+
+    @cached_property
+    def root(self) -> Path:
+        """With demo: the folder with digits/, vae/ and model/."""
+        parts = (Path(self.demo_dir) / part for part in ("digits/train", "vae/vae.pth", f"model/{LAST}"))
+        begun = (self.out / "stages" / "toy.json").exists()  # a run goes on with what it began with
+        return self.out / "toy" if begun or not all(part.exists() for part in parts) else Path(self.demo_dir)
+
+
+class Plan:
+    """The stages of `Options`."""
+
+    def __init__(self, options: Options):
+        o = self.options = options
+        self.data = str(o.root / "digits") if o.demo else o.data_path
+        self.vae = o.root / "vae" / "vae.pth" if o.demo else Path(FILES["vae"].target)
+        self.inception = o.out / "stand_in" / "inception.pth" if o.demo else download_target()
+        self.stats = o.out / "stand_in" / "stats.npz" if o.demo else Path(FILES["stats"].target)
+        self.device = "cpu" if o.demo else "cuda"
+        self.precision = "fp32" if o.demo else "fp16"
+        # Sampling iterations of the evaluation, and of the stage that times another number.
+        self.iterations = (8, 4) if o.demo else (64, 256) if o.quick else (256, 64)
+
+    def stages(self) -> list[Stage]:
+        """All of them, in the order in which they run."""
+        o, found = self.options, self.preparation()
+        if o.train:
+            return found + self.training(o.train)
+        found += self.reconstruction() if "reconstruction" in o.sections else []
+        for name in MODELS_PUBLISHED:
+            found += self.evaluation(name) if name in o.sections else []
+        return found + (self.speed() if "speed" in o.sections else [])
+
+    def command(self, name: str, **changes: object) -> Command:
+        """A published command with its folders, and with what every stand-in needs."""
+        o = self.options
+        places = dict(vae_path=self.vae, device="cpu", num_workers=0) if o.demo else {}
+        cache = o.cached_path or str(o.out / "cache")
+        return published(name, o.processes, self.data, str(o.out / name), cache).changed(**places | changes)
+
+    # ---- what the commands need
+
+    def checkpoint(self, name: str) -> Path:
+        """The model's file."""
+        return self.options.root / "model" / LAST if self.options.demo else Path(FILES[name].target)
+
+    def config(self, name: str) -> TokenBridgeConfig:
+        """The model's architecture."""
+        if not self.options.demo:
+            return TokenBridgeConfig(**MODELS[f"tokenbridge_{name}"].keywords)
+        flags = load_preset("digits").flags
+        sizes = {key: flags[key] for key in ("img_size", "class_num", "buffer_size")}
+        shape = dict(vae_embed_dim=4, vae_stride=8, channel_order=range(4))
+        return TokenBridgeConfig(**MODELS[flags["model"]].keywords | sizes | shape)
+
+    def vae_work(self) -> tuple[float, float]:
+        """FLOPs of encoding and decoding an image."""
+        return vae_flops(32, **DEMO_VAE) if self.options.demo else vae_flops()
+
+    def needed(self) -> list[str]:
+        """Names of the published files that the run reads."""
+        if self.options.train:
+            return ["vae"]
+        sections = self.options.sections
+        models = [n for n in MODELS_PUBLISHED if n in sections or n == "large" and "speed" in sections]
+        return ["vae", *models, "stats", *(["adm_batch"] if models else [])]
+
+    def missing(self) -> list[str]:
+        """Names of the published files that are not there yet, Inception's weights as "inception"."""
+        lacking = [name for name in self.needed() if not Path(FILES[name].target).is_file()]
+        return lacking + (["inception"] if not self.options.train and not self.inception.is_file() else [])
+
+    def preparation(self) -> list[Stage]:
+        """The stages that get the files."""
+        o, inception = self.options, () if self.options.train else (self.inception,)
+        if not o.demo:
+            command, targets = Command(("-m", "tools.download", *self.needed())), map(FILES.get, self.needed())
+            inputs = (*(Path(file.target) for file in targets), *inception)
+            measure = partial(fetch_inception, bool(inception))
+            return [Stage("download", "published files that are missing", measure, command, inputs=inputs)]
+        found = []
+        if o.root == o.out / "toy":
+            flags = {"toy": [], "output_dir": [str(o.root)], "pictures": [str(o.root / "pictures")]}
+            about = "the demo at toy size: no model of make demo was found"
+            found = [Stage("toy", about, dict, Command(("-m", "demo.run"), flags))]
+        if o.train:
+            return found
+        work = Work(single=DEMO_REFERENCE * INCEPTION_FLOPS)
+        measure = partial(write_stand_ins, self.inception, self.stats, Path(self.data) / "train")
+        about = "random Inception weights, statistics of some digits"
+        return [*found, Stage("stand-ins", about, measure, inputs=(*inception, self.stats), work=work)]
+
+    # ---- reconstruction
+
+    def reconstruction(self) -> list[Stage]:
+        """The published command, the other bits, the other ranges, and the validation images."""
+        val = dict(image_dir=Path(self.data) / "val", images_per_class="all", fid_stats="none")
+        rows = (
+            ("reconstruction", "50 training images of each class through VAE and quantizer", {}),
+            ("bits", "the same with fewer bits", dict(bits=[3, 4, 5])),
+            ("ranges", "the same with smaller ranges", dict(range=[2, 3, 4])),
+            ("validation", "all validation images against their originals", val),
+        )
+        return [self._reconstruction(*row) for row in rows]
+
+    def _reconstruction(self, name: str, about: str, changes: dict[str, object]) -> Stage:
+        o, on_val, folder = self.options, name == "validation", self.options.out / name
+        images = DEMO_RECONSTRUCTED if o.demo else QUICK_PER_CLASS * CLASSES if o.quick else IMAGES_RECONSTRUCTED
+        changes = dict(output_dir=folder) | changes | (dict(images_per_class=QUICK_PER_CLASS) if o.quick else {})
+        if o.demo:
+            stand_in = dict(img_size=32, num_images=images, pixels="truncate", inception_weights=self.inception)
+            changes = dict(fid_stats=self.stats) | changes | stand_in
+        command = self.command("reconstruction", **changes)
+        variants = 1 + len(command.flags["bits"]) * len(command.flags["range"])
+        encode, decode = self.vae_work()
+        work = Work(single=images * (encode + variants * decode + (1 + variants) * INCEPTION_FLOPS), written=5e6)
+        inputs = (self.vae, self.inception, *(() if on_val else (self.stats,)))
+        measure = partial(figures.read_reconstruction, folder)
+        return Stage(name, about, measure, command, "" if on_val else "reconstruction", inputs, work)
+
+    # ---- evaluation
+
+    def evaluation(self, name: str) -> list[Stage]:
+        """FID, IS, precision and recall of a model; FID at other guidance scales if asked for; its parameters."""
+        o, checkpoint = self.options, self.checkpoint(name)
+        found = [self._evaluation(name, name, "FID, IS, precision, recall")]
+        if o.guidance:
+            cfg = float(found[0].command.flags["cfg"][0])
+            scales = sorted({*o.guidance, cfg})
+            stage = self._evaluation(f"guidance-{name}", name, "FID against guidance", cfg=[f"{x:g}" for x in scales])
+            measure = partial(figures.read_guidance, o.out / name, scales)
+            found.append(replace(stage, measure=measure))
+        measure = partial(figures.count_parameters, checkpoint)
+        return [*found, Stage(f"parameters-{name}", "size of the checkpoint's model", measure, inputs=(checkpoint,))]
+
+    def _evaluation(self, stage: str, model: str, about: str, **changes: object) -> Stage:
+        o = self.options
+        batch = () if o.demo else (Path(FILES["adm_batch"].target),)
+        changes = (QUICK if o.quick else {}) | changes
+        if o.demo:
+            stand_in = dict(model="tokenbridge_digits", resume=self.checkpoint(model).parent, fid_stats=self.stats)
+            sizes = dict(num_images=DEMO_IMAGES, num_iter=self.iterations[0], eval_bsz=8)
+            changes = stand_in | sizes | dict(inception_weights=self.inception) | changes
+        else:
+            changes = dict(pr_reference=batch[0]) | changes
+        command = self.command(model, precision=self.precision, **changes)
+        flags, scales = command.flags, [float(x) for x in command.flags["cfg"]]
+        steps, images = int(flags["num_iter"][0]), int(flags["num_images"][0]) * max(1, len(scales) - 1)
+        sampling = images * sampling_flops(self.config(model), steps, scales[-1] != 1)
+        work = Work(sampling, images * (self.vae_work()[1] + INCEPTION_FLOPS), images * FEATURE_BYTES)
+        inputs = (self.checkpoint(model), self.vae, self.stats, *batch, self.inception)
+        measure = partial(figures.read_evaluation, Path(flags["output_dir"][0]), f"{model}_eval", scales[0])
+        about = f"{flags['num_images'][0]} images of {model} at {steps} iterations: {about}"
+        return Stage(stage, about, measure, command, model, inputs, work)
+
+    def speed(self) -> list[Stage]:
+        """Images per second of large at another number of iterations, and the time of its head."""
+        changes = dict(output_dir=self.options.out / "speed", num_iter=self.iterations[1])
+        found = self._evaluation("speed", "large", "images/s", num_images=SPEED_IMAGES[self.options.demo], **changes)
+        checkpoint, temperature = self.checkpoint("large"), float(found.command.flags["temperature"][0])
+        head = partial(figures.time_head, checkpoint, self.device, temperature, self.precision)
+        return [found, Stage("head", "time of large's head by itself", head, inputs=(checkpoint,))]
+
+    # ---- training
+
+    def training(self, name: str) -> list[Stage]:
+        """The published cache command, and the first steps of the published training."""
+        o, preset, config = self.options, load_preset(name), self.config(name)
+        digits = {key: value for key, value in load_preset("digits").flags.items() if key != "max_steps"}
+        sizes = dict(img_size=32, vae_embed_dim=4) if o.demo else {}
+        cache = self.command("cache", **sizes)
+        work = Work(single=2 * IMAGENET * self.vae_work()[0], written=IMAGENET * CACHED_BYTES)
+        about = "latents of the training images, with their mirror images"
+        found = [Stage("cache", about, dict, cache, "cache", (self.vae,), Work() if o.demo else work)]
+        folder = o.out / f"train-{name}"
+        other = {} if name == "large" else {key: preset.flags[key] for key in ("model", "epochs", "warmup_epochs")}
+        changes = other | dict(output_dir=folder, resume=folder, use_cached=True, precision=self.precision)
+        changes |= dict(cached_path=cache.flags["cached_path"][0], max_steps=o.steps)
+        changes |= dict(save_every_steps=min(500, o.steps // 4)) | (
+            digits | sizes | dict(vae_stride=8) if o.demo else {}
+        )
+        command = self.command("train", **changes)
+        each, rest = divmod(preset.global_batch, o.processes * int(command.flags["batch_size"][0]))
+        if rest and not o.demo:
+            message = f"gpus {o.processes} x 64 images do not divide the published batch of {preset.global_batch}"
+            raise ArgumentError("gpus", message)
+        command = command if o.demo or each == 1 else command.changed(accum_iter=each)
+        masked = num_masked_tokens(mean_mask_ratio(config.mask_ratio_min), config.num_tokens)
+        work = Work(o.steps * preset.global_batch * step_flops(config, masked), written=2.2 * DOWNLOAD_BYTES[name])
+        measure = partial(
+            read_training, folder, Path(changes["cached_path"]), Path(o.bands), preset, o.processes, self.device
+        )
+        about = f"{o.steps} steps of the published training of {name}"
+        train = Stage(f"train-{name}", about, measure, command, "train", (), Work() if o.demo else work)
+        return [*([] if o.cached_path else found), train]
+
+
+def fetch_inception(wanted: bool) -> dict[str, object]:
+    """torch-fidelity's weights, downloaded if they are missing."""
+    if wanted:
+        fetch_inception_weights(None)
+    return {}
+
+
+def write_stand_ins(weights: Path, stats: Path, images: Path) -> dict[str, object]:
+    """Random Inception weights, and the statistics and features of some images by them."""
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    extractor = InceptionFeatures(str(write_random_inception(weights)), torch.device("cpu"))
+    save_reference(stats, make_reference(images, extractor, img_size=32, num_images=DEMO_REFERENCE))
+    return {}
