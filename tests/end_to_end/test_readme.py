@@ -46,6 +46,7 @@ TOY = {
     "main_cache.py": "--num_workers 0 --device cpu",
     "reconstruction.py": "--num_images 2 --num_workers 0 --device cpu --no_rfid",
     "main_tokenbridge.py": "--device cpu",
+    "tools.reproduce": "--dry_run",
     "dataset.latent_statistics": "--num_images 4 --decoded_images 2 --device cpu --num_workers 0",
     "train": "--max_steps 1 --batch_size 2 --num_workers 0 --log_freq 1",
     "sample": "--num_iter 2",
@@ -189,7 +190,7 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 def test_there_are_commands_and_shells_can_read_them() -> None:
-    assert len(COMMANDS) > 35 and {"README.md", "cache.md", "evaluation.md", "sampling.md", "training.md"} == set(
+    assert len(COMMANDS) > 35 and {"README.md", "cache.md", "evaluation.md", "reproduce.md", "sampling.md", "training.md"} == set(
         COMMANDS.values()
     )
     for path, blocks in BLOCKS.items():
