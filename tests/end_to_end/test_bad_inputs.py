@@ -201,7 +201,7 @@ def refused(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         base, more, words = case[:3]
         words = [words] if isinstance(words, str) else words
         module, argv = arguments(base, more, case[3] if len(case) > 3 else [])
-        command = importlib.import_module(module + ".__main__" * (module == "tools.bench"))
+        command = importlib.import_module(module + ".__main__" * (module in ("tools.bench", "tools.reproduce")))
         try:
             code = run_cli(lambda: command.main(argv))
         except SystemExit as stop:  # argparse

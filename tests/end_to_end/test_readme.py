@@ -190,9 +190,8 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 def test_there_are_commands_and_shells_can_read_them() -> None:
-    assert len(COMMANDS) > 35 and {"README.md", "cache.md", "evaluation.md", "reproduce.md", "sampling.md", "training.md"} == set(
-        COMMANDS.values()
-    )
+    pages = {f"{name}.md" for name in ("README", "cache", "evaluation", "reproduce", "sampling", "training")}
+    assert len(COMMANDS) > 35 and pages == set(COMMANDS.values())
     for path, blocks in BLOCKS.items():
         for block in blocks:
             result = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)

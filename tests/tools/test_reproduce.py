@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,9 @@ import pytest
 import torch
 
 import main_tokenbridge
-from models.config import TokenBridgeConfig
-from tests.helpers import REPO, argv_of, tiny_config, tiny_model, tiny_vae, write_image_folder
-from tools.bench.sample import count_samplers
+from models.tokenbridge import TokenBridge
+from tests.helpers import REPO, argv_of, tiny_config, tiny_vae, write_image_folder
+from tools.bench.counting import count, fake_mode
 from tools.bench.train import ASSUMED_MFU
 from tools.reproduce import figures
 from tools.reproduce.__main__ import main
@@ -284,8 +285,9 @@ def records_of(options: Options, fid: float, failed: str = "") -> tuple[Plan, li
     machine = {"device": "card", "torch": "2"}
     records = [{"name": s.name, "files": {}, "seconds": 1.0, "measured": {}, "machine": machine} for s in stages]
     for record in records:
+        record["measured"] = {w.key: w.published for w in catalogue() if w.stage == record["name"]}
         if record["name"] == "large":
-            record["measured"] = {"fid": fid, "differs": ["tf32 True instead of False"], "images_per_s": 9.0}
+            record["measured"] |= {"fid": fid, "differs": ["tf32 True instead of False"]}
             record["files"] = {"pretrained_models/x.pth": {"bytes": 1234567, "sha256": "ab" * 32}}
         if record["name"] == failed:
             del record["measured"]
@@ -297,13 +299,14 @@ def test_the_report() -> None:
     good, bad = (build_report(o, *records_of(o, fid)) for o, fid in ((Options(data_path="D"), f) for f in (1.77, 1.9)))
     assert problems(good) == [] and problems(bad) == ["out of tolerance: large: FID"]
     text = as_markdown(bad)
-    assert "| large: FID | 1.76 | 1.9 | +0.14 | ±0.0578 [1] | **no** |" in text
-    assert "another seed moves FID" in text and "| huge: FID | 1.55 | not measured |" in text
+    assert "| large: FID | 1.76 | 1.9 | +0.14 | ±0.0578 [3] | **no** |" in text
+    assert "| huge: FID | 1.55 | 1.55 | +0 | ±0.0515 [3] | yes |" in text and "\n[3] another seed moves FID" in text
     for words in ("1,234,567", "ab" * 32, "tf32 True instead of False", "device card", "52.42", "--precision fp16"):
         assert words in text, words
     assert PUBLISHED["large"].split("main_")[1].replace(" OUT", " reproduction/large").replace("DIR", "D") in text
     failed = build_report(Options(data_path="D"), *records_of(Options(data_path="D"), 1.77, failed="huge"))
-    assert problems(failed) == ["huge failed (no memory)"] and "**huge**, failed" in as_markdown(failed)
+    missing = "not measured: huge: FID, huge: Inception Score, huge: precision, huge: recall"
+    assert problems(failed) == ["huge failed (no memory)", missing] and "**huge**, failed" in as_markdown(failed)
     assert json.loads(json.dumps(failed))["figures"] == failed["figures"]
     for options, words in ((Options(data_path="D", quick=True), "Quick run"), (Options(demo=True), "Stand-in: ")):
         report = build_report(options, *records_of(options, 99.0))
@@ -322,9 +325,12 @@ def test_reasons_are_numbered_once() -> None:
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_sampling_flops_are_what_torch_counts(cfg: float) -> None:
-    counted = count_samplers(tiny_model, 64, (4, cfg, "linear"), torch.device("cpu"))[1][0].flops / 64
-    formula = sampling_flops(TokenBridgeConfig(**tiny_config()), 4, cfg != 1)
-    assert formula == pytest.approx(counted, rel=0.03)
+    images, steps = 32, 3
+    with fake_mode(), torch.no_grad():
+        model = TokenBridge(**tiny_config()).eval()
+        labels = torch.zeros(images, dtype=torch.long)
+        counted = count(partial(model.sample_tokens, images, steps, cfg, "linear", labels, 0.0)).flops / images
+    assert sampling_flops(model.config, steps, cfg != 1) == pytest.approx(counted, rel=0.03)
 
 
 def test_sampling_flops_of_large() -> None:
@@ -370,7 +376,8 @@ def test_the_first_run_records_a_band_and_the_next_is_compared(tmp_path: Path) -
     assert all(figure.within is None for figure in training_figures("large", first))
     assert read_training(tmp_path / "a", *where) == first  # a repetition is not compared with itself
     assert first["images_per_s"] == 10.0 and first["mfu"] == pytest.approx(0.4)
-    assert first["differs"] == ["device cpu instead of cuda", "processes 8 instead of 32", "accum_iter 4 instead of 1"]
+    differs = ["max_steps 400 instead of None", "device cpu instead of cuda", "processes 8 instead of 32"]
+    assert first["differs"] == [*differs, "accum_iter 4 instead of 1"]
     for name, shift, within in (("b", 0.015, True), ("c", 0.05, False)):
         write_run(tmp_path / name, losses + shift)
         found = training_figures("large", read_training(tmp_path / name, *where))

@@ -24,9 +24,8 @@ from tools.reproduce.report import build_report, problems, write_report
 from tools.reproduce.stages import ROOT, Records, Stage
 from training.progress import duration
 from util import dist
-from util.cli import check_writable, make_parser
+from util.cli import check_writable, make_parser, run_cli
 from util.files import folder_lock
-from util.log import run_cli
 from util.options import ArgumentError, add_options, flag_names, read_options
 
 
@@ -76,7 +75,8 @@ def print_plan(options: Options, stages: Sequence[Stage], records: Records, rate
         seconds = stage.work.seconds(count * rates.half, count * rates.single)
         total += 0 if done else seconds
         flops = (stage.work.half + stage.work.single) / 1e12
-        print(f"{stage.name:<18}{flops:>14,.1f}{'finished' if done else duration(seconds):>16}   {stage.about}")
+        state = "finished" if done else duration(seconds) if flops else "-"
+        print(f"{stage.name:<18}{flops:>14,.1f}{state:>16}   {stage.about}")
     measured = f"{rates.half / 1e12:.3g} TFLOP/s of a transformer block, {rates.single / 1e12:.3g} of a convolution"
     print(f"{'left':<18}{'':>14}{duration(total):>16}   computed, at the measured {measured}\n", flush=True)
 
@@ -111,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.dry_run:
             return print_commands(Plan(options).stages())
         if Path.cwd() != ROOT:  # the published paths are relative to the repository
-            places = {name: getattr(options, name) for name in ("data_path", "output_dir", "demo_dir", "cached_path")}
+            names = ("data_path", "output_dir", "demo_dir", "cached_path", "bands")
+            places = {name: getattr(options, name) for name in names}
             options = replace(options, **{name: str(Path(p).absolute()) for name, p in places.items() if p})
             os.chdir(ROOT)
         reproduce(options)

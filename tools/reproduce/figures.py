@@ -50,15 +50,14 @@ class Figure:
 
     @property
     def difference(self) -> float | None:
-        """Measured less published."""
-        return None if None in (self.published, self.measured) else self.measured - self.published
+        """Measured less published, where they are compared."""
+        missing = None in (self.published, self.measured, self.tolerance)
+        return None if missing else self.measured - self.published
 
     @property
     def within(self) -> bool | None:
         """Whether the difference is within the tolerance."""
-        if None in (self.difference, self.tolerance):
-            return None
-        return abs(self.difference) <= self.tolerance + 1e-9
+        return None if self.difference is None else abs(self.difference) <= self.tolerance + 1e-9
 
     def to_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -124,8 +123,8 @@ def catalogue(iterations: tuple[int, int] = (256, 64), fid_infinity: bool = Fals
 # ---- reading what the stages wrote
 
 
-def read_reconstruction(folder: Path) -> dict[str, object]:
-    """FID, rFID and IS of results.json, and the settings that differ from the published script's."""
+def read_reconstruction(folder: Path, script: bool = True) -> dict[str, object]:
+    """FID, rFID and IS of results.json; if the published script measures them, the settings that differ from its."""
     record = json.loads((folder / "results.json").read_text())
     found: dict[str, object] = {}
     for row in record["rows"]:
@@ -134,7 +133,7 @@ def read_reconstruction(folder: Path) -> dict[str, object]:
         if (row["bits"], row["range"]) == (6, 5):
             found["is"] = row["inception_score"]
     settings = record["settings"] | {"pixels": record["pixels"]}
-    differs = differences(settings, RECONSTRUCTION) + reference_differences(
+    differs = differences(settings, RECONSTRUCTION if script else {}) + reference_differences(
         {name: value for name, value in record.items() if name in ("fid_stats", "inception_sha256") and value}
     )
     return found | {"rfid": found["rfid VAE alone"], "differs": differs}

@@ -173,7 +173,8 @@ class Plan:
         if o.root == o.out / "toy":
             flags = {"toy": [], "output_dir": [str(o.root)], "pictures": [str(o.root / "pictures")]}
             about = "the demo at toy size: no model of make demo was found"
-            found = [Stage("toy", about, dict, Command(("-m", "demo.run"), flags))]
+            inputs = (self.vae, self.checkpoint("large"))  # they are what it makes
+            found = [Stage("toy", about, dict, Command(("-m", "demo.run"), flags), inputs=inputs)]
         if o.train:
             return found
         work = Work(single=DEMO_REFERENCE * INCEPTION_FLOPS)
@@ -206,7 +207,7 @@ class Plan:
         encode, decode = self.vae_work()
         work = Work(single=images * (encode + variants * decode + (1 + variants) * INCEPTION_FLOPS), written=5e6)
         inputs = (self.vae, self.inception, *(() if on_val else (self.stats,)))
-        measure = partial(figures.read_reconstruction, folder)
+        measure = partial(figures.read_reconstruction, folder, not on_val)
         return Stage(name, about, measure, command, "" if on_val else "reconstruction", inputs, work)
 
     # ---- evaluation
@@ -215,9 +216,8 @@ class Plan:
         """FID, IS, precision and recall of a model; FID at other guidance scales if asked for; its parameters."""
         o, checkpoint = self.options, self.checkpoint(name)
         found = [self._evaluation(name, name, "FID, IS, precision, recall")]
-        if o.guidance:
-            cfg = float(found[0].command.flags["cfg"][0])
-            scales = sorted({*o.guidance, cfg})
+        scales = sorted({*o.guidance, float(found[0].command.flags["cfg"][0])})
+        if len(scales) > 1:
             stage = self._evaluation(f"guidance-{name}", name, "FID against guidance", cfg=[f"{x:g}" for x in scales])
             measure = partial(figures.read_guidance, o.out / name, scales)
             found.append(replace(stage, measure=measure))

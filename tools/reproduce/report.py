@@ -61,10 +61,13 @@ def stage_entry(stage: Stage, record: Mapping[str, object]) -> dict[str, object]
 
 
 def problems(report: Mapping[str, object]) -> list[str]:
-    """A sentence for each stage that failed and each figure that is out of tolerance."""
+    """Sentences on stages that failed, and on figures that are out of tolerance or were not measured."""
     failed = [f"{stage['name']} failed ({stage['error']})" for stage in report["stages"] if "error" in stage]
-    out = [figure["name"] for figure in report["figures"] if figure["within"] is False]
-    return failed + ([f"out of tolerance: {', '.join(out)}"] if out else [])
+    compared = [figure for figure in report["figures"] if figure["tolerance"] is not None]
+    missing = [figure["name"] for figure in compared if figure["measured"] is None]
+    out = [figure["name"] for figure in compared if figure["within"] is False]
+    named = {"out of tolerance": out, "not measured": missing}
+    return failed + [f"{what}: {', '.join(names)}" for what, names in named.items() if names]
 
 
 def _number(value: float | None, sign: str = "") -> str:
@@ -78,7 +81,7 @@ def _row(cells: Sequence[str]) -> str:
 def figure_rows(lines: Sequence[Mapping[str, object]]) -> list[str]:
     """The table of figures; reasons are numbered."""
     reasons = list(dict.fromkeys(line["reason"] for line in lines if line["reason"]))
-    rows = [_row(("figure", "published", "measured", "difference", "tolerance", "within", "")), "|---" * 7 + "|"]
+    rows = [_row(("figure", "published", "measured", "difference", "tolerance", "within", "note")), "|---" * 7 + "|"]
     for line in lines:
         limit = f"±{_number(line['tolerance'])} [{reasons.index(line['reason']) + 1}]" if line["reason"] else ""
         within = {None: "not compared", True: "yes", False: "**no**"}[line["within"]]
@@ -92,8 +95,8 @@ def as_markdown(report: Mapping[str, object]) -> str:
     """The report for people."""
     wrong, compared = problems(report), [f for f in report["figures"] if f["within"] is not None]
     parts = [f"# Reproduction of {report['what']}", ""]
-    parts += [report["not_compared"], ""] if report["not_compared"] else []
-    good = f"{sum(f['within'] for f in compared)} of {len(compared)} compared figures are within their tolerance."
+    counts = f"{sum(f['within'] for f in compared)} of {len(compared)} compared figures are within their tolerance."
+    good = report["not_compared"] or (counts if compared else "No figure is compared.")
     parts += [good, *(f"- {sentence}" for sentence in wrong), "", *figure_rows(report["figures"]), ""]
     parts += ["## Stages", ""]
     for stage in report["stages"]:

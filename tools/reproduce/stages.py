@@ -141,7 +141,9 @@ def _die_with_parent() -> None:
 def run_command(command: Command, log: Path) -> None:
     """Run it with its output on the terminal and in `log`. ValueError with the command's own reason if it fails."""
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent)
-    with log.open("ab") as file, subprocess.Popen(command.executed(), cwd=ROOT, **pipe) as process:
+    threads = {"OMP_NUM_THREADS": "1"} if command.processes > 1 else {}  # torchrun's own default, without its warning
+    places = dict(cwd=ROOT, env=threads | os.environ)
+    with log.open("ab") as file, subprocess.Popen(command.executed(), **places, **pipe) as process:
         start = file.tell()
         while block := process.stdout.read1(2**16):
             sys.stdout.buffer.write(block)
