@@ -74,7 +74,8 @@ class Expected:
     def read(cls, path: str) -> "Expected":
         """From a JSON file with these names. ValueError or FileNotFoundError naming it."""
         try:
-            return cls(**read_json(path, {"steps": [int], "loss": [float], "width": int, "tolerance": float}))
+            numbers = {"steps": [int], "loss": [float], "width": int, "tolerance": float}
+            return cls(**read_json(path, numbers | {"about?": dict}))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} (--expected) must hold steps, loss, width and tolerance: {error}") from error
 

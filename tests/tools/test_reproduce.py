@@ -361,7 +361,8 @@ def test_the_documents_gpu_hours_are_computed() -> None:
 def write_run(folder: Path, losses: np.ndarray) -> None:
     """log.jsonl and a checkpoint with the arguments of a run, as training writes them."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(dict(step=i + 1, loss=float(x), images_per_s=10.0, mfu=0.4)) for i, x in enumerate(losses)]
+    rest = dict(lr=1e-4, grad_norm=1.0, images_per_s=10.0, mfu=0.4)
+    lines = [json.dumps(dict(step=i + 1, loss=float(x), **rest)) for i, x in enumerate(losses)]
     (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
     args = load_preset("large").flags | dict(accum_iter=4, max_steps=len(losses), precision="fp16", seed=1)
     torch.save({"config": {"args": args}}, folder / "checkpoint-last.pth")

@@ -1,6 +1,6 @@
 """The paper's figures, how far a repetition may be from them and why, and how ours are read from what stages wrote."""
 
-import json
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from models.tokenbridge import TokenBridge
 from tools.bench.counting import timed
 from util import dist
 from util.checkpoint import find_file, read_file
+from util.files import check_schema, parse_json, read_json
 from util.presets import differences, load_preset
 
 SEEDS = "another seed moves FID of 50,000 images by about 2 % (as EDM's authors report); rounding of the published one"
@@ -125,7 +126,7 @@ def catalogue(iterations: tuple[int, int] = (256, 64), fid_infinity: bool = Fals
 
 def read_reconstruction(folder: Path, script: bool = True) -> dict[str, object]:
     """FID, rFID and IS of results.json; if the published script measures them, the settings that differ from its."""
-    record = json.loads((folder / "results.json").read_text())
+    record = read_json(folder / "results.json", {"rows": [dict], "settings": dict, "pixels": str})
     found: dict[str, object] = {}
     for row in record["rows"]:
         key = pair_key(row["bits"], row["range"])
@@ -139,10 +140,19 @@ def read_reconstruction(folder: Path, script: bool = True) -> dict[str, object]:
     return found | {"rfid": found["rfid VAE alone"], "differs": differs}
 
 
+def read_records(folder: Path) -> list[dict]:
+    """The lines of eval.jsonl; the last one may be incomplete after a kill."""
+    found = []
+    for text in (folder / "eval.jsonl").read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            check_schema(line := parse_json(text), {"fid": float, "cfg": float, "num_iter": int})
+            found.append(line)
+    return found
+
+
 def read_evaluation(folder: Path, preset: str, cfg: float) -> dict[str, object]:
     """The scores of the last record of eval.jsonl at that guidance, and the settings that differ from the preset's."""
-    records = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines() if line.strip()]
-    records = [record for record in records if record["cfg"] == cfg]
+    records = [record for record in read_records(folder) if record["cfg"] == cfg]
     if not records:
         raise ValueError(f"{folder / 'eval.jsonl'} has no record with cfg {cfg:g}")
     record, published = records[-1], load_preset(preset)
@@ -156,7 +166,7 @@ def read_evaluation(folder: Path, preset: str, cfg: float) -> dict[str, object]:
 
 def read_guidance(folder: Path, scales: Iterable[float]) -> dict[str, object]:
     """FID at each guidance scale, of the last record with it."""
-    records = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines() if line.strip()]
+    records = read_records(folder)
     return {f"{cfg:g}": [r["fid"] for r in records if r["cfg"] == cfg][-1] for cfg in scales}
 
 

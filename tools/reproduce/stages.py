@@ -1,7 +1,6 @@
 """Stages and their records: a finished one is skipped, a failed one leaves its reason, and the others still run."""
 
 import ctypes
-import json
 import os
 import platform
 import re
@@ -18,11 +17,12 @@ from tools.reproduce.commands import Command, added
 from tools.reproduce.cost import Work
 from util import dist
 from util.checkpoint import versions
-from util.files import file_sha256, write_json
+from util.files import file_sha256, read_json, write_json
 from util.log import first_line
 
 ROOT = Path(__file__).resolve().parents[2]
 PR_SET_PDEATHSIG = 1
+RECORD = {"command": str, "inputs": dict, "seconds": float, "measured?": dict, "error?": str, "files?": dict}
 PACKAGES = ("torchvision", "torch-fidelity", "timm", "scipy", "pillow")  # besides torch's own
 
 
@@ -77,10 +77,9 @@ class Records:
         """The record, {} if there is none. ValueError that names a damaged one."""
         path = self.folder / f"{stage.name}.json"
         try:
-            found = json.loads(path.read_text()) if path.exists() else {}
+            return read_json(path, RECORD) if path.exists() else {}
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}): delete it, and the stage runs again") from error
-        return found if isinstance(found, dict) else {}
 
     def key(self, stage: Stage) -> dict:
         """What a finished stage must have been made with to be skipped."""

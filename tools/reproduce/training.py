@@ -1,8 +1,10 @@
 """The first steps of the published training beside a recorded loss (a band), or recorded as one."""
 
+import contextlib
 import hashlib
 import json
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +18,7 @@ from tools.reproduce.stages import describe_machine
 from training.published import cache_in_words
 from util import dist
 from util.checkpoint import LAST, read_file
-from util.files import write_json
+from util.files import check_schema, parse_json, write_json
 from util.presets import Preset, differences
 
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # of the run, where the loss is compared
@@ -54,6 +56,18 @@ def band_of(steps: np.ndarray, losses: np.ndarray, about: Mapping[str, object], 
     return Expected(at, [round(float(w.mean()), 5) for w in windows], width, tolerance, dict(about) | {"run": run})
 
 
+def read_speed(log: Path) -> dict[str, float | None]:
+    """Median images/s and MFU of the steps after the first tenth; None where the log has none."""
+    lines = []
+    for text in log.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            check_schema(line := parse_json(text), {"images_per_s": float, "mfu?": float})
+            lines.append(line)
+    late = lines[len(lines) // 10 :]
+    values = {name: [line[name] for line in late if name in line] for name in ("images_per_s", "mfu")}
+    return {name: statistics.median(numbers) if numbers else None for name, numbers in values.items()}
+
+
 def read_training(
     out: Path, cache: Path, bands: Path, preset: Preset, processes: int, device: str
 ) -> dict[str, object]:
@@ -67,10 +81,7 @@ def read_training(
         write_json(path, asdict(ours) | {"about": ours.about | describe_machine(device)})
     band = Expected.read(str(path))
     means = [columns["loss"][(columns["step"] > s - band.width) & (columns["step"] <= s)].mean() for s in band.steps]
-    late = slice(len(columns["loss"]) // 10, None)
-    speed = {
-        name: float(np.nanmedian(columns[name][late])) if name in columns else None for name in ("images_per_s", "mfu")
-    }
+    speed = read_speed(out / "log.jsonl")
     settings = args | {"global_batch": batch, "cache": cache_in_words(read_record(cache))}
     precision = dist.pick_precision(args["precision"], dist.pick_device(device))
     settings |= {"device": device, "processes": processes, "precision": precision}
