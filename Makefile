@@ -1,6 +1,7 @@
 # make toy       every stage of the demo at toy size, about a minute
 # make demo      the whole pipeline on handwritten digits, CPU only
 # make test      the tests (make test-all: the slow ones too)
+# make test-gpu  what only a GPU can show (docs/gpu.md)
 # make lint      ruff, and the rule of imports among folders and files
 # make extras    install what is optional: notebook, VAEs of diffusers, the browser test
 # make clean     delete what the demo wrote
@@ -8,7 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: toy demo test test-all lint extras clean
+.PHONY: toy demo test test-all test-gpu lint extras clean
 
 toy: .venv/installed
 	$(BIN)/python -m demo.run --toy --output_dir demo/out/toy --pictures demo/out/toy
@@ -21,6 +22,9 @@ test: .venv/installed
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-gpu: .venv/installed
+	$(BIN)/python -m pytest -n 0 -m gpu -v tests/gpu
 
 lint: .venv/installed
 	$(BIN)/python -m pip install --quiet ruff==0.17.6 import-linter==2.17

@@ -212,5 +212,6 @@ class LatentSpace:
 def per_channel(value: Number, like: Tensor) -> float | Tensor:
     """A number as it is, or one per channel as (C, 1, 1) on the device of `like`."""
     if isinstance(value, Sequence):
-        return torch.tensor(list(value), device=like.device, dtype=like.dtype).view(-1, 1, 1)  # (C, 1, 1)
+        numbers = torch.tensor(list(value), dtype=like.dtype, device="cpu").view(-1, 1, 1)  # (C, 1, 1)
+        return numbers.to(like.device, non_blocking=True)  # the host does not wait
     return value

@@ -5,9 +5,11 @@ train_scaled.py OUT.pth '{"fsdp": true, "compiled": false, "grad_checkpointing":
 4, "steps": 4}' [CHECKPOINT]
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.utils.data import DataLoader
@@ -34,16 +36,20 @@ def run(
     resume: str = "",
     spoil_from: int | None = None,
     spoilt_rank: int = 1,
+    device: str = "cpu",
     **model_changes: object,
 ) -> dict | None:
     """The checkpoint on rank 0 after `steps`; spoil_from: images of rank `spoilt_rank` are NaN after so many."""
     torch.manual_seed(0)
     s = settings(batch_size, accum_iter, steps, fsdp=fsdp, compile=compiled, posthoc_ema_freq=100)
-    model, device = tiny_model(label_drop_prob=0.2, **model_changes), torch.device("cpu")
+    model, device = tiny_model(label_drop_prob=0.2, **model_changes), dist.pick_device(device)
     content = checkpoint.read_file(resume) if resume else None
     if content is not None:
         checkpoint.load_state(model, content["model"], resume)
-    state = TrainState(model, s, device)
+    # one process in a group has DDP all the same, to see it at work on the only GPU
+    grouped = torch.distributed.is_initialized() and not fsdp
+    with mock.patch.object(dist, "world_size", lambda: 2) if grouped else contextlib.nullcontext():
+        state = TrainState(model, s, device)
     if content is not None:
         state.load_state_dict(content, s.steps_per_epoch, resume)
     sampler = GlobalBatchSampler(IMAGES, batch_size, dist.rank(), dist.world_size(), s.seed)
@@ -52,7 +58,7 @@ def run(
     while state.step < s.total_steps:
         epoch, done = divmod(state.step, s.steps_per_epoch)
         sampler.set_epoch(epoch, done * accum_iter)
-        train_one_epoch(state, tiny_vae(), loader, s, device, log)
+        train_one_epoch(state, tiny_vae().to(device), loader, s, device, log)
     snapshots = SnapshotWriter(out.parent / out.stem, "toy", state.step)
     snapshots.take(state.step, state.power_emas, fsdp)
     snapshots.close()
@@ -67,7 +73,11 @@ def run(
 def main() -> None:
     out, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     try:
-        dist.init("cpu", "env://")
+        device = dist.init(options.get("device", "cpu"), "env://")
+        torch.set_float32_matmul_precision("highest")  # no TF32
+        if "device" in options and not torch.distributed.is_initialized():  # one process, in a group all the same
+            on_gpu = dict(backend="cpu:gloo,cuda:nccl", device_id=device)
+            torch.distributed.init_process_group(**on_gpu if device.type == "cuda" else dict(backend="gloo"))
         content = run(out, **options)
         if content is not None:
             checkpoint.atomic_save(content, out)

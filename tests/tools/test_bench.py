@@ -1,5 +1,6 @@
 """tools/bench by its counts, never by time: bounds of the optimized parts, baselines that compute the same."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -263,12 +264,55 @@ def test_train_table(capsys: pytest.CaptureFixture) -> None:
         ("train --device tpu", "--device 'tpu'"),
         ("cache --records 0", "records must be at least 1, got 0 (--records)"),
         ("cache --shape 3 4 4", "shape takes 2C h w"),
+        ("gpu --budget 0", "budget must be above 0"),
         ("eval --num_images 9", "num_images must be at least 10"),
     ],
 )
 def test_bad_input(command: str, message: str, capsys: pytest.CaptureFixture) -> None:
     assert run_cli(lambda: main(command.split())) == 2
     assert message in capsys.readouterr().err
+
+
+GPU = f"gpu {SMALL} --others tokenbridge_digits --batch_size 2 --sampling_batch 2 --num_iter 6 --no_compile --repeats 1"
+
+
+def test_gpu_bench_skips_what_it_has_no_time_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """And says so; the cheap ceilings alone fit into a small budget."""
+    path = tmp_path / "gpu.json"
+    main(
+        [*GPU.replace("--no_compile ", "").split(), "--budget", "30", "--only", "ceilings", "head", "--json", str(path)]
+    )
+    main([*GPU.split(), "--budget", "1", "--json", str(path)])
+    found, out = json.loads(path.read_text()), capsys.readouterr().out
+    assert found["rows"] == [] and found["device"] == "cpu"
+    skipped = {entry["name"] for entry in found["skipped"]}
+    assert {"training, eager", "sampling, 6 iterations, plain loop", "VAE", "reuse_features 2"} <= skipped
+    assert "bf16 matrix product, 512 x 512" in out and "head alone, 256 tokens, eager" in out
+    assert "skipped: training, eager: needs about 10 s, 0 s of its section were left" in out
+
+
+@pytest.mark.slow
+def test_gpu_bench_runs_every_section(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "gpu.json"
+    main([*GPU.split(), "--budget", "3000", "--vae_width", "16", "--json", str(path)])
+    found = json.loads(path.read_text())
+    assert found["skipped"] == [] and all(row["value"] > 0 for row in found["rows"])
+    names = " ".join(row["name"] for row in found["rows"])
+    for part in ("copy", "matrix", "training digits, batch 2, plain", "training digits, batch 2, eager", "VAE encode"):
+        assert part in names
+    for part in ("6 iterations, cfg 3.1, batch 2, eager", "1 image(s)", "8 image(s)", "Inception", "reuse_features 4"):
+        assert part in names
+    assert {len(kernels) for kernels in found["profile"].values()} == {15} and len(found["profile"]) == 2
+    by_name = {row["name"]: row for row in found["rows"]}
+    assert by_name["training digits, batch 2, eager"]["baseline"] > 0 and "TFLOP/s" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(bool(no_fake_gpu()), reason=no_fake_gpu())
+def test_gpu_counts_without_a_gpu(capsys: pytest.CaptureFixture) -> None:
+    main([*GPU.split(), "--dry"])
+    rows = {line[:44].strip(): line[44:].split() for line in capsys.readouterr().out.splitlines()}
+    assert int(rows["step 3 of 6, 1 image(s), cfg 3.1"][0]) == int(rows["step 3 of 6, 2 image(s), cfg 3.1"][0]) > 200
+    assert float(rows["training, batch 2, forward"][1]) > 0
 
 
 def test_unknown_model_lists_what_exists(capsys: pytest.CaptureFixture) -> None:

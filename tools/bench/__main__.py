@@ -4,6 +4,7 @@
   python -m tools.bench quantizer                                 nearest level: binary search against distances
   python -m tools.bench sample --model tokenbridge_base --dry     sampling: one guided batch and a KV cache
   python -m tools.bench train --model tokenbridge_base --dry      training step: FLOPs, bytes, time
+  python -m tools.bench gpu --budget 360                          one GPU: training, sampling, latency, kernels
   python -m tools.bench cache                                     an epoch over cached latents: shards against .npz
 
 `--dry` only counts, on fake tensors, in seconds; without it the same code is also run and timed.
@@ -13,11 +14,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tools.bench import cache, evaluation, quantizer, sample, train
+from tools.bench import cache, evaluation, gpu, quantizer, sample, train
 from util.cli import HelpFormatter, make_parser, run_cli
 from util.options import add_options, flag_names, read_options
 
-BENCHES = {"quantizer": quantizer, "sample": sample, "train": train, "cache": cache, "eval": evaluation}
+BENCHES = {"quantizer": quantizer, "sample": sample, "train": train, "cache": cache, "eval": evaluation, "gpu": gpu}
 MORE_FLAGS = {"dry": ("--flops_only", "store_true"), "pairs": ("--no-pairs", "store_false")}  # of options so named
 
 

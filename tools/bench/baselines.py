@@ -66,6 +66,30 @@ def baseline_head(model: TokenBridge, z: Tensor) -> Tensor:
     return torch.stack(indices, dim=1)
 
 
+def baseline_sampling_step(
+    model: TokenBridge,
+    values: Tensor,
+    masked: Tensor,
+    orders: Tensor,
+    plan: tuple[int, int],
+    class_embedding: Tensor,
+    scale: float,
+) -> Tensor:
+    """Reveal orders[:, after:before] in values (B, L, C), in place; returns the new mask (B, L).
+
+    plan: tokens masked before and after.
+    """
+    before, after = plan
+    z = baseline_features(model, values, masked, before, class_embedding)  # (B, L, D)
+    if scale != 1:
+        z_u = baseline_features(model, values, masked, before, model.fake_latent.expand_as(class_embedding))
+        z = z_u + scale * (z - z_u)
+    revealed = torch.zeros_like(masked).scatter_(1, orders[:, after:before], True)
+    indices = baseline_head(model, select_tokens(z, revealed, before - after).flatten(0, 1))  # (N, C)
+    values[revealed] = model.dequantize(indices[:, model.to_natural_order])
+    return masked & ~revealed
+
+
 @torch.no_grad()
 def sample_baseline(
     model: TokenBridge, orders: Tensor, labels: Tensor, num_iter: int, cfg: float, cfg_schedule: str
@@ -73,21 +97,13 @@ def sample_baseline(
     """Latents (B, C, H, W) at temperature 0, as TokenBridge.sample_tokens gives them (docs/spec.md 6)."""
     model.eval()
     batch, num_tokens = orders.shape
-    class_embedding, no_class = model.class_emb(labels), model.fake_latent.expand(batch, -1)  # (B, D)
+    class_embedding = model.class_emb(labels)  # (B, D)
     values = torch.zeros(batch, num_tokens, model.token_dim, device=orders.device)
     masked = torch.ones_like(orders, dtype=torch.bool)
     for before, after, keep in unmasking_plan(num_iter, num_tokens):
-        if before == after:
-            continue
-        z = baseline_features(model, values, masked, before, class_embedding)  # (B, L, D)
-        scale = guidance_scale(cfg, cfg_schedule, num_tokens, keep)
-        if scale != 1:
-            z_u = baseline_features(model, values, masked, before, no_class)
-            z = z_u + scale * (z - z_u)
-        revealed = torch.zeros_like(masked).scatter_(1, orders[:, after:before], True)
-        indices = baseline_head(model, select_tokens(z, revealed, before - after).flatten(0, 1))  # (N, C)
-        values[revealed] = model.dequantize(indices[:, model.to_natural_order])
-        masked = masked & ~revealed
+        if before > after:
+            scale = guidance_scale(cfg, cfg_schedule, num_tokens, keep)
+            masked = baseline_sampling_step(model, values, masked, orders, (before, after), class_embedding, scale)
     return model.unpatchify(values)
 
 

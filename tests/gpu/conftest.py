@@ -1,0 +1,51 @@
+"""What only a GPU can show: `make test-gpu` (docs/gpu.md). Skipped without one.
+
+The same bodies run on the CPU with TOKENBRIDGE_TEST_DEVICE=cpu, which shows that they work.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from util import dist
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts: what deterministic products need
+
+OVERRIDE = "TOKENBRIDGE_TEST_DEVICE"
+LINES: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU, or what TOKENBRIDGE_TEST_DEVICE says."""
+    name = os.environ.get(OVERRIDE)
+    if not name and not torch.cuda.is_available():
+        pytest.skip(f"no GPU here ({OVERRIDE}=cpu runs the same checks on the CPU)")
+    return dist.init(name or "cuda")
+
+
+@pytest.fixture
+def exact(device: torch.device) -> Iterator[None]:
+    """Full float32: no TF32."""
+    with dist.float32_precision(device):
+        yield
+
+
+@pytest.fixture(scope="session")
+def report() -> Callable[[str], None]:
+    """report(line): printed at the end of the run."""
+    return LINES.append
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow checks (compilation, processes) last, so that a time limit costs those alone."""
+    items.sort(key=lambda item: {"gpu", "slow"} <= {mark.name for mark in item.iter_markers()})
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if LINES:
+        terminalreporter.section("figures of the GPU checks")
+        for line in LINES:
+            terminalreporter.write_line(line)
