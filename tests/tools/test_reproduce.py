@@ -413,8 +413,8 @@ def test_a_killed_run_that_is_continued_gives_the_same_report(tmp_path: Path) ->
     main_tokenbridge.main(argv_of(**model, **training, **places))
     reports, points = [], ("stand_in/inception.pth", "logs/bits.log", "large/eval/*/features/*.npz")
     for out in (tmp_path / "whole", tmp_path / "killed"):
-        flags = ["--demo", "--demo_dir", str(root), "--output_dir", str(out), "--only", "reconstruction,large"]
-        command = [sys.executable, "-m", "tools.reproduce", *flags]
+        flags = ["--demo_dir", str(root), "--output_dir", str(out), "--only", "reconstruction,large", "--gpus", "1"]
+        command = [sys.executable, "-m", "tools.reproduce", "--demo", *flags]
         for number, point in enumerate(points if out.name == "killed" else ()):
             with subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, start_new_session=True) as process:
                 while process.poll() is None and not list(out.glob(point)):

@@ -53,7 +53,7 @@ class Options:
     demo: bool = option(False, "the same stages with the demo's model and random Inception weights, on the CPU")
     demo_dir: str = option("demo/out", "with demo: what make demo wrote; if it is not there, a toy-size training")
     train: str | None = option(None, "instead: the first steps of the published training", choices=("large", "huge"))
-    steps: int = option(2000, "with train: optimizer steps", lowest=10)
+    steps: int = option(2000, "with train: optimizer steps", lowest=20)
     cached_path: str = option("", "with train: a latent cache; default: OUT/cache, made first (42 GB for ImageNet)")
     bands: str = option("loss_bands", "with train: folder of the recorded losses that the run is compared with")
 

@@ -36,10 +36,11 @@ def build_report(options: Options, plan: Plan, stages: Sequence[Stage], records:
     """The content of reproduction.json."""
     named = list(zip(stages, records, strict=True))
     what = f"the first {options.steps} steps of the published training of {options.train}" if options.train else ""
-    kind = "demo" if options.demo else "quick" if options.quick else ""
+    kind = "" if options.train else "demo" if options.demo else "quick" if options.quick else ""
     machines = [record["machine"] for record in records]
     return {
-        "what": what or "the published figures",
+        "what": (what or "the published figures") + (f" ({STAND_IN})" if options.demo else ""),
+        "beside": "band" if options.train else "published",
         "not_compared": NOT_COMPARED.get(kind, ""),
         "figures": [figure.to_dict() for figure in collect_figures(options, plan, records)],
         "stages": [stage_entry(stage, record) for stage, record in named],
@@ -78,10 +79,10 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def figure_rows(lines: Sequence[Mapping[str, object]]) -> list[str]:
-    """The table of figures; reasons are numbered."""
+def figure_rows(lines: Sequence[Mapping[str, object]], beside: str = "published") -> list[str]:
+    """The table of figures; reasons are numbered. beside: title of what they are compared with."""
     reasons = list(dict.fromkeys(line["reason"] for line in lines if line["reason"]))
-    rows = [_row(("figure", "published", "measured", "difference", "tolerance", "within", "note")), "|---" * 7 + "|"]
+    rows = [_row(("figure", beside, "measured", "difference", "tolerance", "within", "note")), "|---" * 7 + "|"]
     for line in lines:
         limit = f"±{_number(line['tolerance'])} [{reasons.index(line['reason']) + 1}]" if line["reason"] else ""
         within = {None: "not compared", True: "yes", False: "**no**"}[line["within"]]
@@ -97,7 +98,7 @@ def as_markdown(report: Mapping[str, object]) -> str:
     parts = [f"# Reproduction of {report['what']}", ""]
     counts = f"{sum(f['within'] for f in compared)} of {len(compared)} compared figures are within their tolerance."
     good = report["not_compared"] or (counts if compared else "No figure is compared.")
-    parts += [good, *(f"- {sentence}" for sentence in wrong), "", *figure_rows(report["figures"]), ""]
+    parts += [good, *(f"- {sentence}" for sentence in wrong), "", *figure_rows(report["figures"], report["beside"]), ""]
     parts += ["## Stages", ""]
     for stage in report["stages"]:
         parts += [f"**{stage['name']}**, " + ("failed" if "error" in stage else f"{stage['seconds']:.0f} s"), ""]

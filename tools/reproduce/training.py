@@ -22,7 +22,7 @@ from util.files import check_schema, parse_json, write_json
 from util.presets import Preset, differences
 
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # of the run, where the loss is compared
-WINDOWS = 40  # the loss is averaged over a 40th of the run
+WINDOWS, NARROWEST = 40, 5  # the loss is averaged over a 40th of the run, over 5 steps at least
 LOWEST_TOLERANCE, SPREADS = 0.02, 4
 BAND_REASON = "recorded run; another order of the data and other masks: four standard errors of the mean, at least 0.02"
 
@@ -48,7 +48,7 @@ def band_file(folder: Path, about: Mapping[str, object]) -> Path:
 
 def band_of(steps: np.ndarray, losses: np.ndarray, about: Mapping[str, object], run: str) -> Expected:
     """The band that a run records: means of windows that end at SHARES of it."""
-    width = max(1, len(losses) // WINDOWS)
+    width = max(NARROWEST, len(losses) // WINDOWS)
     at = sorted({max(width, round(share * int(steps[-1]))) for share in SHARES})
     windows = [losses[(steps > step - width) & (steps <= step)] for step in at]
     spread = max(float(window.std()) for window in windows) / math.sqrt(width)
