@@ -129,6 +129,7 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("good", "--gpus 2", 0, r"2 GPUs are wanted, this machine has 0"),
         ("good", "", 8, r"not enough space: \S+ has 1.0 GB of free space, 2[78].\d GB are needed \(--output_dir\)"),
         ("good", "--train large", 8, r"not enough space: \S+ has 1.0 GB of free space, 59.\d GB are needed"),
+        ("good", "--train large --cached_path nowhere", 8, r"no latent cache at nowhere; .*\(--cached_path\)"),
         ("good", "--train large --gpus 3", 8, r"gpus 3 x 64 images do not divide the published batch of 2048"),
         ("good", "--only reconstruction,larg", 8, r"only 'larg' is unknown; choose from reconstruction, large"),
         ("good", "--train huge --quick", 8, r"quick does not go with train"),
@@ -171,15 +172,17 @@ def test_stages_continue_after_a_failure_and_finished_ones_are_skipped(tmp_path:
         failing = python("import sys; print('Traceback'); print('error: no such thing'); sys.exit(2)")
         counted = Stage("a", "", lambda: runs.append("a") or {"x": number}, python(f"print({number})"), inputs=(data,))
         middle = Stage("b", "", dict, None if good else failing)
-        return [counted, middle, Stage("c", "", lambda: runs.append("c") or {"y": None})]
+        broken = Stage("d", "", dict if good else lambda: {}["x"])
+        return [counted, middle, Stage("c", "", lambda: runs.append("c") or {"y": None}), broken]
 
     records = Records(tmp_path)
     first = records.run(stages(False), "cpu")
-    assert [record.get("measured") for record in first] == [{"x": 1}, None, {"y": None}]
+    assert [record.get("measured") for record in first] == [{"x": 1}, None, {"y": None}, None]
+    assert first[3]["error"] == "KeyError: 'x'"
     assert first[1]["error"] == f"no such thing; see {tmp_path / 'logs' / 'b.log'}"
     assert first[0]["files"][str(data)]["bytes"] == 1 and len(first[0]["files"][str(data)]["sha256"]) == 64
     second = records.run(stages(True), "cpu")
-    assert runs == ["a", "c"] and [r["name"] for r in second] == list("abc") and second[1]["measured"] == {}
+    assert runs == ["a", "c"] and [r["name"] for r in second] == list("abcd") and second[1]["measured"] == {}
     data.write_text("2")  # another input: again
     records.run(stages(True), "cpu")
     records.run(stages(True, number=2), "cpu")  # another command: again

@@ -53,6 +53,9 @@ def check_before_work(options: Options, plan: Plan, stages: Sequence[Stage], rec
     """ValueError for what would fail later: data, GPUs, space. Nothing is written."""
     if options.demo:
         return
+    if options.train and options.cached_path and not Path(options.cached_path).is_dir():
+        advice = "without the flag it is made in OUT/cache"
+        raise ArgumentError("cached_path", f"no latent cache at {options.cached_path}; {advice}")
     reads_images = "reconstruction" in options.sections and not options.train
     for part in ["train", "val"] if reads_images else ["train"] if options.train and not options.cached_path else []:
         check_images(Path(options.data_path) / part, CLASSES)
@@ -88,11 +91,11 @@ def reproduce(options: Options) -> None:
     check_before_work(options, plan, stages, records)
     check_writable(options.out, "--output_dir")
     config = plan.config(options.train or "large")
-    device, precision = ("cpu", "fp32") if options.demo else ("cuda", "fp16")
     with folder_lock(options.out, "--output_dir"):
-        rates = rates_here(device, config.decoder_embed_dim, config.decoder_num_heads, precision)
-        print_plan(options, stages, records, rates)
-        done = records.run(stages, device)
+        if any(records.finished(stage) is None for stage in stages):
+            rates = rates_here(plan.device, config.decoder_embed_dim, config.decoder_num_heads, plan.precision)
+            print_plan(options, stages, records, rates)
+        done = records.run(stages, plan.device)
         report = build_report(options, plan, stages, done)
         write_report(report, options.out)
     print(f"\nwrote {options.out / 'reproduction.md'} and .json", flush=True)

@@ -126,8 +126,11 @@ class Records:
                 self.logs.mkdir(parents=True, exist_ok=True)
                 run_command(stage.command, self.logs / f"{stage.name}.log")
             record = {"measured": stage.measure()}
-        except (ValueError, OSError, KeyError) as error:
-            record = {"error": f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else first_line(error)}
+        except Exception as error:  # also a device out of memory: the other stages still run
+            if os.environ.get("TOKENBRIDGE_DEBUG"):
+                raise
+            kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+            record = {"error": kind + first_line(error)}
         return self.key(stage) | record | {"seconds": time.perf_counter() - started}
 
 
