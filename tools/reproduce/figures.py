@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,8 +11,7 @@ from checkpoints import build
 from evaluation.published import reference_differences, run_settings
 from evaluation.report import FIDS_BY_BITS, FIDS_BY_RANGE
 from models.tokenbridge import TokenBridge
-from tools.bench.counting import timed
-from util import dist
+from tools.bench.gpu import PAPER_HEAD
 from util.checkpoint import find_file, read_file
 from util.files import check_schema, parse_json, read_json
 from util.presets import differences, load_preset
@@ -30,9 +28,7 @@ TOLERANCES = {  # share of the published value, absolute part, reason
     "parameters, M": (0.0, 1.0, "published in whole millions, not rounded up: 486 for 486.89"),
 }
 PARAMETERS = {"large": 486, "huge": 910}  # M
-HEAD_MS = (52.42, 311.25)  # the paper's head and MAR's diffusion head, on an A100
-HEAD_NOTE = f"published: {HEAD_MS[0]} ms, diffusion head {HEAD_MS[1]} ms, on an A100, batch not stated: not comparable"
-HEAD_TOKENS = 256
+HEAD_ROW = "head alone, 256 tokens, eager"  # of python -m tools.bench gpu
 # Settings of results.json that the published reconstruction has.
 RECONSTRUCTION = {"images_per_class": 50, "img_size": 256, "mode": False, "pixels": "truncate", "num_images": None}
 
@@ -118,7 +114,7 @@ def catalogue(iterations: tuple[int, int] = (256, 64), fid_infinity: bool = Fals
     for stage, steps in zip(("large", "speed"), iterations, strict=True):
         name, note = f"large: images/s, {steps} iterations", "all devices, VAE and Inception included; not published"
         found.append(Wanted(stage, "images_per_s", name, note=note, clock=True))
-    return [*found, Wanted("head", "ms", f"large: head, {HEAD_TOKENS} tokens, ms", note=HEAD_NOTE, clock=True)]
+    return [*found, Wanted("head", "ms", f"large: {HEAD_ROW}, ms", note=PAPER_HEAD, clock=True)]
 
 
 # ---- reading what the stages wrote
@@ -170,28 +166,18 @@ def read_guidance(folder: Path, scales: Iterable[float]) -> dict[str, object]:
     return {f"{cfg:g}": [r["fid"] for r in records if r["cfg"] == cfg][-1] for cfg in scales}
 
 
-def model_of(path: str | Path) -> tuple[str, TokenBridge]:
-    """Name and model of a checkpoint, without its weights."""
-    file = find_file(path)
-    name, config = build.describe(read_file(file, mmap=True), str(file))
-    return name, TokenBridge(config)
-
-
 def count_parameters(path: str | Path) -> dict[str, object]:
     """Millions of parameters of a checkpoint's model."""
+    file = find_file(path)
+    config = build.describe(read_file(file, mmap=True), str(file))[1]
     with torch.device("meta"):
-        _, model = model_of(path)
-    return {"millions": sum(p.numel() for p in model.parameters()) / 1e6}
+        return {"millions": sum(p.numel() for p in TokenBridge(config).parameters()) / 1e6}
 
 
-@torch.no_grad()
-def time_head(path: str | Path, device_flag: str, temperature: float, precision: str) -> dict[str, object]:
-    """Milliseconds in which the head samples all dimensions of HEAD_TOKENS tokens; median of 5."""
-    device = dist.init(device_flag)
-    model = model_of(path)[1].to(device).eval()  # the time does not depend on the weights' values
-    z = torch.randn(HEAD_TOKENS, model.config.decoder_embed_dim, device=device)
-    uniforms = torch.rand(HEAD_TOKENS, model.token_dim, device=device)
-    with dist.autocast(device, precision):
-        sample = partial(model.channel_sample, z, uniforms, [temperature] * model.token_dim, 0, 1.0)
-        seconds = timed([sample], 5, device, warm_up=2)[0]
-    return {"ms": 1000 * seconds, "setting": f"{HEAD_TOKENS} tokens, {precision} on {dist.device_name(device)}"}
+def read_head(path: Path) -> dict[str, object]:
+    """Milliseconds of the head from the results of tools.bench gpu; ValueError with its reason if it has none."""
+    results = read_json(path, {"rows": [{"name": str, "value": float}], "skipped": [{"name": str, "reason": str}]})
+    for row in results["rows"]:
+        if row["name"] == HEAD_ROW:
+            return {"ms": row["value"]}
+    raise ValueError(f"{path} has no row {HEAD_ROW!r}: {[entry['reason'] for entry in results['skipped']]}")

@@ -248,9 +248,13 @@ class Plan:
         """Images per second of large at another number of iterations, and the time of its head."""
         changes = dict(output_dir=self.options.out / "speed", num_iter=self.iterations[1])
         found = self._evaluation("speed", "large", "images/s", num_images=SPEED_IMAGES[self.options.demo], **changes)
-        checkpoint, temperature = self.checkpoint("large"), float(found.command.flags["temperature"][0])
-        head = partial(figures.time_head, checkpoint, self.device, temperature, self.precision)
-        return [found, Stage("head", "time of large's head by itself", head, inputs=(checkpoint,))]
+        results = self.options.out / "head.json"
+        flags = dict(only="head", budget=60, json=results, model="tokenbridge_large", precision=self.precision)
+        if self.options.demo:
+            sizes = dict(img_size=32, vae_stride=8, vae_embed_dim=4, buffer_size=8)
+            flags |= dict(model="tokenbridge_digits", device="cpu") | sizes
+        command = Command(("-m", "tools.bench", "gpu")).changed(**flags)
+        return [found, Stage("head", "time of large's head", partial(figures.read_head, results), command)]
 
     # ---- training
 
