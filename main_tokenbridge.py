@@ -29,6 +29,7 @@ from checkpoints.build import (
     load_generator_weights,
     loaded_weights,
     read_checkpoint,
+    with_new_classes,
 )
 from dataset.record import read_record
 from dataset.training_set import DataOptions
@@ -163,13 +164,15 @@ def load_models(args: argparse.Namespace, given: set[str], device: torch.device)
         download.provide(args.vae_path, "--vae_path", args.no_download)
         download.provide(args.resume, "--resume", args.no_download)
     args.resume = download.local_path(args.resume, "--resume")
-    source, content = read_checkpoint(args.resume, args.output_dir, trains=trains)
+    source, content = read_checkpoint(args.resume, args.output_dir, trains=trains, reset_classes=args.reset_classes)
     args.vae_path = download.local_path(args.vae_path, "--vae_path")
     shape = (getattr(args, name) if name in given else None for name in ("vae_embed_dim", "vae_stride"))
     vae = load_vae(args.vae_path, *shape)
     checkpoint.seed_generators(args.seed)  # initial weights, the same on every process
     model, structure = build_model(structure, given, vae, content, source, trains=trains)
     vars(args).update(asdict(structure) | {"vae_path": args.vae_path})  # what a checkpoint records
+    if args.reset_classes:
+        content = with_new_classes(content, model, source)
     if not trains:
         load_generator_weights(model, content, source, args.weights)
         model = model.to(device)

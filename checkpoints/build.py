@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.published import BUFFERS, generator_state, one_layout, other_weights, structure_from_shapes
+from checkpoints.published import BUFFERS, ROOT_KEY, generator_state, one_layout, other_weights, structure_from_shapes
 from models import MODELS
 from models.config import TokenBridgeConfig
 from models.latent_space import LatentSpace
@@ -77,6 +77,11 @@ class StructureOptions:
     quantizer_tables: str = option("", "quantizer lloyd: file with its levels (python -m tools.vae_stats writes it)")
     use_quantized_value: bool = option(False, "accepted; the encoder always takes dequantized values")
     class_num: int = _config_option("class_num")
+    reset_classes: bool = option(
+        False,
+        "fine-tune --resume on other classes (--class_num may differ): a new run with its weights, but a newly "
+        "initialised class embedding",
+    )
     buffer_size: int = _config_option("buffer_size")
     head: str = _config_option("head")
     label_drop_prob: float = _config_option("label_drop_prob")
@@ -111,8 +116,10 @@ def continues_run_in(output_dir: str | Path, resume: str | Path) -> bool:
     return same(find_file(resume), Path(output_dir) / LAST) or same(Path(resume), Path(output_dir))
 
 
-def read_checkpoint(resume: str, output_dir: str, *, trains: bool) -> tuple[Path | None, dict | None]:
-    """The checkpoint to resume, and its content.
+def read_checkpoint(
+    resume: str, output_dir: str, *, trains: bool, reset_classes: bool = False
+) -> tuple[Path | None, dict | None]:
+    """The checkpoint to resume, and its content; with reset_classes, to take weights from for a new run.
 
     None if training starts from random weights: `resume` is empty, or a folder without a checkpoint. ArgumentError if
     training would overwrite another run's checkpoint, or the file is none of this model's.
@@ -120,27 +127,31 @@ def read_checkpoint(resume: str, output_dir: str, *, trains: bool) -> tuple[Path
     if trains and (Path(output_dir) / LAST).exists() and not continues_run_in(output_dir, resume):
         advice = f"continue it with --resume {output_dir}, or choose another folder"
         raise ArgumentError("output_dir", f"{output_dir} already holds a {LAST}: {advice}")
-    if trains and not resume:
+    if reset_classes and (not trains or continues_run_in(output_dir, resume)):
+        reason = f"trains a new run from the weights of {resume}: leave it out to continue, evaluate or sample"
+        raise ArgumentError("reset_classes", f"reset_classes {reason}")
+    if trains and not resume and not reset_classes:
         logger.info("nothing to resume: training starts from random weights")
         return None, None
     if not resume:
         advice = f"give a checkpoint or a folder with {LAST}"
-        raise ArgumentError("resume", f"evaluation and sampling need trained weights: {advice}")
+        what = "reset_classes needs" if trains else "evaluation and sampling need"
+        raise ArgumentError("resume", f"{what} trained weights: {advice}")
     path, is_folder = find_file(resume), Path(resume).suffix not in (".pth", ".pt", ".ckpt")
-    if trains and is_folder and not path.is_file() and not numbered(Path(resume)):
+    if trains and not reset_classes and is_folder and not path.is_file() and not numbered(Path(resume)):
         logger.info("no %s in %s: training starts from random weights", LAST, resume)
         return None, None
     path, content = load_latest(resume) if trains else (path, read_generator(path, "resume"))
-    return path, _checked_content(content, path, trains)
+    return path, _checked_content(content, path, trains and not reset_classes)
 
 
-def _checked_content(content: dict, path: Path, trains: bool) -> dict:
+def _checked_content(content: dict, path: Path, continues: bool) -> dict:
     """The content in one layout. ArgumentError if training cannot continue from it, or its config is not a model's."""
     try:
         content = model_content(content, str(path))
     except ValueError as error:
         raise ArgumentError("resume", str(error)) from error
-    if trains and "weights" in content:
+    if continues and "weights" in content:
         reason = "it generates images, but a training cannot be continued from it"
         raise ArgumentError("resume", f"{path} holds one set of weights only: {reason}")
     return content
@@ -221,13 +232,28 @@ def build_model(
         value, before = getattr(options, field), getattr(recorded, field)
         if field not in given or value == before:
             continue
-        if not trains or field not in BEHAVIOUR:
+        if not trains or field not in BEHAVIOUR + ("class_num",) * options.reset_classes:
             reason = f"which was trained with {field} {before}; leave the argument out"
+            reason += ", or fine-tune with reset_classes" if trains and field == "class_num" else ""
             raise ArgumentError(field, f"{field} {value} contradicts {source}, {reason}")
         logger.info("%s: %s from now on, was %s", field, value, before)
         changes[field] = value
     _check_vae(vae, content["config"], options.vae_path, source)
     return TokenBridge(config.changed(**changes)), dataclasses.replace(recorded, **changes)
+
+
+def with_new_classes(content: dict, model: TokenBridge, source: Path) -> dict:
+    """What fine-tuning on other classes starts from: the weights of a checkpoint, but for the model's class embedding.
+
+    The run that they are of is left out: its optimizer state, steps and class names.
+    """
+    own = model.state_dict()
+    states = {key: dict(content[key]) | {ROOT_KEY: own[ROOT_KEY]} for key in ("model", "model_ema") if key in content}
+    states["model"] = {key: own[key] for key in BUFFERS} | states["model"]
+    config = {key: value for key, value in (content.get("config") or {}).items() if key not in ("classes", "run")}
+    message = "%s: its weights, with a newly initialised class embedding of %d classes; optimizer and steps begin again"
+    logger.info(message, source, model.class_num)
+    return states | ({"config": config} if config else {})
 
 
 def _fresh_model(
@@ -255,10 +281,12 @@ def _model_of_shapes(
     found = options.recorded(name, config)
     for field in FROM_SHAPES:
         value, actual = getattr(options, field), getattr(found, field)
-        if field in given and value != actual:
+        if field in given and value != actual and not (field == "class_num" and options.reset_classes):
             reason = f"from the shapes of its weights, {field} is {actual}; leave the argument out"
             raise ArgumentError(field, f"{field} {value} contradicts {source}: {reason}")
     _check_fit(vae, config, source)
+    if options.reset_classes and "class_num" in given:
+        config = config.changed(class_num=options.class_num)
     config = config.changed(**{key: getattr(options, key) for key in ("quant_min", "quant_max", "head", *BEHAVIOUR)})
     logger.info(
         "%s has no config: from the shapes of its weights it is %s, %d classes, %d bits, and it samples as published "

@@ -8,6 +8,7 @@ tables), config.json, vae.safetensors, vae.json and a model card, README.md. Eve
 generation.load("EXPORT"), --resume hf://....
 """
 
+import hashlib
 import os
 import re
 import sys
@@ -52,11 +53,11 @@ class ExportOptions:
             raise ArgumentError("push", f"push takes OWNER/REPOSITORY, got {self.push!r}")
 
 
-def write_safetensors(path: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write the weights; a kill leaves the old file or the new one."""
-    with replacing(path, sync=True) as file:
-        tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-        file.write(save(tensors, metadata={"format": "pt"}))
+def as_safetensors(weights: dict[str, torch.Tensor]) -> tuple[bytes, str]:
+    """The content of a safetensors file, and its SHA-256: the format itself has no checksum."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    content = save(tensors, metadata={"format": "pt"})
+    return content, hashlib.sha256(content).hexdigest()
 
 
 def lowered(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -119,15 +120,17 @@ def to_folder(source: Path, options: ExportOptions) -> None:
         "vae_fingerprint": vae.latent_fingerprint(),
         "args": {key: value for key, value in arguments if "path" not in key and "dir" not in key},
     }
-    state = lowered(model.state_dict(), DTYPES[options.dtype])
+    state, sha256 = as_safetensors(lowered(model.state_dict(), DTYPES[options.dtype]))
+    vae_state, vae_sha256 = as_safetensors(vae.state_dict())
     output = check_writable(options.output_dir, "--output_dir")
-    about = {"model_type": "tokenbridge", "weights": options.weights, "dtype": options.dtype, "config": described}
-    write_safetensors(output / "vae.safetensors", vae.state_dict())
-    write_json(output / "vae.json", {"config": vae.config})
-    write_json(output / "config.json", about | step)
-    with replacing(output / "README.md") as file:
-        file.write(model_card(name, model, vae, options.weights, options.dtype, step).encode())
-    write_safetensors(output / SAFE, state)  # last: it is what a folder is recognised by
+    about = {"model_type": "tokenbridge", "weights": options.weights, "dtype": options.dtype, "sha256": sha256}
+    write_json(output / "vae.json", {"config": vae.config, "sha256": vae_sha256})
+    write_json(output / "config.json", about | {"config": described} | step)
+    card = model_card(name, model, vae, options.weights, options.dtype, step).encode()
+    files = {"README.md": card, "vae.safetensors": vae_state, SAFE: state}  # last: what a folder is recognised by
+    for file_name, content in files.items():
+        with replacing(output / file_name, sync=True) as file:
+            file.write(content)
     logger.info("wrote %s to %s", ", ".join(NAMES), output)
 
 

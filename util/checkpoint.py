@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from util import dist
-from util.files import read_json, replacing, second_name, write_json
+from util.files import file_sha256, read_json, replacing, second_name, write_json
 from util.log import get_logger
 from util.options import ArgumentError, MissingFile
 
@@ -163,10 +163,14 @@ def _read_safetensors(path: Path, argument: str) -> dict:
         raise ArgumentError(argument, message) from error
     beside = path.with_name("config.json") if path.name == SAFE else path.with_suffix(".json")
     try:
-        config = read_json(beside, {"config?": dict, "weights?": str, "step?": int}) if beside.is_file() else {}
+        schema = {"config?": dict, "weights?": str, "step?": int, "sha256?": str}
+        config = read_json(beside, schema) if beside.is_file() else {}
     except ValueError as error:
         message = f"{beside}, the description of {path}, is no JSON of tools.export: {error}"
         raise ArgumentError(argument, message) from error
+    if config.get("sha256") not in (None, file_sha256(path)):
+        reason = f"it is damaged, or was changed: then delete sha256 from {beside.name}"
+        raise ArgumentError(argument, f"{path} has another SHA-256 than {beside.name} says; {reason}")
     return {"model": weights} | {key: config[key] for key in ("config", "weights", "step") if key in config}
 
 

@@ -152,6 +152,39 @@ def test_published_layout_without_our_keys_resumes_after_its_epoch(
     assert load(tmp_path / "new")["config"]["model"]["head_start"] == "official"
 
 
+@pytest.mark.parametrize("layout", ["ours", "published", "EMA alone"])
+def test_fine_tuning_on_other_classes(
+    trained: Path, flags: Argv, tmp_path: Path, messages: list[str], layout: str
+) -> None:
+    """A new run with all weights but the class embedding, which is drawn from --seed; a file of one set of weights
+    serves too. Nothing of the old run continues, and the new one is resumed without --reset_classes.
+    """
+    content, out, base = load(trained), tmp_path / "run", tmp_path / "base.pth"
+    kept = {
+        "ours": content.keys(),
+        "published": ("model", "model_ema", "optimizer", "epoch"),
+        "EMA alone": ["model_ema"],
+    }
+    torch.save({key: content[key] for key in kept[layout]}, base)
+    started = dict(reset_classes=True, class_num=5, resume=base, max_steps=1)
+    main(flags(out, lr=0, **started))  # so that the weights are those at the start
+    tuned = load(out)
+    assert tuned["step"] == 1 and tuned["config"]["model"]["class_num"] == 5 and len(log_of(out)) == 1
+    before = content["model_ema" if layout == "EMA alone" else "model"]
+    for key, value in tuned["model"].items():
+        if key == "class_emb.weight":
+            assert value.shape == (5, 128) and 0.015 < value.std() < 0.025
+        elif key in before:
+            assert torch.equal(value, before[key]), key
+    assert any("with a newly initialised class embedding of 5 classes" in line for line in messages)
+    with pytest.raises(
+        ValueError, match=r"trains a new run from the weights of .*run: leave it out.*\(--reset_classes\)"
+    ):
+        main(flags(out, **started | dict(resume=out, max_steps=2)))
+    main(flags(out, resume=out, class_num=5, max_steps=2))
+    assert load(out)["step"] == 2
+
+
 def test_a_run_begun_without_dropout_in_the_head_continues_with_it_and_says_so(
     trained: Path, flags: Argv, tmp_path: Path, messages: list[str]
 ) -> None:
