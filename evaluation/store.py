@@ -70,7 +70,11 @@ class EvalStore:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 found = {key: torch.from_numpy(arrays[key]) for key in keys}
-            if any(len(value) != len(numbers) for value in found.values()):
+            images = [*found.values()]
+            if self.save_images == "npz" and not self.archive.is_file():  # else it is read at the very end
+                path = self._batch_file(numbers[0])
+                images.append(np.load(path, mmap_mode="r", allow_pickle=False))
+            if any(len(value) != len(numbers) for value in images):
                 raise ValueError("it holds another number of images")
             return found
         except Exception as error:  # zipfile, zlib, numpy and the disk each have their own
@@ -79,7 +83,8 @@ class EvalStore:
 
     def _has_images(self, numbers: Sequence[int]) -> bool:
         if self.save_images == "png":
-            return all(self.picture(number).is_file() for number in numbers)
+            pictures = map(self.picture, numbers)
+            return all(picture.is_file() and picture.stat().st_size for picture in pictures)
         return self.save_images == "none" or self.archive.is_file() or self._batch_file(numbers[0]).is_file()
 
     def write(self, numbers: Sequence[int], images: Tensor, found: dict[str, Tensor]) -> None:
