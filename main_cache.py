@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import download
+from checkpoints import hub
 from dataset.cache import fill, info, verify
 from dataset.encode import RecordMaker, Source, convert_moments, encode_images, load_crops, load_moments
 from dataset.folders import list_folder
@@ -93,7 +93,7 @@ def loading(args: argparse.Namespace, device: torch.device) -> dict:
 
 def read_vae(args: argparse.Namespace, given: set[str]) -> tuple[AutoencoderKL, CacheOptions]:
     """The VAE, and the options with the quantizer's range and bits of the VAE where the flags leave them open."""
-    args.vae_path = download.local_path(args.vae_path, "--vae_path")
+    args.vae_path = hub.local_path(args.vae_path, "--vae_path")
     vae = load_vae(args.vae_path, args.vae_embed_dim if "vae_embed_dim" in given else None)
     vars(args).update({k: v for k, v in vae.quantizer_settings().items() if k not in given})
     return vae, read_options(CacheOptions, args, seed=args.seed)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoints import download
+from checkpoints import download, hub
 from checkpoints.build import (
     StructureOptions,
     build_model,
@@ -163,9 +163,9 @@ def load_models(args: argparse.Namespace, given: set[str], device: torch.device)
     if not trains:
         download.provide(args.vae_path, "--vae_path", args.no_download)
         download.provide(args.resume, "--resume", args.no_download)
-    args.resume = download.local_path(args.resume, "--resume")
+    args.resume = hub.local_path(args.resume, "--resume")
     source, content = read_checkpoint(args.resume, args.output_dir, trains=trains, reset_classes=args.reset_classes)
-    args.vae_path = download.local_path(args.vae_path, "--vae_path")
+    args.vae_path = hub.local_path(args.vae_path, "--vae_path")
     shape = (getattr(args, name) if name in given else None for name in ("vae_embed_dim", "vae_stride"))
     vae = load_vae(args.vae_path, *shape)
     checkpoint.seed_generators(args.seed)  # initial weights, the same on every process

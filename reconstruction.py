@@ -32,7 +32,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from checkpoints import download
+from checkpoints import download, hub
 from dataset.folders import ImageFolderDataset
 from dataset.images import save_grid
 from evaluation import report
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = read_arguments(args)
     try:
         device = dist.init(args.device, args.dist_url)
-        options = replace(options, vae_path=download.local_path(options.vae_path, "--vae_path"))
+        options = replace(options, vae_path=hub.local_path(options.vae_path, "--vae_path"))
         chosen = {name: value for name, value in asdict(options).items() if name != "fid_stats_given"}
         run(options, vars(args) | chosen, device)
     finally:

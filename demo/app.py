@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import generation
-from checkpoints import download
+from checkpoints import hub
 from checkpoints.build import class_names
 from checkpoints.published import WEIGHTS
 from demo.server import LOCAL, Server
@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     names = read_names(args.names) if args.names else []
     with Server(args.host, args.port) as server:
-        device, path = dist.pick_device(args.device), find_file(download.local_path(args.resume, "--resume"))
-        vae_path = download.local_path(args.vae_path, "--vae_path") or None
+        device, path = dist.pick_device(args.device), find_file(hub.local_path(args.resume, "--resume"))
+        vae_path = hub.local_path(args.vae_path, "--vae_path") or None
         pipeline = generation.load(path, vae_path, weights=args.weights, device=device)
         server.studio = Studio(
             pipeline, names or class_names(read_file(path, mmap=True)), f"TokenBridge: {args.resume}"

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from checkpoints.download import PRECISION_RECALL_HINT, PUBLISHED, file_hash
+from checkpoints.download import PRECISION_RECALL_HINT, PUBLISHED
+from checkpoints.transfer import file_hash
 from util.presets import Preset, differences
 
 FID_STATS, PR_REFERENCE = PUBLISHED["stats"].target, PUBLISHED["adm_batch"].target  # ADM's

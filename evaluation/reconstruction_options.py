@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import download
+from checkpoints import download, transfer
 from dataset.folders import BAD_IMAGE_CHOICES
 from dataset.images import PIXELS
 from evaluation.image_metrics import SMALLEST_FOR_LPIPS, SMALLEST_FOR_SSIM, Lpips, find_alexnet_weights
@@ -178,6 +178,6 @@ class Measures:
             return
         self.reference = load_reference(path, self.extractor, options.img_size, batch_size=options.batch_size)
         published = download.PUBLISHED["stats"].git_blob
-        if options.beside_published and download.file_hash(path, published) != published and dist.is_main():
+        if options.beside_published and transfer.file_hash(path, published) != published and dist.is_main():
             other = "has another content than ADM's published file"
             logger.warning("%s (--fid_stats) %s: FID is not comparable with the published figures", path, other)

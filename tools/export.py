@@ -20,7 +20,7 @@ import torch
 from huggingface_hub import HfApi
 from safetensors.torch import save
 
-from checkpoints import download
+from checkpoints import hub
 from checkpoints.build import describe, load_model, model_content, read_generator
 from checkpoints.published import BUFFERS, WEIGHTS
 from models.latent_space import LatentSpace
@@ -156,7 +156,7 @@ def push(folder: Path, repository: str) -> str:
         commit = api.upload_folder(
             repo_id=repository, folder_path=folder, allow_patterns=names, commit_message="TokenBridge weights"
         )
-    except download.hub_errors() as error:
+    except hub.hub_errors() as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         advice = f"the folder {folder} is complete, push it again once HF_TOKEN and the connection are right"
         raise OSError(f"cannot push to {repository} (--push): {reason}; {advice}") from error
@@ -177,14 +177,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         existing = [name for name in (SAFE, LAST) if (output / name).exists()]
         if existing:
             raise ArgumentError("output_dir", f"{output} already holds {existing[0]}: choose another folder")
-        export(find_file(download.local_path(args.checkpoint, "checkpoint")), options)
+        export(find_file(hub.local_path(args.checkpoint, "checkpoint")), options)
 
 
 @doing("exporting the model")
 def export(source: Path, options: ExportOptions) -> None:
     """A checkpoint to a folder, or a folder's model.safetensors to a checkpoint."""
     if source.suffix != ".safetensors":
-        vae_path = download.local_path(options.vae_path, "--vae_path")
+        vae_path = hub.local_path(options.vae_path, "--vae_path")
         to_folder(source, replace(options, vae_path=vae_path))
         if options.push:
             print(f"pushed to {push(Path(options.output_dir), options.push)}")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints import build, download
+from checkpoints import build, hub
 from checkpoints.published import BUFFERS, TABLES, WEIGHTS, one_layout
 from dataset.classes import labels_in_words, misleading_numbers
 from models.tokenbridge import TokenBridge
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", help=f"{places}, or hf://OWNER/REPOSITORY/PATH")
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     args = parser.parse_args(argv)
-    facts = describe(find_file(download.local_path(args.checkpoint, "checkpoint")))
+    facts = describe(find_file(hub.local_path(args.checkpoint, "checkpoint")))
     facts["verdict"] = verdict(facts) or ["nothing wrong was found"]
     if args.json:
         print(json.dumps(without_nan(facts), indent=1))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from checkpoints import download
+from checkpoints import hub
 from dataset import latent_statistics as statistics
 from dataset.folders import BAD_IMAGE_CHOICES, ImageFolderDataset, spread_evenly
 from dataset.images import to_uint8
@@ -200,7 +200,7 @@ def report(found: dict, description: VaeDescription) -> str:
 @doing("measuring the latents")
 def run(options: StatsOptions, device: torch.device, num_workers: int = 0) -> None:
     """Measure and write. Raises ValueError or OSError for bad input."""
-    vae_path, size = download.local_path(options.vae_path, "--vae_path"), options.img_size
+    vae_path, size = hub.local_path(options.vae_path, "--vae_path"), options.img_size
     installed = description_path(vae_path)
     if options.install:
         refuse_existing(installed, "--install", "it may be hand-made; move it away first, or leave --install out")

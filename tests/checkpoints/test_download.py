@@ -24,7 +24,8 @@ import pytest
 import torch
 from huggingface_hub import constants, utils
 
-from checkpoints import download
+from checkpoints import download, transfer
+from checkpoints.hub import local_path, safe_name
 from tests.helpers import REPO, run_processes
 from tests.hub import COMMIT, Hub
 from tools import download as command
@@ -193,7 +194,7 @@ def test_a_repository_with_other_names(run: Run, hub: Hub, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/../../b", "C:/x", "a\\..\\b"])
 def test_names_that_lead_out_of_the_folder(hub: Hub, run: Run, tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="points out of its folder"):
-        download.safe_name(name, "here")
+        safe_name(name, "here")
     if name.startswith(".."):
         hub.listed = [name]
         result = run("vae")
@@ -226,14 +227,14 @@ def test_a_commit_that_is_not_40_hexadecimal_digits_is_refused(
     hub.commit = commit
     assert "which is not 40 hexadecimal digits; refused" in refused_in_one_line(run("large"), tmp_path)
     with pytest.raises(ValueError, match="40 hexadecimal digits"):
-        download.local_path(f"hf://{REPOSITORY}/kl16.ckpt")
+        local_path(f"hf://{REPOSITORY}/kl16.ckpt")
     assert (tmp_path / "victim").read_text() == "precious"
     assert not any("resolve" in path for _, path, _ in hub.requests)
 
 
 def test_branches_and_tags_are_taken_as_revisions(run: Run, hub: Hub) -> None:
     for revision in ("main", "v1.0", "0" * 40):
-        assert Path(download.local_path(f"hf://{REPOSITORY}@{revision}/kl16.ckpt")).is_file()
+        assert Path(local_path(f"hf://{REPOSITORY}@{revision}/kl16.ckpt")).is_file()
         assert any(f"/revision/{revision}" in path for _, path, _ in hub.requests)
 
 
@@ -248,7 +249,7 @@ def test_headers_lead_nowhere(run: Run, hub: Hub, tmp_path: Path) -> None:
     hub.etag = "../../../../victim"
     assert run("vae").returncode == 0 and (tmp_path / KL16).read_bytes() == FILES["kl16.ckpt"]
     assert (tmp_path / "victim").read_text() == "precious" and written(tmp_path) == {"victim", str(KL16)}
-    download.local_path(f"hf://{REPOSITORY}/kl16.ckpt")
+    local_path(f"hf://{REPOSITORY}/kl16.ckpt")
     assert (tmp_path / "victim").read_text() == "precious"
     blobs = {path.name for path in (tmp_path / "home" / "hub").rglob("blobs/*")}
     assert blobs == {hashlib.sha256(FILES["kl16.ckpt"]).hexdigest()}
@@ -261,7 +262,7 @@ def test_a_link_in_the_cache_is_not_followed_out_of_it(run: Run, tmp_path: Path)
     (folder / "snapshots").mkdir()
     (folder / "snapshots" / COMMIT).symlink_to(tmp_path / "home" / "elsewhere")
     with pytest.raises(ValueError, match="it leads out of"):
-        download.local_path(f"hf://{REPOSITORY}/kl16.ckpt")
+        local_path(f"hf://{REPOSITORY}/kl16.ckpt")
     assert not list((tmp_path / "home" / "elsewhere").iterdir())
 
 
@@ -283,7 +284,7 @@ def test_an_answer_that_is_no_list_of_files(run: Run, hub: Hub, tmp_path: Path, 
     hub.list = ODD_LISTS[answer]
     refused_in_one_line(run("large"), tmp_path)
     with pytest.raises((ValueError, OSError)) as caught:
-        download.local_path(f"hf://{REPOSITORY}/x", "--resume")
+        local_path(f"hf://{REPOSITORY}/x", "--resume")
     assert "\n" not in str(caught.value)
 
 
@@ -357,7 +358,7 @@ def test_user_and_password_of_an_address_are_used(run: Run, hub: Hub, stats: byt
 def test_a_token_stays_with_its_host() -> None:
     request = urllib.request.Request("http://a/x", headers={"Authorization": "Bearer secret", "Range": "bytes=1-"})
     for url, kept in (("http://a/y", True), ("http://b/y", False), ("https://a/y", False), ("http://a:81/y", False)):
-        following = download._Redirects().redirect_request(request, None, 302, "Found", {}, url)
+        following = transfer._Redirects().redirect_request(request, None, 302, "Found", {}, url)
         assert following.has_header("Authorization") == kept and following.has_header("Range")
 
 
@@ -397,14 +398,14 @@ def test_a_root_that_is_a_file(run: Run, tmp_path: Path) -> None:
 
 
 def test_addresses(run: Run) -> None:
-    assert Path(download.local_path(f"hf://{REPOSITORY}/kl16.ckpt")).read_bytes() == FILES["kl16.ckpt"]
-    folder = Path(download.local_path(f"hf://{REPOSITORY}@main/tokenbridge_large"))
+    assert Path(local_path(f"hf://{REPOSITORY}/kl16.ckpt")).read_bytes() == FILES["kl16.ckpt"]
+    folder = Path(local_path(f"hf://{REPOSITORY}@main/tokenbridge_large"))
     assert (folder / "checkpoint-last.pth").read_bytes() == FILES["tokenbridge_large/checkpoint-last.pth"]
     with pytest.raises(
         ValueError,
         match=r"medium \(--resume\): no such file, nor a folder with checkpoint-last.pth or model.safetensors",
     ):
-        download.local_path(f"hf://{REPOSITORY}/medium", "--resume")
+        local_path(f"hf://{REPOSITORY}/medium", "--resume")
 
 
 @pytest.mark.slow
@@ -438,11 +439,11 @@ def test_the_command_in_its_own_process(hub: Hub, tmp_path: Path) -> None:
 @pytest.mark.parametrize("address", ["hf://", "hf://alone", "hf://a/b/../c", "hf://a b/c", "hf://../x/y"])
 def test_addresses_that_are_none(address: str) -> None:
     with pytest.raises(ValueError, match=r"\(--vae_path\) is no address on the hub: hf://OWNER/REPOSITORY/PATH"):
-        download.local_path(address, "--vae_path")
+        local_path(address, "--vae_path")
 
 
 def test_paths_stay_as_they_are() -> None:
-    assert download.local_path("OUT/model") == "OUT/model" and download.local_path("") == ""
+    assert local_path("OUT/model") == "OUT/model" and local_path("") == ""
 
 
 # ------------------------------------------------------------------------------------------------------- statistics
@@ -471,7 +472,7 @@ def test_the_hash_of_the_published_statistics() -> None:
 
 def test_git_hash_is_gits(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"what is up, doc?")
-    assert download.file_hash(tmp_path / "x", "0" * 40) == "bd9dbf5aae1a3862dd1526723246b20206e5fc37"
+    assert transfer.file_hash(tmp_path / "x", "0" * 40) == "bd9dbf5aae1a3862dd1526723246b20206e5fc37"
 
 
 @pytest.mark.usefixtures("pinned")

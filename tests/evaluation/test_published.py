@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-from checkpoints.download import PRECISION_RECALL_HINT, file_hash
+from checkpoints.download import PRECISION_RECALL_HINT
+from checkpoints.transfer import file_hash
 from evaluation.evaluator import plain
 from evaluation.published import INCEPTION_SHA256, PR_REFERENCE, STATS_BLOB, comparison
 from generation.pipeline import generation_settings
