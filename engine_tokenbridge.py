@@ -21,6 +21,7 @@ from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from training import posthoc_ema, recipe
 from training.flops import step_flops
+from training.guard import stop_message
 from training.lr_sched import learning_rate
 from training.outputs import RunOutputs
 from training.preempt import StopRequest
@@ -77,10 +78,7 @@ def train(
             )
             end_of_epoch(state, vae, settings, samples, outputs, score, epoch=epoch, stopped=stopped)
     if stopped:
-        logger.info(
-            "stopped by a signal after step %d of %d; the same command with --resume %s continues",
-            *(state.step, settings.total_steps, outputs.folder),
-        )
+        logger.info("%s", stop_message(state.step, settings.total_steps, outputs.saved, outputs.folder))
 
 
 def start(
@@ -152,7 +150,7 @@ def train_one_epoch(
         window.add(loss, norm, lr)
         window.flops += s.batch_size * sum(step_flops(model.config, count) for count in draws.counts)
         stop = should_stop()
-        save_now = outputs is not None and outputs.checkpoint_due()
+        save_now = outputs is not None and outputs.due()
         if stop or save_now or state.step == last or progress.due(state.step, norm):
             state.bad_in_row = progress.flush(state.step, state.bad_in_row)
         if outputs is not None:

@@ -21,8 +21,9 @@ from evaluation.image_metrics import psnr
 from training.vae import VaeSettings
 from training.vae_run import build_vae, read_state, train
 from util import dist
-from util.cli import add_process_flags, make_parser, parse, run_cli
+from util.cli import add_process_flags, make_parser, own_folder, parse, run_cli
 from util.heap import keep_freed_memory
+from util.log import doing
 from util.options import add_options, flag_names, read_options
 
 
@@ -45,9 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             device = dist.init(args.device, args.dist_url)
             if device.type == "cpu":
                 keep_freed_memory()
-            source, content = read_state(settings)
-            vae, settings = build_vae(settings, given, content, source)
-            train(settings, vae, content, source, device, psnr)
+            with dist.on_main(own_folder(settings.output_dir, "--output_dir")), doing("training the VAE"):
+                source, content = read_state(settings)
+                vae, settings = build_vae(settings, given, content, source)
+                train(settings, vae, content, source, device, psnr)
         finally:
             dist.shutdown()
 

@@ -1,6 +1,7 @@
 """From a checkpoint file and settings to a model: which file, which structure, which weights."""
 
 import dataclasses
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,15 @@ def continues_run_in(output_dir: str | Path, resume: str | Path) -> bool:
     return same(find_file(resume), Path(output_dir) / LAST) or same(Path(resume), Path(output_dir))
 
 
+def refuse_other_run(folder: Path) -> None:
+    """ArgumentError if the folder holds checkpoints, which a run that does not continue them would replace."""
+    there = [path.name for path in numbered(folder)]
+    names = f"a {LAST}" if os.path.lexists(folder / LAST) else ", ".join(there[:3] + ["..."] * (len(there) > 3))
+    if names:
+        advice = f"continue it with --resume {folder}, or choose another folder"
+        raise ArgumentError("output_dir", f"{folder} already holds {names}: {advice}")
+
+
 def read_checkpoint(
     resume: str, output_dir: str, *, trains: bool, reset_classes: bool = False
 ) -> tuple[Path | None, dict | None]:
@@ -124,9 +134,8 @@ def read_checkpoint(
     None if training starts from random weights: `resume` is empty, or a folder without a checkpoint. ArgumentError if
     training would overwrite another run's checkpoint, or the file is none of this model's.
     """
-    if trains and (Path(output_dir) / LAST).exists() and not continues_run_in(output_dir, resume):
-        advice = f"continue it with --resume {output_dir}, or choose another folder"
-        raise ArgumentError("output_dir", f"{output_dir} already holds a {LAST}: {advice}")
+    if trains and not continues_run_in(output_dir, resume):
+        refuse_other_run(Path(output_dir))
     if reset_classes and (not trains or continues_run_in(output_dir, resume)):
         reason = f"trains a new run from the weights of {resume}: leave it out to continue, evaluate or sample"
         raise ArgumentError("reset_classes", f"reset_classes {reason}")

@@ -14,6 +14,7 @@ OUT/ablations/<ablation>.json and prints the table.
 
 import json
 import math
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -28,14 +29,15 @@ import main_tokenbridge
 from dataset.folders import ImageFolderDataset
 from dataset.images import atomic_write
 from demo import digits
-from demo.run import DEMO, TRAINING, build_stages, run_stages
+from demo.run import DEMO, STAMP, TRAINING, build_stages, run_stages
 from evaluation.metrics import FeatureStatistics, fid
 from generation import Pipeline, load
 from models.sampling.orders import random_orders
 from models.tokenbridge import TokenBridge, draw_mask_ratio, mask_from_orders, num_masked_tokens
 from models.vae import AutoencoderKL
+from util.checkpoint import atomic_save
 from util.cli import at_least, check_writable, make_parser, run_cli
-from util.files import write_json
+from util.files import folder_lock, write_json
 from util.log import get_logger
 from util.presets import load_preset
 
@@ -63,11 +65,15 @@ SAMPLING = dict(cfg=2.0, temperature=0.9, num_iter=12)  # the demo's
 
 def prepare(out: Path, sizes: dict[str, int]) -> None:
     """The demo's digits, VAE and cache, made by its own stages if missing; a VAE with reversed channel order."""
+    folder = out / "ablations"
+    if os.path.lexists(folder) and not (folder / STAMP).is_file():
+        what = f"was not made by this command (it has no {STAMP}), which would replace its files"
+        raise ValueError(f"{folder} {what}: choose another --output_dir, or move that folder away")
     run_stages(build_stages(out, out, sizes)[:4], out)
+    write_json(folder / STAMP, {"made by": "python -m demo.ablations"})
     content = torch.load(out / "vae" / "vae.pth", weights_only=True)
     content["config"]["channel_order"] = content["config"]["channel_order"][::-1]
-    (out / "ablations").mkdir(exist_ok=True)
-    torch.save(content, out / "ablations" / "vae-reversed.pth")
+    atomic_save(content, folder / "vae-reversed.pth")
 
 
 def train(variant: str, seed: int, steps: int, batch_size: int, out: Path, folder: Path) -> Pipeline:
@@ -213,16 +219,17 @@ def main(argv: Sequence[str] | None = None, sizes: dict[str, int] = DEMO) -> Non
     args = parser.parse_args(argv)
     at_least(args, seeds=1, steps=1, batch_size=1, num_images=20)
     out = check_writable(args.output_dir, "--output_dir").resolve()
-    prepare(out, sizes)
-    ablations = list(ABLATIONS) if args.ablation == "all" else [args.ablation]
-    runs: dict[str, list[dict]] = {variant: [] for ablation in ablations for variant in ABLATIONS[ablation]}
-    for seed in range(args.seeds):  # seed by seed, so that the first results compare all variants
-        for variant in runs:
-            runs[variant].append(run_variant(variant, seed, args.steps, args.batch_size, args.num_images, out))
-    for ablation in ablations:
-        found = summary(ablation, {variant: runs[variant] for variant in ABLATIONS[ablation]})
-        write_json(out / "ablations" / f"{ablation}.json", found)
-        print_summary(found)
+    with folder_lock(out, "--output_dir"):
+        prepare(out, sizes)
+        ablations = list(ABLATIONS) if args.ablation == "all" else [args.ablation]
+        runs: dict[str, list[dict]] = {variant: [] for ablation in ablations for variant in ABLATIONS[ablation]}
+        for seed in range(args.seeds):  # seed by seed, so that the first results compare all variants
+            for variant in runs:
+                runs[variant].append(run_variant(variant, seed, args.steps, args.batch_size, args.num_images, out))
+        for ablation in ablations:
+            found = summary(ablation, {variant: runs[variant] for variant in ABLATIONS[ablation]})
+            write_json(out / "ablations" / f"{ablation}.json", found)
+            print_summary(found)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ their commands and the stages before them stay the same, and resumes the interru
 time and result.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -23,8 +24,9 @@ from matplotlib.figure import Figure
 from demo import digits
 from tools.plot import read_columns, smooth
 from util.cli import check_writable, make_parser, run_cli
-from util.files import file_sha256, replacing, write_json
+from util.files import folder_lock, record_own, refuse_others, replacing, write_json
 from util.presets import load_preset
+from util.start import INTERRUPTED
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = dict(vae_steps=800, steps=2200, num_iter=12, samples=100)
@@ -74,7 +76,11 @@ def read_stage(number: int, stage: Stage, out: Path, before: float) -> tuple[Pat
         found = json.loads(record.read_text()) if record.exists() else {}
     except ValueError as error:
         raise ValueError(f"{record} is damaged ({error}): delete it, and the stage runs again") from error
-    return record, {"command": command, "after": before}, found if isinstance(found, dict) else {}
+    found = found if isinstance(found, dict) else {}
+    numbers = [found.get(name, 0.0) for name in ("seconds", "finished")]
+    if "result" in found and not ({"seconds", "finished"} <= found.keys() and all(type(x) is float for x in numbers)):
+        raise ValueError(f"{record} is damaged: delete it, and the stage runs again")
+    return record, {"command": command, "after": before}, found
 
 
 def agrees(key: dict, found: dict) -> bool:
@@ -133,7 +139,15 @@ def run_stage(stage: Stage, title: str) -> None:
     stage.work()
     if command:
         environment = {"OMP_NUM_THREADS": "1"} | os.environ if "torch.distributed.run" in command else None
-        code = subprocess.run(command, cwd=ROOT, env=environment).returncode
+        process = subprocess.Popen(command, cwd=ROOT, env=environment)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # the terminal sends it to both
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if process.wait(20) == INTERRUPTED:  # and has said so
+                    sys.exit(INTERRUPTED)
+            process.terminate()
+            raise
         if code:
             raise ValueError(
                 f"{title} failed with exit code {code}, see its message above; rerun to continue from here"
@@ -152,15 +166,6 @@ def draw_loss(log: dict, path: Path) -> None:
     axes.legend()
     with replacing(path) as file:
         figure.savefig(file, dpi=120, format="png")
-
-
-def check_pictures(pictures: Path, own: Path) -> None:
-    """ValueError, before any work, for a picture that the demo would replace and that it did not write."""
-    marks = json.loads(own.read_text()) if own.is_file() else {}
-    for path in (pictures / name for name in PICTURES):
-        if os.path.lexists(path) and marks.get(path.name) != (file_sha256(path) if path.is_file() else ""):
-            what = "was not made by this demo, which would replace it"
-            raise ValueError(f"{path} (--pictures) {what}: choose another folder, or move the picture away")
 
 
 class Results:
@@ -252,13 +257,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = check_writable(args.output_dir, "--output_dir").resolve()
     pictures = check_writable(args.pictures, "--pictures")
     stages, own = build_stages(out, pictures, TOY if args.toy else DEMO), out / ".pictures.json"
-    check_folders(stages, out)
-    check_pictures(pictures, own)
-    try:
-        rows = run_stages(stages, out)
-    finally:
-        there = [pictures / name for name in PICTURES if (pictures / name).is_file()]
-        write_json(own, {path.name: file_sha256(path) for path in there})
+    with folder_lock(out, "--output_dir"):
+        check_folders(stages, out)
+        refuse_others([pictures / name for name in PICTURES], own, "--pictures")
+        try:
+            rows = run_stages(stages, out)
+        finally:
+            record_own([pictures / name for name in PICTURES], own)
     print(f"\n{'stage':<18}{'time':>7}   result")
     for stage, row in zip(stages, rows, strict=True):
         expected = "" if args.toy else f"   [expected: {stage.expected}]"

@@ -33,13 +33,14 @@ from models.vae import AutoencoderKL
 from models.vae_loading import load_vae
 from util import dist
 from util.cli import add_process_flags, at_least, check_writable, make_parser, parse, run_cli
-from util.files import refuse_existing, replacing, write_json
+from util.files import record_own, refuse_existing, refuse_others, replacing, write_json
 from util.launcher import launched
 from util.log import doing, get_logger
 from util.options import ArgumentError, add_options, check_options, flag_names, option, read_options
 
 logger = get_logger()
 
+FILES = ("stats.json", "description.json", "quantizer.json", "vae_stats.png")
 RANGES = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 7.0, 8.0, 10.0)
 STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -212,12 +213,15 @@ def run(options: StatsOptions, device: torch.device, num_workers: int = 0) -> No
     if len(folder) < 2:
         raise ValueError(f"{options.data_path} (--data_path) holds {len(folder)} image; at least two are needed")
     output = check_writable(options.output_dir, "--output_dir")
+    written, record = [output / name for name in FILES], output / ".vae_stats.json"
+    refuse_others(written, record, "--output_dir")
     found, description, quantizer = measure(vae.to(device), options, folder, device, num_workers)
     print(report(found, description))
     files = {"stats.json": found, "description.json": asdict(description)}
     for name, content in (files | {"quantizer.json": quantizer.cpu().description()}).items():
         write_json(output / name, content)
     plot(found, output / "vae_stats.png")
+    record_own(written, record)
     logger.info("wrote stats.json, description.json, quantizer.json and vae_stats.png to %s", output)
     if options.install:
         write_json(installed, asdict(description))

@@ -52,7 +52,7 @@ class Progress:
     """Collects a window of steps and writes it when `flush` is called, by every process alike.
 
     peak_tflops: of one device, None if unknown (no MFU then). parts: the names of the loss's parts in the log, "loss"
-    first; in_words puts their means on the terminal. finite_end: two bad steps in a row end a run that ends with them.
+    first; in_words puts their means on the terminal.
     """
 
     def __init__(
@@ -64,10 +64,9 @@ class Progress:
         peak_tflops: float | None = None,
         parts: Sequence[str] = ("loss",),
         in_words: Callable[..., str] = "loss {:.4f}".format,
-        finite_end: bool = False,
     ):
         self.settings, self.device, self.log, self.peak_tflops = settings, device, log, peak_tflops
-        self.parts, self.in_words, self.finite_end = parts, in_words, finite_end
+        self.parts, self.in_words = parts, in_words
         self.window = Window()
 
     def due(self, step: int, norm: Tensor) -> bool:
@@ -80,7 +79,7 @@ class Progress:
         """Fetch and log the window that ends after `step` steps; returns how many steps in a row, up to now, were
         skipped.
 
-        ArgumentError naming step, lr and gradient norm once those are max_bad_steps.
+        ArgumentError naming step, lr and gradient norm once those are max_bad_steps, or two at the end of the run.
         """
         w, self.window = self.window, Window()
         count, width = len(w.losses), len(self.parts)
@@ -108,16 +107,16 @@ class Progress:
         return bad_in_row
 
     def _check(self, bad_in_row: int, step: int, loss: float, norm: float, lr: float) -> None:
-        allowed = self.settings.max_bad_steps
-        if self.finite_end and step == self.settings.total_steps:
-            allowed = min(allowed, self.settings.total_steps, 2)
+        allowed, last = self.settings.max_bad_steps, self.settings.total_steps
+        if step == last:  # a single fp16 overflow may happen at any time
+            allowed = min(allowed, 2 if math.isfinite(loss) else min(2, last))
         if bad_in_row >= allowed:
             raise ArgumentError(
                 "max_bad_steps",
                 f"{bad_in_row} steps in a row had a loss or gradient that is not finite; stopped at step {step} with "
                 f"lr {lr:.3g}, loss {loss}, grad norm {norm}. Those steps changed no weight and the files written so "
-                "far "
-                "are as they were. Check the data, lower the learning rate or grad_clip, or use precision bf16 or fp32",
+                "far are as they were. Check the data, lower the learning rate or grad_clip, or use precision bf16 or "
+                "fp32",
             )
 
     def _pace(self, w: Window) -> dict[str, float]:

@@ -15,6 +15,7 @@ from training.lr_sched import base_learning_rate
 from training.settings import TrainSettings
 from training.state import TrainState, changes, saved_hyper_parameters
 from util.log import get_logger
+from util.options import ArgumentError
 
 logger = get_logger()
 
@@ -64,6 +65,14 @@ def resume(
     data: what decides the order of the data. arguments: all of the command line's, by name, as checkpoints record them.
     """
     state.load_state_dict(content, settings.steps_per_epoch, str(source))
+    before, total = content.get("step", state.step), settings.total_steps
+    if before < total <= state.step and total < settings.epochs * settings.steps_per_epoch:
+        raise ArgumentError(
+            "max_steps",
+            f"max_steps {total} cannot be reached: with other batches (or data) than those of {source}, its "
+            f"step {before} is step {state.step} here, {settings.steps_per_epoch} per epoch; give a higher max_steps, "
+            "or the batch_size of before",
+        )
     epoch, done = divmod(state.step, settings.steps_per_epoch)
     where = (source, state.step, epoch, done, settings.steps_per_epoch)
     logger.info("resumed from %s at step %d: epoch %d, %d of its %d steps done", *where)

@@ -61,6 +61,11 @@ def is_sharded(value: Tensor) -> bool:
     return hasattr(value, "full_tensor")
 
 
+def local(value: Tensor) -> Tensor:
+    """This process's part of the tensor."""
+    return value.to_local() if is_sharded(value) else value
+
+
 def full(value: Tensor) -> Tensor:
     """The whole tensor, on this device; every process must ask for it."""
     return value.full_tensor() if is_sharded(value) else value

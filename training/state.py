@@ -1,6 +1,7 @@
 """What a checkpoint keeps: model, optimizer, EMA, scaler, step; on one process, several (DDP), or sharded (--fsdp)."""
 
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -9,8 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.tokenbridge import TokenBridge
 from training.ema import SIGMA_RELS, ModelEma, PowerEma
+from training.optimizer_state import load_optimizer, saved_groups
 from training.settings import TrainSettings
-from training.sharding import full, like, shard, to_host
+from training.sharding import full, shard, to_host
 from util import checkpoint, dist
 from util.log import get_logger
 from util.options import ArgumentError
@@ -30,17 +32,17 @@ def saved_hyper_parameters(content: dict, source: str) -> dict:
     if "optimizer" not in content:
         return {}
     try:
-        groups = content["optimizer"]["param_groups"]
-        return {
-            "weight_decay": max(float(group["weight_decay"]) for group in groups),
-            "betas": tuple(float(beta) for beta in groups[0]["betas"]),
-            "eps": float(groups[0]["eps"]),
-        }
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+        groups = saved_groups(content["optimizer"])
+        decay = max(float(group["weight_decay"]) for group in groups)
+        (first, second), eps = map(float, groups[0]["betas"]), float(groups[0]["eps"])
+        if not (0 <= first < 1 and 0 <= second < 1 and 0 <= eps < math.inf and 0 <= decay < math.inf):
+            raise ValueError(f"betas ({first}, {second}), eps {eps}, weight_decay {decay}")
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"the optimizer state in {source} is not that of an AdamW with parameter groups: {error!r}; "
             'leave out its key "optimizer" to start a new one from these weights'
         ) from error
+    return {"weight_decay": decay, "betas": (first, second), "eps": eps}
 
 
 def changes(now: Mapping[str, object], before: Mapping[str, object], names: Iterable[str] | None = None) -> list[str]:
@@ -119,6 +121,12 @@ class TrainState:
         for average in (self.ema, *self.power_emas):
             average.update(self.step)
 
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters and averages by name: what must be finite before a checkpoint is written."""
+        averages = {average.key: average.state_dict() for average in (self.ema, *self.power_emas)}
+        found = dict(self.model.named_parameters())
+        return found | {f"{key} {name}": value for key, state in averages.items() for name, value in state.items()}
+
     def hold_gradients(self, hold: bool) -> None:
         """Whether the next backward pass only adds to this process's gradients, or averages them over the processes."""
         if self.fsdp:
@@ -168,48 +176,18 @@ class TrainState:
             self.ema.load_state_dict(content["model_ema"], source)
         else:
             logger.warning("%s has no model_ema: the average starts from its weights", source)
-        if "optimizer" not in content:
+        if "optimizer" in content:
+            load_optimizer(self, self.model, content, source)
+        else:
             logger.warning("%s has no optimizer state: the optimizer starts without moments", source)
-        try:
-            if "optimizer" in content:
-                self.optimizer.load_state_dict(self._fitted(content["optimizer"]))
-            if content.get("scaler"):
-                self.scaler.load_state_dict(content["scaler"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"the optimizer state in {source} does not fit this model: {error}") from error
         self._load_step(content, steps_per_epoch, source)
         self._load_power_emas(content, source)
         self._load_random_state(content, source)
 
-    def _fitted(self, saved: dict) -> dict:
-        """A saved optimizer state with this optimizer's settings, sharded as the parameters are. ValueError if it does
-        not fit.
-        """
-        groups, own = saved["param_groups"], self.optimizer.param_groups
-        sizes, own_sizes = ([len(group["params"]) for group in either] for either in (groups, own))
-        if sizes != own_sizes:
-            raise ValueError(
-                f"its groups hold {sizes} parameters, here they hold {own_sizes} (biases and 1-D parameters first)"
-            )
-        numbers = [number for group in groups for number in group["params"]]
-        parameters = dict(zip(numbers, (p for group in own for p in group["params"]), strict=True))
-        for number, parameter in parameters.items():
-            shape = getattr(saved["state"].get(number, {}).get("exp_avg"), "shape", parameter.shape)
-            if shape != parameter.shape:
-                raise ValueError(
-                    f"the moments of parameter {number} have shape {tuple(shape)}, the parameter "
-                    f"{tuple(parameter.shape)}"
-                )
-        state = {
-            number: {k: like(v, parameters[number]) if isinstance(v, Tensor) else v for k, v in entry.items()}
-            for number, entry in saved["state"].items()
-        }
-        settings = [mine | {"params": theirs["params"]} for mine, theirs in zip(own, groups, strict=True)]
-        return saved | {"state": state, "param_groups": settings}
-
     def _load_step(self, content: dict, steps_per_epoch: int, source: str) -> None:
         step, epoch, saved_steps = content.get("step"), content.get("epoch", -1), content.get("steps_per_epoch")
-        if not isinstance(epoch, int) or "step" in content and not isinstance(step, int):
+        wrong = "step" in content and (type(step) is not int or step < 0)
+        if wrong or type(epoch) is not int or epoch < -1:
             raise ValueError(f"step and epoch in {source} must be whole numbers, they are {step!r} and {epoch!r}")
         same = step is not None and saved_steps == steps_per_epoch
         self.step = step if same else (epoch + 1) * steps_per_epoch

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,19 +16,13 @@ from models.latent_space import DiagonalGaussian
 from models.sampling.orders import random_orders
 from models.tokenbridge import TokenBridge, draw_mask_ratio, mask_from_orders, num_masked_tokens
 from models.vae import AutoencoderKL
+from training.optimizer_state import Stepped
 from training.progress import Window
 from training.settings import TrainSettings
 from training.sharding import full
 from training.state import TrainState
 from util import dist
 from util.seeds import mixed_seed
-
-
-class Stepped(Protocol):
-    """What `optimizer_step` needs of a training's state."""
-
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
 
 
 @dataclass

@@ -8,7 +8,7 @@ differences at three resolutions (`edge_distance`); it is no learned perceptual 
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from dataset.folders import BAD_IMAGE_CHOICES
 from models.latent_space import DiagonalGaussian
 from models.vae import LARGEST, MOST_LEVELS, AutoencoderKL
+from training.guard import may_save
 from training.lr_sched import learning_rate
+from training.optimizer_state import load_optimizer
 from training.progress import Progress
 from training.settings import LoopSettings
 from training.step import optimizer_step, set_learning_rate
@@ -170,6 +172,8 @@ class VaeState:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.step = 0
         self.bad_in_row = 0  # steps skipped one after another, up to now
+        self.output = Path(settings.output_dir)
+        self.saved: int | None = None  # step of the last vae_state.pth there
 
     def state_dict(self) -> dict:
         """What a training state keeps of it."""
@@ -179,27 +183,21 @@ class VaeState:
     def load_state_dict(self, content: dict, source: str) -> None:
         """Continue from a training state; ValueError naming `source` if it does not fit."""
         checkpoint.load_state(self.vae, content["model"], source)
-        try:
-            self.optimizer.load_state_dict(content["optimizer"])
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"the optimizer state in {source} does not fit this VAE: {error}") from error
-        if content.get("scaler") and self.scaler.is_enabled():
-            self.scaler.load_state_dict(content["scaler"])
-        self.step = int(content["step"])
+        load_optimizer(self, self.vae, content, source)
+        self.step = content["step"]
+        self.saved = self.step if Path(source).resolve() == (self.output / STATE).resolve() else None
 
     def save(self, settings: VaeSettings) -> None:
-        """Write vae_state.pth on rank 0. ArgumentError on every rank, and no file, if a weight is not finite."""
-        broken = [name for name, value in self.vae.named_parameters() if not torch.isfinite(value).all()]
-        if broken:
-            lr = self.optimizer.param_groups[0]["lr"]
-            raise ArgumentError(
-                "lr",
-                f"{len(broken)} weights are NaN or infinite at step {self.step} with lr {lr:.3g}, first: {broken[0]}; "
-                "the files "
-                "written so far are as they were. Lower the learning rate",
-            )
+        """Write vae_state.pth on rank 0, unless steps are being skipped; ArgumentError on every rank, and no file, if a
+        weight is not finite (`may_save`).
+        """
+        weights, lr = dict(self.vae.named_parameters()), self.optimizer.param_groups[0]["lr"]
+        final = self.step >= settings.total_steps
+        if not may_save(self.step, self.bad_in_row, weights, lr, final=final, saved=self.saved):
+            return
+        self.saved = self.step
         if dist.is_main():
-            path = Path(settings.output_dir) / STATE
+            path = self.output / STATE
             config = {"vae": self.vae.config, "args": dict(vars(settings))}
             content = {"steps_per_epoch": settings.steps_per_epoch, "config": config}
             checkpoint.atomic_save(self.state_dict() | content, path)
@@ -217,18 +215,26 @@ def step_noise(shape: Sequence[int], seed: int, step: int, device: torch.device)
     return noise[rows * rank : rows * (rank + 1)]
 
 
-def train_epoch(state: VaeState, loader: Iterable, settings: VaeSettings, log: JsonlLog | None) -> None:
+def train_epoch(
+    state: VaeState,
+    loader: Iterable,
+    settings: VaeSettings,
+    log: JsonlLog | None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
     """Train from `state.step` to the end of its epoch (or of the run), saving the state every save_freq steps.
 
     The loader starts at that step's batch. A step without a finite gradient changes no weight; max_bad_steps in a row
-    are an error that names step and lr, on every process alike, because DDP has averaged the gradients.
+    are an error that names step and lr, on every process alike, because DDP has averaged the gradients. should_stop()
+    is asked after each step; returns True, with the state saved, if it was to stop.
     """
     s, vae, device = settings, state.vae.train(), state.device
     last = min((state.step // s.steps_per_epoch + 1) * s.steps_per_epoch, s.total_steps)
-    progress = Progress(s, device, log, parts=PARTS, in_words=state.objective.in_words, finite_end=True)
+    progress = Progress(s, device, log, parts=PARTS, in_words=state.objective.in_words)
     parameters, batches, side = list(vae.parameters()), iter(loader), s.img_size // vae.stride
     schedule = dict(peak=s.lr, min_lr=s.lr * s.min_lr_ratio, schedule="cosine", warmup_epochs=0, epochs=s.total_steps)
-    while state.step < last:
+    stop = False
+    while state.step < last and not stop:
         lr = learning_rate(state.step, **schedule)
         set_learning_rate(state.optimizer, lr)
         waiting = time.perf_counter()
@@ -242,8 +248,10 @@ def train_epoch(state: VaeState, loader: Iterable, settings: VaeSettings, log: J
         state.optimizer.zero_grad(set_to_none=True)
         progress.window.add(parts.detach(), norm, lr)
         state.step += 1
-        save_now = state.step % s.save_freq == 0 and state.step < s.total_steps
+        stop = should_stop()
+        save_now = stop or state.step % s.save_freq == 0 and state.step < s.total_steps
         if save_now or state.step == last or progress.due(state.step, norm):
             state.bad_in_row = progress.flush(state.step, state.bad_in_row)
-        if save_now and not state.bad_in_row:  # else keep the state from before the trouble
+        if save_now:
             state.save(s)
+    return stop

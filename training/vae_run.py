@@ -1,5 +1,6 @@
 """A run of main_vae.py: where it starts, its data, and the VAE file that it writes at the end."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,14 @@ from dataset.images import to_uint8
 from dataset.latent_statistics import frequency_order, latent_scale
 from dataset.loader import GlobalBatchSampler, build_loader
 from models.vae import AutoencoderKL
+from training.guard import stop_message
+from training.outputs import open_log
+from training.preempt import StopRequest
 from training.state import changes
 from training.vae import LOG, RESULT, STATE, VaeSettings, VaeState, train_epoch
 from util import checkpoint, dist
-from util.cli import check_writable
-from util.log import JsonlLog, get_logger
+from util.files import check_schema, remove_leftovers
+from util.log import get_logger
 from util.options import ArgumentError
 from util.seeds import mixed_seed
 
@@ -33,6 +37,15 @@ STRUCTURE = {
     "num_res_blocks": "num_res_blocks",
     "no_attention": "attention",
     "norm_groups": "norm_groups",
+}
+# What a training state holds (util.files.check_schema).
+SIZES = {key: int for key in STRUCTURE.values()} | {"ch_mult": [int], "attention": bool}
+CONTENT = {
+    "model": dict,
+    "optimizer": dict,
+    "step": int,
+    "steps_per_epoch": int,
+    "config": {"vae": SIZES, "args": dict},
 }
 # These may change when a run is resumed, and the log says so.
 RECIPE_NAMES = (
@@ -56,12 +69,13 @@ def read_state(settings: VaeSettings) -> tuple[Path | None, dict | None]:
     if path is None:
         return None, None
     content = checkpoint.read_file(path, "resume")
-    lacking = [key for key in ("model", "optimizer", "step", "steps_per_epoch", "config") if key not in content]
-    if lacking:
-        raise ArgumentError(
-            "resume",
-            f"{path} is not a training state of main_vae.py, it lacks {', '.join(lacking)}; give the folder of {STATE}",
-        )
+    try:
+        check_schema(content, CONTENT, "it")
+        if content["step"] < 0 or content["steps_per_epoch"] < 1:
+            raise ValueError(f"step {content['step']}, steps_per_epoch {content['steps_per_epoch']}")
+    except ValueError as error:
+        reason = f"{path} is not a training state of main_vae.py ({error}); give the folder of {STATE}"
+        raise ArgumentError("resume", reason) from error
     return path, content
 
 
@@ -119,8 +133,6 @@ def train(
     state = VaeState(vae.to(device), settings)
     if content is not None:
         resume(state, settings, content, source)
-    check_writable(output, "--output_dir")
-    dist.barrier()
     announce(state, settings, len(dataset))
     if state.step >= settings.total_steps:
         logger.info("no training left to do: %d of %d steps are done", state.step, settings.total_steps)
@@ -128,14 +140,20 @@ def train(
         if result.is_file() and checkpoint.read_file(result).get("step") == state.step:
             logger.info("%s is already there", result)
             return
-    log = JsonlLog(output / LOG, state.step) if dist.is_main() else None
+    own = bool(settings.resume) and Path(settings.resume).resolve() in (output.resolve(), (output / STATE).resolve())
+    if dist.is_main() and own:
+        remove_leftovers(output, STATE, RESULT, LOG)
+    log = open_log(output / LOG, own, state.step) if dist.is_main() else None
     loader = build_loader(dataset, sampler, settings.num_workers, settings.pin_memory)
-    while state.step < settings.total_steps:
-        epoch, done = divmod(state.step, settings.steps_per_epoch)
-        sampler.set_epoch(epoch, done)
-        train_epoch(state, loader, settings, log)
-    if log is not None:
-        log.close()
+    stop, stopped = StopRequest(), False
+    with contextlib.closing(log) if log is not None else contextlib.nullcontext(), stop.listening():
+        while state.step < settings.total_steps and not stopped:
+            epoch, done = divmod(state.step, settings.steps_per_epoch)
+            sampler.set_epoch(epoch, done)
+            stopped = train_epoch(state, loader, settings, log, stop.agreed)
+    if stopped:
+        logger.info("%s", stop_message(state.step, settings.total_steps, state.saved, output))
+        return
     state.save(settings)
     write_result(state, dataset, val, settings, psnr)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from util import dist
-from util.files import file_sha256, read_json, replacing, second_name, write_json
+from util.files import file_sha256, read_json, replacing, second_name, set_aside, write_json
 from util.log import get_logger
 from util.options import ArgumentError, MissingFile
 
@@ -333,6 +333,10 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self.raise_error()
+
+    def raise_error(self) -> None:
+        """Raise what kept a file from the disk, once."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -353,9 +357,7 @@ class CheckpointWriter:
     def _keep(self, last: Path, path: Path) -> None:
         """Let `path` be another name of `last`, and delete the oldest of this run's good ones that are too many."""
         if path.name not in self.written and path.exists():
-            aside = next(new for n in range(1, 10**6) if not (new := path.with_suffix(f".{n}.pth")).exists())
-            os.rename(path, aside)
-            logger.warning("%s is another run's: it is now %s", path, aside.name)
+            logger.warning("%s is another run's: it is now %s", path, set_aside(path).name)
         second_name(last, path)
         self.written.pop(path.name, None)
         self.written[path.name] = file_mark(path)

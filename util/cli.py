@@ -1,18 +1,19 @@
 """What the command lines of all entry points share: parsing, process flags, checks that name the flag, the end."""
 
 import argparse
+import contextlib
 import os
 import re
 import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from util import start
-from util.files import CannotWrite, os_reason
+from util.files import CannotWrite, folder_lock, os_reason
 from util.launcher import launched
 from util.log import first_line
 from util.options import ArgumentError, add_options, check_options, flag_names, option, read_options
@@ -128,6 +129,23 @@ def check_writable(folder: str | Path, flag: str) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def own_folder(folder: str | Path, flag: str) -> Iterator[None]:
+    """Make `folder` and keep other runs out of it (`folder_lock`); an empty folder that was made here is removed again.
+
+    One process of a run enters it: `with dist.on_main(own_folder(...))`.
+    """
+    made = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
+    check_writable(folder, flag)
+    try:
+        with folder_lock(folder, flag):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
+
+
 def run_cli(main: Callable[[], object]) -> int:
     """Run an entry point; returns the exit code. Every failure ends in one line on stderr.
 
@@ -184,7 +202,8 @@ def describe_error(error: Exception) -> str:
     what = getattr(error, "doing", "")
     place = [frame for frame in traceback.extract_tb(error.__traceback__) if is_ours(frame.filename)]
     at = f"{Path(place[-1].filename).relative_to(ROOT)}:{place[-1].lineno}, " if place else ""
-    reason = f"{type(error).__name__}: {first_line(error)}"
+    kind, text = type(error).__name__, first_line(text)
+    reason = f"{kind}: {text or kind}"
     if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", text):
-        reason = f"not enough memory ({first_line(error)})"
+        reason = f"not enough memory ({text or kind})"
     return f"{what + ': ' if what else ''}{reason} ({at}TOKENBRIDGE_DEBUG=1 shows the traceback)"

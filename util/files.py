@@ -7,6 +7,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import reprlib
@@ -14,9 +15,10 @@ import secrets
 import socket
 import stat
 import sys
+import threading
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,6 +27,7 @@ LARGEST_JSON, DEEPEST_JSON = 2**24, 50  # bytes, and brackets within each other:
 LONGEST_NAME = 200  # bytes of a file's name that its temporary name repeats
 TEMPORARY = re.compile(r"\..+\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.[0-9a-f]{12}\.tmp", re.DOTALL)
 LOCK = ".tokenbridge.lock"
+BEAT, SILENT = 15.0, 75.0  # seconds, see `folder_lock`
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -143,15 +146,19 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{name}.{_host_digest()}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files in `folder` of processes of this machine that are no longer alive."""
+def remove_leftovers(folder: Path, *names: str) -> None:
+    """Remove the temporary files in `folder` of processes of this machine that are no longer alive.
+
+    names: files that only this process writes now, whose temporary name was .NAME.tmp in earlier versions.
+    """
     try:
-        names = os.listdir(folder)
+        listed = os.listdir(folder)
     except OSError:
         return
-    for name in names:
+    for name in listed:
         match = TEMPORARY.fullmatch(name)
-        if match and match["host"] == _host_digest() and not _alive(int(match["pid"])):
+        dead = match and match["host"] == _host_digest() and not _alive(int(match["pid"]))
+        if dead or name in [f".{one}.tmp" for one in names]:
             with contextlib.suppress(OSError):
                 if stat.S_ISREG(os.lstat(folder / name).st_mode):
                     os.unlink(folder / name)
@@ -192,22 +199,34 @@ _held: set[Path] = set()  # folders that this process has locked
 def folder_lock(folder: str | Path, flag: str) -> Iterator[None]:
     """Only one process writes to `folder` (which exists). ValueError that names the other one's host and process.
 
-    FOLDER/.tokenbridge.lock says who holds the lock: host, pid, start. That of a process of this machine which no
-    longer runs is taken over; that of another machine, which cannot be asked, is refused until the file is deleted.
-    One process of a run takes it: `with dist.on_main(folder_lock(...))`.
+    FOLDER/.tokenbridge.lock says who holds the lock (host, pid, start), and is touched every BEAT seconds. That of a
+    process of this machine which no longer runs is taken over at once. That of another machine, which cannot be asked,
+    is watched: refused when it is touched, taken over after SILENT seconds, so that a job that is requeued elsewhere
+    continues. One process of a run takes it: `with dist.on_main(folder_lock(...))`.
     """
     path = Path(folder).resolve() / LOCK
     if path in _held:
         raise ValueError(f"{folder} ({flag}) is in use by this process ({os.getpid()}) already")
     number = _take_lock(path, f"{folder} ({flag})")
     _held.add(path)
+    ended = threading.Event()
+    beat = threading.Thread(target=_touch, args=(number, ended), name="lock", daemon=True)
+    beat.start()
     try:
         yield
     finally:
+        ended.set()
+        beat.join()
         _held.discard(path)
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
         os.close(number)  # after unlink: until then no other process takes it
+
+
+def _touch(number: int, ended: threading.Event) -> None:
+    while not ended.wait(BEAT):
+        with contextlib.suppress(OSError):
+            os.utime(number)
 
 
 def _take_lock(path: Path, named: str) -> int:
@@ -249,10 +268,28 @@ def _refuse_if_held(number: int, path: Path, named: str) -> None:
         host, pid, start = _host(), 0, "just now"
     if held is None:
         held = pid > 0 and pid != os.getpid() and _alive(pid)
-    if held or host != _host():
-        who = f"process {pid} on {host.split()[0]}, started {start}" if pid else "a process that started just now"
+    who = f"process {pid} on {host.split()[0]}, started {start}" if pid else "a process that started just now"
+    if not held and host != _host():
+        words = "%s was locked by %s, which cannot be asked: taken over unless it shows itself within %g seconds"
+        logging.getLogger("tokenbridge").warning(words, named, who, SILENT)
+        held = _is_touched(path)
+    if held:
         advice = f"wait for it, or choose another folder. If it no longer runs, delete {path}"
         raise ValueError(f"{named} is in use by {who}: two runs would mix their files; {advice}")
+
+
+def _is_touched(path: Path) -> bool:
+    """Whether somebody touches the file within SILENT seconds, longer than network file systems keep its time.
+
+    It is not opened: closing it would release this process's lock.
+    """
+    before, end = os.stat(path), time.monotonic() + SILENT
+    while time.monotonic() < end:
+        time.sleep(min(SILENT / 30, 2))
+        now = os.stat(path)
+        if (now.st_ino, now.st_mtime_ns) != (before.st_ino, before.st_mtime_ns):
+            return True
+    return False
 
 
 def sync_folder(folder: Path) -> None:
@@ -376,6 +413,13 @@ def _schema_words(schema: object) -> str:
     return (words | {list: "a list", dict: "an object"})[type(schema) if isinstance(schema, (list, dict)) else schema]
 
 
+def set_aside(path: Path) -> Path:
+    """Rename a file that is another run's to the first free of NAME.1.EXT, NAME.2.EXT, ...; the new path."""
+    aside = next(new for n in range(1, 10**6) if not os.path.lexists(new := path.with_suffix(f".{n}{path.suffix}")))
+    os.rename(path, aside)
+    return aside
+
+
 def write_json(path: str | Path, content: object) -> None:
     """`content` as indented JSON, on the disk before it replaces `path`."""
     with replacing(path, sync=True) as file:
@@ -401,6 +445,23 @@ def unchanged(*paths: str | Path | None) -> Iterator[None]:
     changed = [path for path, state in states().items() if state != before.get(path)]
     if changed:
         raise ValueError(f"{changed[0]} was replaced while it was read: run the command again when it is complete")
+
+
+def refuse_others(paths: Iterable[Path], record: Path, flag: str) -> None:
+    """ValueError, before any work, for a file that a command would replace and did not write, by `record_own`."""
+    try:
+        own = read_json(record)
+    except (OSError, ValueError):
+        own = {}
+    for path in paths:
+        if os.path.lexists(path) and not (path.is_file() and own.get(path.name) == file_sha256(path)):
+            what = "was not written by this command, or changed since, and would be replaced"
+            raise ValueError(f"{path} ({flag}) {what}: choose another folder, or move it away")
+
+
+def record_own(paths: Iterable[Path], record: Path) -> None:
+    """Write the hashes of the files to `record`: this command may replace them."""
+    write_json(record, {path.name: file_sha256(path) for path in paths if path.is_file()})
 
 
 def file_sha256(path: str | Path) -> str:

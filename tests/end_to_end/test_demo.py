@@ -11,9 +11,9 @@ import pytest
 
 from dataset.images import read_image
 from demo import digits
-from demo.run import COMMANDS, TOY, Stage, build_stages, check_pictures, main, run_stages
+from demo.run import COMMANDS, TOY, Stage, build_stages, main, run_stages
 from tests.helpers import REPO
-from util.files import file_sha256, write_json
+from util.files import record_own, refuse_others
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +128,17 @@ def test_a_folder_that_replaced_the_demos_is_refused(tmp_path: Path) -> None:
 def test_pictures_of_others_are_refused(tmp_path: Path, name: str) -> None:
     pictures, own = tmp_path / "pictures", tmp_path / "own.json"
     pictures.mkdir()
-    check_pictures(pictures, own)
+    refuse_others([pictures / name], own, "--pictures")
     (pictures / name).write_bytes(b"precious")
-    with pytest.raises(ValueError, match=rf"{name} \(--pictures\) was not made by this demo"):
+    with pytest.raises(ValueError, match=rf"{name} \(--pictures\) was not written by this command"):
         main(["--toy", "--output_dir", str(tmp_path / "out"), "--pictures", str(pictures)])
     assert not everything(tmp_path / "out") and (pictures / name).read_bytes() == b"precious"
-    write_json(own, {name: file_sha256(pictures / name)})
-    check_pictures(pictures, own)
+    for damaged in ("[]", '{"a', json.dumps({name: ""})):
+        own.write_text(damaged)
+        with pytest.raises(ValueError, match="was not written by this command"):
+            refuse_others([pictures / name], own, "--pictures")
+    record_own([pictures / name], own)
+    refuse_others([pictures / name], own, "--pictures")
 
 
 def test_a_command_that_fails_ends_the_demo(tmp_path: Path) -> None:

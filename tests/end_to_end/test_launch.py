@@ -62,12 +62,28 @@ def test_a_missing_folder_is_refused(script: str, arguments: list[str]) -> None:
     assert result.returncode == 2 and "error: usage:" in result.stderr
 
 
-def launch(script: str, out: Path, arguments: list[str], log: Path, **environment: str) -> subprocess.Popen:
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train_node.sh", "train_slurm.sh"])
+def test_a_refused_flag_is_one_line_and_nothing_is_started(script: str, tmp_path: Path) -> None:
+    """Row 139: torchrun would start it once more for each of its restarts."""
+    environment = dict(PYTHON=sys.executable, PROCESSES="2", SLURM_SUBMIT_DIR=str(REPO), SLURM_JOB_NODELIST="a")
+    environment |= dict(SLURM_JOB_NUM_NODES="1", SLURM_JOB_ID="17", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho localhost\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    command = ["bash", REPO / "scripts" / script, tmp_path / "out", "--lr", "nan"]
+    result = subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (2, "error: lr must be finite, got nan (--lr)\n")
+    assert not (tmp_path / "out").exists()
+
+
+def launch(
+    script: str, out: str | Path, arguments: list[str], log: Path, cwd: Path = REPO, **environment: str
+) -> subprocess.Popen:
     """The script with one process per node; it sets --output_dir and --resume itself."""
     one = {"PYTHON": sys.executable, "PROCESSES": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", REPO / "scripts" / script, out, *arguments]
     with log.open("a") as file:
-        return subprocess.Popen(command, cwd=REPO, stdout=file, stderr=file, env=os.environ | one | environment)
+        return subprocess.Popen(command, cwd=cwd, stdout=file, stderr=file, env=os.environ | one | environment)
 
 
 def stop_after_steps(process: subprocess.Popen, how: signal.Signals, out: Path, log: Path) -> int:
@@ -84,11 +100,14 @@ def stop_after_steps(process: subprocess.Popen, how: signal.Signals, out: Path, 
 
 @pytest.mark.slow
 def test_one_node_stopped_and_resumed(flags: Callable[..., list[str]], tmp_path: Path) -> None:
-    """SIGTERM to the script while it trains: a checkpoint and exit code 0; the same command finishes the run."""
+    """SIGTERM to the script while it trains: a checkpoint and exit code 0; the same command finishes the run.
+
+    Started in another folder, to which OUT is relative.
+    """
     out, log = tmp_path / "run", tmp_path / "log.txt"
-    step = stop_after_steps(launch("train_node.sh", out, flags(), log), signal.SIGTERM, out, log)
+    step = stop_after_steps(launch("train_node.sh", "run", flags(), log, tmp_path), signal.SIGTERM, out, log)
     assert f"stopped by a signal after step {step}" in log.read_text()
-    assert launch("train_node.sh", out, flags(max_steps=step + 3), log).wait(120) == 0
+    assert launch("train_node.sh", "run", flags(max_steps=step + 3), log, tmp_path).wait(120) == 0
     assert load_latest(str(out))[1]["step"] == step + 3
 
 

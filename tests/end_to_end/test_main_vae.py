@@ -284,10 +284,9 @@ def test_one_bad_step_is_skipped(data: Path, tmp_path: Path, monkeypatch: pytest
     assert load(tmp_path / "vae.pth")["step"] == STEPS
 
 
-@pytest.mark.parametrize("lr", [1e30, 1e39])  # 1e39 is more than a float32 weight can hold
-def test_absurd_lr_stops_without_a_file(data: Path, tmp_path: Path, lr: float) -> None:
-    with pytest.raises(ValueError, match=r"at step \d+ with lr 1e\+3\d"):
-        main(arguments(data, tmp_path, lr=lr, min_lr_ratio=1, save_freq=1 if lr > 1e38 else 100))
+def test_absurd_lr_stops_without_a_file(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"at step \d+ with lr 1e\+09"):
+        main(arguments(data, tmp_path, lr=1e9, min_lr_ratio=1, save_freq=100))
     assert not (tmp_path / "vae.pth").exists() and not (tmp_path / "vae_state.pth").exists()
 
 
@@ -439,9 +438,9 @@ def test_two_processes_equal_one_with_twice_the_batch(data: Path, tmp_path: Path
 @pytest.mark.slow
 def test_two_processes_stop_together_on_nan(data: Path, tmp_path: Path) -> None:
     done = run_processes(
-        ["main_vae.py", *arguments(data, tmp_path, lr=1e30, min_lr_ratio=1, max_bad_steps=3)], nproc=2, timeout=90
+        ["main_vae.py", *arguments(data, tmp_path, lr=1e9, min_lr_ratio=1, max_bad_steps=3)], nproc=2, timeout=90
     )
-    assert done.returncode != 0 and len(re.findall(r"error: 3 steps in a row .* lr 1e\+30", done.stderr)) >= 1, (
+    assert done.returncode != 0 and len(re.findall(r"error: 3 steps in a row .* lr 1e\+09", done.stderr)) >= 1, (
         done.stderr
     )
     assert not (tmp_path / "vae.pth").exists() and not (tmp_path / "vae_state.pth").exists()

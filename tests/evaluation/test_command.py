@@ -21,11 +21,13 @@ from checkpoints import download
 from dataset.images import read_image
 from evaluation import evaluator, metrics
 from evaluation.inception import FEATURE_DIM
-from main_tokenbridge import main, sweep_values
+from generation.sweep import SweepOptions
+from main_tokenbridge import main
 from tests.helpers import REPO, run_processes, tiny_model, tiny_vae, write_image_folder
 from tests.stand_ins import Colours, FewColours, adm_arrays, crops, small_reference, write_folder, write_stats
 from tools import fid_stats
 from tools.bench.evaluation import write_random_inception
+from util.options import read_options
 from util.presets import load_preset
 
 SCRIPT = REPO / "tests" / "processes" / "evaluate.py"
@@ -174,14 +176,14 @@ def test_a_checkpoint_without_ema_is_refused_unless_told(files: dict[str, Path],
 
 def test_sweeps_are_for_evaluation(tmp_path: Path) -> None:
     for flags, message in (
-        (["--sample", "--classes", "0", "--temperature", "1", "2"], "--evaluate and --online_eval only"),
-        (["--temperature", "1", "2"], "--evaluate and --online_eval only"),
-        (["--cfg", "1", "2"], "--evaluate and --online_eval and --sample only"),
+        (["--sample", "--classes", "0", "--temperature", "1", "2"], "evaluate and online_eval only"),
+        (["--temperature", "1", "2"], "evaluate and online_eval only"),
+        (["--cfg", "1", "2"], "evaluate and online_eval and sample only"),
     ):
-        with pytest.raises(ValueError, match=f"{flags[-3]} takes several values with {message}"):
+        with pytest.raises(ValueError, match=rf"{flags[-3][2:]} takes several values with {message} \({flags[-3]}\)"):
             main([*flags, "--output_dir", str(tmp_path / "out")])
     args = main_tokenbridge.build_parser().parse_args(["--evaluate", "--cfg", "3", "1", "3", "--temperature", "0.9"])
-    assert sweep_values(args) == [(3, 0.9), (1, 0.9)] and (args.cfg, args.temperature) == (3, 0.9)
+    assert read_options(SweepOptions, args).pairs(["evaluate"]) == [(3, 0.9), (1, 0.9)]
 
 
 @pytest.mark.usefixtures("no_images")

@@ -12,9 +12,11 @@ from checkpoints.transfer import file_hash
 from evaluation.evaluator import plain
 from evaluation.published import INCEPTION_SHA256, PR_REFERENCE, STATS_BLOB, comparison
 from generation.pipeline import generation_settings
-from main_tokenbridge import build_parser, sweep_values
+from generation.sweep import SweepOptions
+from main_tokenbridge import build_parser
 from util import dist
 from util.cli import parse
+from util.options import read_options
 from util.presets import apply_preset, load_preset
 
 ALWAYS = "always different (docs/differences.md): the random numbers, and the VAE decodes in float32"
@@ -30,7 +32,7 @@ def record_of(preset: str, *flags: str, **scores: object) -> dict:
     """The line of eval.jsonl of a preset and flags on 8 CUDA devices with published weights, VAE and statistics."""
     args, given = parse(build_parser(), flags)
     apply_preset(args, given, load_preset(preset), 8)
-    sweep_values(args)
+    ((args.cfg, args.temperature),) = read_options(SweepOptions, args).pairs(["evaluate"])
     names = (
         "num_images",
         "fid_stats",

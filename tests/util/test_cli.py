@@ -288,6 +288,35 @@ def test_anything_else_says_what_was_being_done(capsys, monkeypatch, error, line
     assert found == f"error: reading the file x.pth: {line} ({where})\n"
 
 
+class Broken(Dataset):
+    """Reading an item raises an error."""
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ValueError("image a.png cannot be read"), 2, "^error: image a.png cannot be read$"),
+        (OSError(5, "Input/output error", "a.png"), 2, "^error: .*Input/output error: 'a.png'$"),
+        (KeyError("a"), 1, "^error: KeyError: 'a' \\("),
+        (MemoryError("9 TiB"), 1, r"^error: not enough memory \(9 TiB\)"),
+    ],
+)
+def test_an_error_in_a_loader_is_its_last_line(capsys, monkeypatch, error, code, words):
+    monkeypatch.delenv("TOKENBRIDGE_DEBUG", raising=False)
+    assert run_cli(lambda: list(DataLoader(Broken(error), num_workers=1))) == code
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(words, line), line
+
+
 @pytest.mark.parametrize("error", [ValueError("--bits"), KeyError("bug"), OSError(28, "No space")])
 def test_debug_shows_the_traceback(monkeypatch, error):
     monkeypatch.setenv("TOKENBRIDGE_DEBUG", "1")

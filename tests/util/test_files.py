@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 
 from tests.helpers import REPO
 from util import dist, files
+from util.cli import own_folder
 from util.files import (
     LOCK,
     CannotWrite,
@@ -29,6 +31,7 @@ from util.files import (
     refuse_existing,
     replacing,
     second_name,
+    set_aside,
     temporary_name,
     unchanged,
     write_json,
@@ -227,12 +230,54 @@ def test_only_one_of_many_gets_a_lock_that_a_dead_process_left(tmp_path: Path) -
     assert sum("ready" in one.communicate(timeout=60)[0] for one in several) == 1
 
 
-def test_a_lock_of_another_machine_is_refused(tmp_path: Path) -> None:
+def test_a_lock_is_touched_while_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "BEAT", 0.01)
+    with folder_lock(tmp_path, "--x"):
+        os.utime(tmp_path / LOCK, (0, 0))
+        deadline = time.monotonic() + 10
+        while (tmp_path / LOCK).stat().st_mtime == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_lock_of_another_machine_is_refused_if_it_is_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str], alive: bool
+) -> None:
+    """Else it is taken over: its machine has failed, or the job was killed and requeued on this one."""
+    monkeypatch.setattr(files, "SILENT", 0.2)
     (tmp_path / LOCK).write_text(json.dumps({"host": "node7 pid:[1]", "pid": 5, "start": "2026-01-01 00:00:00"}))
-    words = rf"process 5 on node7, started 2026-01-01 00:00:00.*If it no longer runs, delete .*{LOCK}"
-    with pytest.raises(ValueError, match=words), folder_lock(tmp_path, "--cached_path"):
+    who = "process 5 on node7, started 2026-01-01 00:00:00"
+    if alive:
+        real = time.sleep
+        monkeypatch.setattr(files.time, "sleep", lambda seconds: (real(seconds), os.utime(tmp_path / LOCK)))
+        words = rf"in use by {who}.*If it no longer runs, delete .*{LOCK}"
+        with pytest.raises(ValueError, match=words), folder_lock(tmp_path, "--cached_path"):
+            pass
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == 5
+    else:
+        with folder_lock(tmp_path, "--cached_path"):
+            assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert who in messages[0] and "taken over unless it shows itself within 0.2 seconds" in messages[0]
+
+
+def test_an_own_folder_is_removed_unless_something_was_written(tmp_path: Path) -> None:
+    twice = [own_folder(tmp_path / "a" / "b", "--x") for _ in range(2)]
+    with twice[0], pytest.raises(ValueError, match="is in use by this process"), twice[1]:
         pass
-    assert (tmp_path / LOCK).exists()
+    assert not list(tmp_path.iterdir())
+    with own_folder(tmp_path / "a" / "b", "--x"):
+        (tmp_path / "a" / "b" / "file").touch()
+    with own_folder(tmp_path / "a", "--x"):  # was there before
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "b", "file"]
+
+
+def test_a_file_is_set_aside_under_a_free_name(tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        (tmp_path / "log.jsonl").write_text(text)
+        set_aside(tmp_path / "log.jsonl")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"log.1.jsonl": "one", "log.2.jsonl": "two"}
 
 
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
