@@ -89,7 +89,9 @@ class Expected:
             compared += 1
             if not abs(window.mean() - expected) <= self.tolerance:
                 lines.append(f"step {step}: loss {window.mean():.3f}, expected {expected:.2f} +- {self.tolerance:g}")
-        return "\n".join(lines) or f"loss as expected at {compared} of {len(self.steps)} steps, the others not reached"
+        later = len(self.steps) - compared
+        rest = f"; {later} later steps not reached" if later else ""
+        return "\n".join(lines) or f"loss as expected at {compared} steps{rest}"
 
 
 def draw(folders: Sequence[Path], width: int | None = None, expected: Expected | None = None) -> Figure:

@@ -1,7 +1,7 @@
 """A frozen list of the flags of all command lines (tests/flags.json): a lost, renamed or changed one fails here.
 
 The published list, tests/golden/cli_flags.json, never changes: every flag in it keeps its name and default, but for the
-deviations below, which README.md and docs/differences.md name. To update tests/flags.json after a change that is meant:
+deviations below, which docs/published.md and docs/differences.md name. To update tests/flags.json after a change that is meant:
 python tests/end_to_end/test_flags.py
 """
 
@@ -84,7 +84,7 @@ def test_published_flags_keep_name_and_default(script: str) -> None:
 
 
 def test_exceptions_are_documented() -> None:
-    """Another default, several values or other choices than published: in docs/differences.md, as are README.md's."""
+    """Another default, several values or other choices than published: in docs/differences.md, as are docs/published.md's."""
     published = {flag for flags in PUBLISHED_FLAGS.values() for flag in flags}
     section = (REPO / "docs" / "differences.md").read_text().partition("\n## Flags\n")[2].partition("\n## ")[0]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `--")]
@@ -93,7 +93,12 @@ def test_exceptions_are_documented() -> None:
     for script in PUBLISHED_FLAGS:
         several = {flag for a in parser_of(script)._actions if a.nargs == "+" for flag in a.option_strings}
         assert several & published <= exceptions, script
-    named = (REPO / "README.md").read_text().partition("with its default and meaning, except:")[2].partition("\n\n")[0]
+    named = (
+        (REPO / "docs" / "published.md")
+        .read_text()
+        .partition("with its default and meaning, except:")[2]
+        .partition("\n\n")[0]
+    )
     named = set(re.findall(r"`(--\w+)`", named))
     assert named >= DEVIATIONS.keys() | {"--dist_on_itp", "--patch_size"} and named & published <= exceptions
 

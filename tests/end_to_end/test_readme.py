@@ -172,6 +172,8 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         elif program == "make":
             result = subprocess.run(["make", "-n", *words], cwd=REPO, capture_output=True, text=True)
             assert result.returncode == 0, result.stderr
+        elif program in ("pip", "uv", "conda"):
+            assert (REPO / words[-1]).is_file() and words[-2] in ("-r", "-f"), command
         elif program == "sbatch" or program.startswith("scripts/"):
             script, out, *flags = words if program == "sbatch" else [program, *words]
             assert (REPO / script).is_file() and subprocess.run(["bash", "-n", script], cwd=REPO).returncode == 0
@@ -190,8 +192,8 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 def test_there_are_commands_and_shells_can_read_them() -> None:
-    pages = {f"{name}.md" for name in ("README", "cache", "evaluation", "reproduce", "sampling", "training")}
-    assert len(COMMANDS) > 35 and pages == set(COMMANDS.values())
+    pages = {"README", "cache", "evaluation", "logs", "own_data", "published", "reproduce", "sampling", "training"}
+    assert len(COMMANDS) > 35 and {f"{name}.md" for name in pages} <= set(COMMANDS.values())
     for path, blocks in BLOCKS.items():
         for block in blocks:
             result = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
@@ -212,7 +214,7 @@ def test_no_command_hides() -> None:
 
 def test_published_commands_are_in_it() -> None:
     """docs/spec.md 10: the official commands, word by word but for the folders."""
-    joined = " ".join(command for command, document in COMMANDS.items() if document == "README.md")
+    joined = " ".join(COMMANDS)
     for words in (
         "python reconstruction.py --bits 6 --range 5.0 --image_dir",
         "--eval_bsz 256 --num_images 50000 --num_iter 256 --cfg 3.1 --quant_bits 6",

@@ -57,7 +57,11 @@ def test_what_is_no_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("later", "said"), [(3.4, "loss as expected at 2 of 3 steps"), (3.0, "step 7: loss 3.350, expected 3.00 +- 0.1")]
+    ("later", "said"),
+    [
+        (3.4, "loss as expected at 2 steps; 1 later steps not reached"),
+        (3.0, "step 7: loss 3.350, expected 3.00 +- 0.1"),
+    ],
 )
 def test_the_expected_range(run: Path, capsys: pytest.CaptureFixture, later: float, said: str) -> None:
     """Means of two steps by hand: 3.85 at step 2, (3.4 + 3.3) / 2 = 3.35 at step 7; step 20 is not reached yet."""
