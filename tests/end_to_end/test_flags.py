@@ -1,8 +1,8 @@
 """A frozen list of the flags of all command lines (tests/flags.json): a lost, renamed or changed one fails here.
 
 The published list, tests/golden/cli_flags.json, never changes: every flag in it keeps its name and default, but for the
-deviations below, which docs/published.md and docs/differences.md name. To update tests/flags.json after a change that is meant:
-python tests/end_to_end/test_flags.py
+deviations below, which docs/published.md and docs/differences.md name. To update tests/flags.json after an intended
+change: python tests/end_to_end/test_flags.py
 """
 
 import argparse
@@ -84,7 +84,7 @@ def test_published_flags_keep_name_and_default(script: str) -> None:
 
 
 def test_exceptions_are_documented() -> None:
-    """Another default, several values or other choices than published: in docs/differences.md, as are docs/published.md's."""
+    """Another default, several values or other choices than published: in docs/differences.md and docs/published.md."""
     published = {flag for flags in PUBLISHED_FLAGS.values() for flag in flags}
     section = (REPO / "docs" / "differences.md").read_text().partition("\n## Flags\n")[2].partition("\n## ")[0]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `--")]
