@@ -226,7 +226,7 @@ def sample(
             if dist.is_main():
                 files = [folder / f"{i:06d}.png" for i in range(min(len(labels), GRID_IMAGES))]
                 save_grid(folder / "grid.png", read_pixels(files), columns)
-                if show_steps:
+                if options.show_steps:
                     strips = [folder / "steps" / file.name for file in files[:SHOWN_STEPS_IMAGES]]
                     save_grid(folder / "steps" / "grid.png", read_pixels(strips), 1)
                 write_json(folder / SAMPLES, record | {"cfg": cfg, "complete": True})
