@@ -148,6 +148,8 @@ def test_unmasking_is_shown(folder, tmp_path):
         assert strip.shape == (SIZE + 4, 2 * (SIZE + 2) + 2, 3)
         assert np.array_equal(strip[2 : SIZE + 2, SIZE + 4 : -2], written[number])
         assert (strip[2 : SIZE + 2, 2 : SIZE + 2] == 128).all(-1).sum() >= 8 * 8 * 3  # masked tokens are grey
+    grid = np.asarray(read_image(tmp_path / "steps" / "grid.png"))  # strip 3 is the last row
+    assert np.array_equal(grid[-2 - strip.shape[0] : -2, 2:-2], strip)
 
 
 def test_editing_keeps_what_it_must(folder, pipeline, tmp_path):
