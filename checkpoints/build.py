@@ -361,30 +361,30 @@ def load_model(
     *,
     weights: str = "ema",
     device: torch.device | str | None = None,
-) -> tuple[TokenBridge, LatentSpace, list[str]]:
-    """The model of a checkpoint and its VAE, both frozen and in eval mode, and the names of its classes (may be none).
+) -> tuple[TokenBridge, LatentSpace, dict]:
+    """The model of a checkpoint and its VAE, both frozen and in eval mode, and what the file says of them.
+
+    That is "name" (of the size), "weights", "source" (the file), and "step" and "config", where the file has them.
 
     path: a file, or a folder with checkpoint-last.pth or model.safetensors. vae_path: by default where training had it,
     else beside the checkpoint, else pretrained_models/vae/kl16.ckpt; a VAE that the model was not trained with is
     refused. weights: "ema" or "model". device: the CPU unless given. Published checkpoints, which hold no config, are
     recognised by their shapes and sample as published. FileNotFoundError or ValueError, which name the file.
     """
-    for place in (path, vae_path):
-        if str(place).startswith("hf://"):
-            advice = f"checkpoints.download.local_path({str(place)!r}) fetches it and returns its path"
-            raise ValueError(f"{place} is not on this machine; {advice}")
     path = find_file(path)
     content = model_content(read_generator(path), str(path))
     described = content.get("config") is not None
     if described:
-        _, config = describe(content, str(path))  # before the VAE is looked for: the file may be a VAE's
+        name, config = describe(content, str(path))  # before the VAE is looked for: the file may be a VAE's
     vae = find_vae(path, content["config"] if described else {}, vae_path)
     if not described:
-        _, config = describe(content, str(path), vae)
+        name, config = describe(content, str(path), vae)
     _check_fit(vae, config, path)
     model = TokenBridge(config)
     load_generator_weights(model, content, path, weights)
-    return model.eval().requires_grad_(False).to(device), vae.to(device), class_names(content)
+    about = {key: content[key] for key in ("step", "config") if content.get(key) is not None}
+    about |= {"name": name, "weights": weights, "source": str(path)}
+    return model.eval().requires_grad_(False).to(device), vae.to(device), about
 
 
 def find_vae(checkpoint: Path, config: dict, vae_path: str | Path | None = None) -> LatentSpace:
@@ -394,7 +394,8 @@ def find_vae(checkpoint: Path, config: dict, vae_path: str | Path | None = None)
     if vae_path is not None:
         places = [vae_path]
     else:
-        places = [folder / VAE_SAFE] if checkpoint.name == SAFE else []
+        # (not of the resolved path: in the hub's cache the files of a folder are links to another one)
+        places = [checkpoint.parent / VAE_SAFE] if checkpoint.name == SAFE else []
         places += [trained_with] if trained_with else []
         places += [folder / "vae.pth", folder.parent / "vae" / "vae.pth", folder.parent.parent / "vae" / "kl16.ckpt"]
         places.append(KL16_PATH)

@@ -6,15 +6,18 @@ Letters: B images of a batch, S their side in pixels, L tokens, C latent channel
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelHubMixin
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints.build import load_model
+from checkpoints.build import class_names, load_model
+from checkpoints.folder import check_free, write_folder
+from checkpoints.hub import SCHEME, local_path
 from dataset.images import to_pil, to_uint8
 from generation.editing import Edit, Picture, make_edit
 from models.sampling.loop import SamplerState, sample_steps
@@ -22,6 +25,7 @@ from models.sampling.options import SamplerOptions
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util import dist
+from util.checkpoint import SAFE
 from util.options import ArgumentError, read_options
 from util.seeds import mixed_seed
 
@@ -144,16 +148,38 @@ def generate_batches(
 
 
 @dataclass
-class Pipeline:
+class Pipeline(ModelHubMixin):
     """A model and its VAE, both in eval mode on one device.
 
     precision: fp32, bf16 or fp16; None chooses by device. class_names: by class number, as training recorded them.
+    about: what their file says of them, for `save_pretrained` (see checkpoints.build.load_model).
+
+    save_pretrained(folder) and push_to_hub("OWNER/REPOSITORY") write the folder of tools.export, with a model card.
     """
 
     model: TokenBridge
     vae: AutoencoderKL
     precision: str | None = None
     class_names: Sequence[str] = ()
+    about: Mapping[str, object] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None, **options: object) -> "Pipeline":
+        """The pipeline of a folder, or of OWNER/REPOSITORY on the hub; options: those of `load`.
+
+        The mixin's own download is not used: checkpoints/hub.py trusts nothing in the hub's answer.
+        """
+        if Path(name).exists():
+            return load(name, **options)
+        return load(f"{SCHEME}{name}{f'@{revision}' if revision else ''}", **options)
+
+    def save_pretrained(self, save_directory: str | Path, **options: object) -> str | None:
+        """Write the folder; options: the mixin's. ArgumentError if it holds an export already."""
+        check_free(Path(save_directory), SAFE)
+        return super().save_pretrained(save_directory, **options)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        write_folder(save_directory, self.model, self.vae, self.about)
 
     @property
     def device(self) -> torch.device:
@@ -232,9 +258,12 @@ def load(
 ) -> Pipeline:
     """The pipeline of a checkpoint (a file, or a folder with checkpoint-last.pth or model.safetensors) and its VAE.
 
+    Both may be hf://OWNER/REPOSITORY[@REVISION][/PATH], which is fetched from the hub.
+
     vae_path: by default where training had it, else beside the checkpoint, else pretrained_models/vae/kl16.ckpt; a VAE
     that the model was not trained with is refused. weights: "ema" or "model". device: the CPU unless given. Published
     checkpoints, which hold no config, are recognised by their shapes. FileNotFoundError or ValueError naming the file.
     """
-    model, vae, names = load_model(path, vae_path, weights=weights, device=device)
-    return Pipeline(model, vae, class_names=names)
+    path, vae_path = local_path(path), vae_path and local_path(vae_path)
+    model, vae, about = load_model(path, vae_path, weights=weights, device=device)
+    return Pipeline(model, vae, class_names=class_names(about), about=about)

@@ -254,7 +254,11 @@ find("#upload").onchange = (event) => upload(event.target.files[0]);
 find("#regions").onclick = (event) => event.target.value && chooseRegion(event.target.value);
 find("#copy").onclick = async () => {
   find("#link").select();
-  await navigator.clipboard?.writeText(find("#link").value).catch(() => document.execCommand("copy")) ?? document.execCommand("copy");
+  try {
+    await navigator.clipboard.writeText(find("#link").value);
+  } catch { // browsers have no clipboard for pages of other machines without https
+    document.execCommand("copy");
+  }
   say("the link is copied");
 };
 document.addEventListener("keydown", (event) => event.key === "Escape" && job?.abort());

@@ -195,6 +195,7 @@ def test_training_is_not_continued_from_one_set_of_weights(tmp_path: Path, known
     assert read_checkpoint(str(tmp_path / "ema.pth"), "", trains=False)[1]["weights"] == "ema"
 
 
-def test_hub_addresses_are_not_for_load() -> None:
-    with pytest.raises(ValueError, match=r"checkpoints\.download\.local_path\('hf://a/b'\) fetches it"):
-        generation.load("hf://a/b")
+@pytest.mark.parametrize("arguments", [("hf://alone",), ("nowhere", "hf://alone")])
+def test_hub_addresses_that_are_none(arguments: tuple) -> None:
+    with pytest.raises(ValueError, match="hf://alone is no address on the hub"):
+        generation.load(*arguments)

@@ -368,6 +368,8 @@ def test_the_page_in_a_browser(studio: Studio, server: Server, browser, tmp_path
     wait_for(done)
     assert_pictures(sources("generate"), expected)
     assert browser.current_url == find("#link").get_attribute("value") == f"{server.url}/?{query}"
+    find("#copy").click()
+    wait_for(lambda: done("the link is copied"))
     # the first picture to the editor; paint two cells, unpaint none, then one more by keyboard
     find("#generate .gallery button").click()
     canvas = wait_for(lambda: find("#canvas").is_displayed() and find("#canvas"))

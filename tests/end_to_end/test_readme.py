@@ -30,6 +30,7 @@ import models
 from checkpoints import download
 from checkpoints.download import PUBLISHED
 from demo import app
+from demo.server import Server
 from evaluation import evaluator
 from models.tokenbridge import TokenBridge
 from tests.helpers import REPO, photographs, tiny_vae, write_image_folder
@@ -232,6 +233,7 @@ def test_every_command_runs(run: Callable[[str], None], place: Path, monkeypatch
     """
     served = []
     monkeypatch.setattr(app, "serve", lambda server: served.append(server.host))
+    monkeypatch.setattr(app, "Server", lambda host, _: Server(host, 0))  # the usual port may be in use
     monkeypatch.setattr(download, "fetch_all", lambda names, *_: served.append(names))
     failed = []
     for command, document in COMMANDS.items():

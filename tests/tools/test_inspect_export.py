@@ -2,21 +2,23 @@
 
 import base64
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from torch import nn
 
 import generation
+from checkpoints.folder import lowered
 from models.latent_space import LatentSpace, VaeDescription
 from models.vae_loading import VAE_CLASSES
 from tests.helpers import tiny_model, tiny_vae
 from tests.hub import Hub
 from tools import export, inspect
-from util.checkpoint import read_file
+from util.checkpoint import fingerprint, read_file
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +136,11 @@ def test_what_inspect_warns_of(folder: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def pictures(path: Path) -> np.ndarray:
-    images = generation.load(path).generate([1, 2], num_iter=3, cfg=2.0, seed=1)
-    return np.stack([np.asarray(image) for image in images])
+    return pictures_of(generation.load(path))
+
+
+def pictures_of(pipeline: generation.Pipeline) -> np.ndarray:
+    return np.stack(pipeline.generate([1, 2], num_iter=3, cfg=2.0, seed=1))
 
 
 def test_there_and_back(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -179,7 +184,7 @@ def test_half_precision_export(folder: Path, tmp_path: Path) -> None:
         generation.load(tmp_path / "half")
     huge = {"mask_token": torch.full((1, 1, 4), 1e6), "boundaries": torch.zeros(3)}
     with pytest.raises(ValueError, match="dtype float16 cannot hold the weights mask_token"):
-        export.lowered(huge, torch.float16)
+        lowered(huge, torch.float16)
 
 
 def test_what_export_refuses(folder: Path, tmp_path: Path) -> None:
@@ -228,3 +233,51 @@ def test_push_uploads_the_five_files(
         }
         assert sent == {name: (tmp_path / "out" / name).read_bytes() for name in export.NAMES}
     assert "/me/digits/commit/" in capsys.readouterr().out
+
+
+def test_a_pipeline_goes_to_the_hub_and_back(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Hub("me/digits", {}) as hub:
+        hub.token = "secret"
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_TOKEN", "secret")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        with monkeypatch.context() as patch:
+            patch.setattr(constants, "ENDPOINT", hub.url)  # read when the package is imported
+            assert "/me/digits/commit/" in generation.load(folder).push_to_hub("me/digits", token="secret")
+        sent = [line["value"] for line in hub.uploads if line["key"] == "file"]
+        hub.files = {file["path"]: base64.b64decode(file["content"]) for file in sent}
+        assert hub.files.keys() == set(export.NAMES)
+        expected = pictures(folder)
+        for pipeline in (
+            generation.Pipeline.from_pretrained("me/digits"),
+            generation.Pipeline.from_pretrained("me/digits", revision="main"),
+            generation.load("hf://me/digits@main"),
+        ):
+            assert np.array_equal(pictures_of(pipeline), expected)
+            assert pipeline.class_names == list("abcdefghij")
+    pipeline.save_pretrained(tmp_path / "saved")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == hub.files
+    assert generation.Pipeline.from_pretrained(tmp_path / "saved").class_names == pipeline.class_names
+    with pytest.raises(ValueError, match=r"saved already holds model\.safetensors"):
+        pipeline.save_pretrained(tmp_path / "saved")
+    assert len([*(tmp_path / "saved").iterdir()]) == 5, "config.json is still there"
+
+
+def test_the_model_card(folder: Path, tmp_path: Path) -> None:
+    """Valid metadata, the classes, and the best scores of these weights; not those of others."""
+    run = Path(shutil.copytree(folder, tmp_path / "run"))
+    key = {"weights_sha256": fingerprint(generation.load(run).model.state_dict())}
+    about = {"num_images": 50000, "cfg": 3.0, "fid_stats": "/home/me/secret/stats.npz"}
+    records = [
+        key | about | {"fid": 2.5, "inception_score": 250.123},
+        key | about | {"fid": 1.875, "inception_score": 301.25},
+        key | about | {"fid": 1.0, "weights_sha256": "0" * 64},
+        {"fid": 0.5, "step": 700},
+    ]
+    (run / "eval.jsonl").write_text("\n".join(map(json.dumps, records)) + '\n{"fid": 0.1')
+    export.main([str(run), "--output_dir", str(tmp_path / "out")])
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.license, card.data.library_name) == ("mit", "tokenbridge")
+    assert "| quality | FID 1.875, IS 301.2 (num_images 50000, cfg 3.0, fid_stats stats.npz) |" in card.text
+    assert "10 classes: a, b, c, d, e, f, g, h, i, j |" in card.text and "from_pretrained(" in card.text
+    assert "| licence | MIT" in card.text and "/home" not in card.text
