@@ -56,7 +56,9 @@ def read_scores(model: TokenBridge, about: Mapping) -> dict | None:
         return None
     digest = fingerprint(model.state_dict())
     for line in lines.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a record of another kind, or a damaged line
+        with contextlib.suppress(
+            ValueError, KeyError, TypeError, RecursionError
+        ):  # a record of another kind, or a damaged line
             record = json.loads(line)
             if record["weights_sha256"] == digest and (best is None or record["fid"] < best["fid"]):
                 best = record | {"fid": float(record["fid"])}
@@ -67,7 +69,9 @@ def quality_row(scores: dict | None) -> str:
     """What a model card says of the measured quality, and under which settings."""
     if scores is None:
         return "not measured: `main_tokenbridge.py --evaluate --resume THIS_FOLDER` measures it"
-    found = ", ".join(f"{words} {scores[key]:.4g}" for key, words in SCORES.items() if key in scores)
+    found = ", ".join(
+        f"{words} {scores[key]:.4g}" for key, words in SCORES.items() if isinstance(scores.get(key), float)
+    )
     settings = ", ".join(f"{key} {Path(str(scores[key])).name}" for key in SETTINGS if scores.get(key) is not None)
     return f"{found} ({settings})"
 

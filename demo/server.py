@@ -7,6 +7,7 @@ POST /crop                    a picture file     POST /generate  settings (JSON)
 import contextlib
 import ipaddress
 import json
+import os
 import select
 import socket
 import socketserver
@@ -18,7 +19,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from demo.studio import Studio
-from util.log import get_logger
+from util.log import first_line, get_logger
 
 logger = get_logger()
 
@@ -40,6 +41,12 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+
+
+def log_failure(error: BaseException) -> None:
+    """One line, or the traceback with TOKENBRIDGE_DEBUG=1."""
+    debug = bool(os.environ.get("TOKENBRIDGE_DEBUG"))
+    logger.error("a request of the page failed: %s: %s", type(error).__name__, first_line(error), exc_info=debug)
 
 
 class PageClosed(ConnectionError):
@@ -93,6 +100,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, host: str, port: int):
         """ValueError if the page cannot be served there. Port 0: a free one."""
         self.host, self.turns, self.places = host, Turns(), threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self.decoding = threading.Lock()  # one uploaded picture at a time: it may take some hundred MB
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), Handler)
@@ -124,8 +132,9 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request: socket.socket, client_address: tuple) -> None:
         """Errors are logged; a connection that ended early is none."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            logger.exception("a request failed")
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            log_failure(error)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -155,13 +164,13 @@ class Handler(BaseHTTPRequestHandler):
         if not self.allowed():
             return
         length = self.headers.get("Content-Length") or ""
-        if not length.isdecimal():
+        if not length.isdecimal() or len(length) > 18:
             return self.refuse(411, "the request does not say how long it is")
         if int(length) > MAX_BODY:
             return self.refuse(413, f"the picture is too large: at most {MAX_BODY // 10**6} MB")
-        body, studio = self.rfile.read(int(length)), self.server.studio
+        body = self.rfile.read(int(length))
         if self.path == "/crop":
-            return self.reply(lambda: self.answer(200, json.dumps(studio.crop(body))))
+            return self.reply(lambda: self.crop(body))
         if self.path == "/generate":
             self.start(200, "application/x-ndjson")
             return self.reply(lambda: self.generate(body))
@@ -194,12 +203,18 @@ class Handler(BaseHTTPRequestHandler):
         except (ConnectionError, TimeoutError):
             return
         except Exception as error:
-            logger.exception("a request failed")
+            log_failure(error)
             message = f"this failed ({type(error).__name__}): the terminal of demo.app says more"
         else:
             return
         with contextlib.suppress(OSError):
             self.refuse(400, message) if self.path == "/crop" else self.line({"error": message})
+
+    def crop(self, body: bytes) -> None:
+        """Answer with the middle square of a picture. ValueError if it is none."""
+        with self.server.decoding:
+            answer = self.server.studio.crop(body)
+        self.answer(200, json.dumps(answer))
 
     def generate(self, body: bytes) -> None:
         """Wait for a turn, then a line per step. ValueError for bad settings; PageClosed when nobody reads on."""

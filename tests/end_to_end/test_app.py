@@ -19,7 +19,6 @@ import pytest
 from PIL import Image
 
 from dataset.images import center_crop_adm
-from demo import server as page_server
 from demo.app import main, read_names
 from demo.server import MAX_BODY, MAX_WAITING, Server
 from demo.studio import DATA_URL, NONE, Studio, data_url, read_picture, strip_steps, unique_names
@@ -219,7 +218,11 @@ def test_other_hosts_and_origins_are_refused(server: Server, headers: dict, stat
 
 def test_uploads_have_a_limit(server: Server) -> None:
     connection = http.client.HTTPConnection(*server.server_address[:2], timeout=60)
-    for length, status, words in ((MAX_BODY + 1, 413, "too large: at most 10 MB"), ("x", 411, "how long it is")):
+    for length, status, words in (
+        (MAX_BODY + 1, 413, "too large: at most 10 MB"),
+        ("x", 411, "how long it is"),
+        ("9" * 5000, 411, "how"),
+    ):
         connection.putrequest("POST", "/crop")
         connection.putheader("Content-Length", str(length))
         connection.endheaders()
@@ -281,12 +284,14 @@ def test_connections_have_a_limit(server: Server, monkeypatch: pytest.MonkeyPatc
     assert ask(server, "/about").status == 200
 
 
-def test_a_failure_is_one_sentence(server: Server, studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_one_sentence(
+    server: Server, studio: Studio, monkeypatch: pytest.MonkeyPatch, messages: list[str]
+) -> None:
     monkeypatch.setattr(studio.pipeline, "generate_steps", lambda *_, **__: 1 / 0)
-    monkeypatch.setattr(page_server.logger, "disabled", True)
     assert [*events(ask(server, "/generate", REQUEST))] == [
         {"error": "this failed (ZeroDivisionError): the terminal of demo.app says more"}
     ]
+    assert messages == ["a request of the page failed: ZeroDivisionError: division by zero"]
 
 
 def test_addresses(studio: Studio, server: Server) -> None:
