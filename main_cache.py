@@ -29,9 +29,11 @@ import torch
 
 from checkpoints import hub
 from dataset.cache import fill, info, verify
+from dataset.classes import misleading_numbers
 from dataset.encode import RecordMaker, Source, convert_moments, encode_images, load_crops, load_moments
 from dataset.folders import list_folder
 from dataset.latents import CachedLatents
+from dataset.npz import VIEWS, read_stamp, same_stamp
 from dataset.record import CacheOptions, describe, describe_tree, describe_vae, read_record
 from models.vae import AutoencoderKL
 from models.vae_loading import load_vae
@@ -50,7 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     group = parser.add_argument_group("what to do (default: encode)")
     group.add_argument("--info", action="store_true", help="print what --cached_path holds")
-    group.add_argument("--verify", action="store_true", help="read all of --cached_path and compare its checksums")
+    what = "read all of --cached_path: checksums, images, classes; with --data_path also whether its images changed"
+    group.add_argument("--verify", action="store_true", help=what)
     what = (
         "turn a tree of .npz files into shards; with --vae_path its VAE is recorded, unless OLD's record contradicts it"
     )
@@ -76,7 +79,7 @@ def check_arguments(args: argparse.Namespace, given: set[str]) -> CacheOptions:
         refuse(given, ["cached_path"], "does not go with --convert OLD NEW, which names both folders")
         args.cached_path = args.convert[1]
         kept = "does not go with --convert, which takes the latents of OLD as they are"
-        refuse(given, ("data_path", "crops", "no_flip", "precision"), kept)
+        refuse(given, ("data_path", "crops", "precision"), kept)
     if not args.cached_path:
         raise ValueError("--cached_path is empty: give the folder that the latents go to")
     if args.format == "npz":
@@ -117,6 +120,8 @@ def encode(args: argparse.Namespace, given: set[str], device: torch.device) -> N
         "VAE %s: %d px; %d images in %d classes -> %s; %s on %s",
         *(args.vae_path, options.img_size, len(source), len(source.classes), spec, options.precision, device),
     )
+    if warning := misleading_numbers(source.classes):
+        logger.warning("%s", warning)
     make = RecordMaker(spec, quantizer and quantizer.to(device), vae.scale, options.seed)
     settings = dict(vae=vae.to(device), make=make, flips=not options.no_flip, precision=options.precision)
     fill(
@@ -138,7 +143,7 @@ def convert(args: argparse.Namespace, given: set[str], device: torch.device) -> 
     before = read_record(old, "--convert")
     if before is not None and before.get("format", "npz") != "npz":
         raise ValueError(f"{old} (--convert) holds {before['format']} already; it takes a tree of .npz files")
-    latents = CachedLatents(old, flag="--convert")
+    latents = CachedLatents(old, not args.no_flip, flag="--convert", probed=1)
     vae, options = None, read_options(CacheOptions, args, seed=args.seed)
     if "vae_path" in given or args.mode == "indices":
         vae, options = read_vae(args, given - {"vae_embed_dim"})
@@ -146,7 +151,8 @@ def convert(args: argparse.Namespace, given: set[str], device: torch.device) -> 
     origin = describe_tree(old, latents.shape, before, vae, args.vae_path, size)
     options = dataclasses.replace(options, img_size=origin.pop("img_size"), precision=origin.pop("precision"))
     quantizer, spec = options.build_quantizer(), options.spec(latents.shape[0] // 2, latents.shape[-1])
-    source = Source(latents.folder, functools.partial(load_moments, shape=latents.shape), ".npz")
+    load = functools.partial(load_moments, shape=latents.shape, names=VIEWS[: spec.views])
+    source = Source(latents.folder, load, ".npz", read_stamp, same_stamp)
     record = describe(options, spec, source.classes, source.paths, quantizer)
     record |= {"latent_fingerprint": None, "converted": True} | origin
     if not origin:
@@ -164,7 +170,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with flag_names(parser, bits="quant_bits"):
         options = check_arguments(args, given)
         if args.info or args.verify:
-            print((info if args.info else verify)(options.cache))
+            data = Path(args.data_path) / "train" if "data_path" in given else None
+            print(info(options.cache) if args.info else verify(options.cache, data))
             return
         try:
             device = dist.init(args.device, args.dist_url)

@@ -1,19 +1,36 @@
 """What main_cache.py does with a cache folder: complete it, print what it holds, verify it."""
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dataset.encode import Counts, Encode, NpzFiles, ShardFiles, Source, encode_all, read_moments
-from dataset.record import RECORD, CacheOptions, check_agreement, check_folders, own_shards, read_record
-from dataset.shards import RecordSpec, Shard
+from dataset.encode import Counts, Encode, NpzFiles, ShardFiles, Source, encode_all
+from dataset.folders import list_folder
+from dataset.images import CONTROL, printable
+from dataset.npz import VIEWS, has_flip, read_stamp, read_views
+from dataset.record import (
+    RECORD,
+    CacheOptions,
+    check_agreement,
+    check_folders,
+    digest_of,
+    npz_list,
+    own_shards,
+    read_record,
+    tree_differs,
+)
+from dataset.shards import NAME, TRAVERSAL, RecordSpec, Shard
+from dataset.source import UNKNOWN, unchanged
 from util import dist
 from util.cli import check_writable
 from util.files import folder_lock, remove_leftovers, replacing, write_json
 from util.log import get_logger
+from util.options import ArgumentError
 
 logger = get_logger()
 BAD_LIST = "bad_images.txt"
+LONGEST_FILE_NAME = 255  # bytes, on the file systems in use
 LEFT_BEFORE = re.compile(r"\.shard-\d{5,}\.safetensors\.(tmp|partial)")  # by kills of earlier versions
 
 
@@ -48,6 +65,7 @@ def check(options: CacheOptions, record: dict, source: Source) -> None:
     """ValueError, on all processes, if the folder holds what does not fit, or what is not ours to replace."""
     problem = None
     try:
+        check_names(source, options.format)
         own_shards(options.cache)
         if options.format == "npz":
             check_folders(options.cache, source.classes)
@@ -56,6 +74,20 @@ def check(options: CacheOptions, record: dict, source: Source) -> None:
     except (ValueError, OSError) as error:
         problem = error
     dist.agree(problem)
+
+
+def check_names(source: Source, form: str) -> None:
+    """ValueError, before any work, naming the first image whose name the cache could not keep."""
+    for path, file in zip(source.paths, source.files, strict=True):
+        reason = ""
+        if CONTROL.search(path):
+            reason = "its name has a line break or another control character"
+        elif TRAVERSAL.search(os.fsencode(path)):
+            reason = "its path reads as an absolute one, or as one with .., on another system"
+        elif form == "npz" and len(os.fsencode(f"{os.path.basename(path)}.npz")) > LONGEST_FILE_NAME:
+            reason = "its name is too long with .npz after it, as format npz needs; format shards takes it"
+        if reason:
+            raise ArgumentError("data_path", f"{printable(file)} cannot be cached: {reason}; rename it")
 
 
 def prepare(options: CacheOptions, record: dict, files: NpzFiles | ShardFiles) -> None:
@@ -107,12 +139,18 @@ def finish(options: CacheOptions, record: dict, files: NpzFiles | ShardFiles, co
     done = record | {"images": there, "corrupt": len(bad), "complete": True}
     if isinstance(files, ShardFiles):
         done["shards"] = files.listing()
-    elif (others := sum(1 for _ in cache.rglob("*.npz")) - there) > 0:
-        message = "%s holds %d latents of other images than those of %s; training would use them"
-        logger.warning(message, cache, others, source.root)
+    else:
+        done["image_list"] = npz_list(path for number, path in enumerate(source.paths) if number not in counts.corrupt)
+        if (others := sum(1 for _ in cache.rglob("*.npz")) - there) > 0:
+            message = "%s holds %d latents of other images than those of %s; training refuses it until they are removed"
+            logger.warning(message, cache, others, source.root)
     write_json(cache / RECORD, done)
-    message = "%s is complete: %d images encoded, %d were there, %d corrupt"
-    logger.info(message, cache, counts.encoded, counts.kept, len(bad))
+    if counts.unstamped:
+        message = "%d latents are of an earlier version, which did not record their images' size and time: it is not "
+        logger.warning(message + "known whether these changed since; --overwrite encodes all of them", counts.unstamped)
+    changed = f"; {counts.changed} images had changed since they were cached" if counts.changed else ""
+    message = "%s is complete: %d images encoded, %d were there, %d corrupt%s"
+    logger.info(message, cache, counts.encoded, counts.kept, len(bad), changed)
 
 
 def existing(cache: Path) -> dict | None:
@@ -143,48 +181,92 @@ def info(cache: Path) -> str:
     return "\n".join([f"{cache}: {state}", *(f"  {key:<20} {value}" for key, value in about.items())])
 
 
-def verify(cache: Path) -> str:
-    """Read everything and compare it with its checksums; ValueError that names every damaged file (the first ten)."""
+def verify(cache: Path, data: Path | None = None) -> str:
+    """Read everything and compare it with its checksums and with the record: images, classes, names.
+
+    data: the folder of the images, which are compared with what was recorded of them. ValueError that names everything
+    that is wrong (the first ten).
+    """
     record = existing(cache)
-    if record is not None and record.get("format") == "shards":
-        images, problems = verify_shards(cache, record)
-    else:
-        images, problems = verify_tree(cache)
+    shards = record is not None and record.get("format") == "shards"
+    if record is not None and not record["complete"]:
+        logger.warning("%s is not finished; what is there is checked", cache)
+    images, problems = verify_shards(cache, record) if shards else verify_tree(cache, record)
+    if not images and not problems:
+        problems = ["it holds no latents"]
+    if data is not None and not problems:
+        problems = compare_images(cache, record, data)
     if problems:
         raise ValueError(f"{cache} (--cached_path): {len(problems)} problems. " + "; ".join(problems[:10]))
-    return f"{cache}: {images} images, every checksum is right"
+    also = "" if data is None else f", and {data} holds the images that it is of"
+    return f"{cache}: {images} images, every checksum is right{also}"
 
 
-def verify_shards(cache: Path, record: dict) -> tuple[int, list[str]]:
-    """Number of images and problems of the shards in a record, or of all that are there while it is not complete."""
-    if not record["complete"]:
-        logger.warning("%s is not finished; its finished shards are checked", cache)
-    found = {path.name: None for path in sorted(cache.glob("shard-*.safetensors"))}
-    images, problems = 0, []
+def open_shards(cache: Path, record: dict) -> Iterator[Shard | ValueError]:
+    """The shards in a record, or all that are there while it is not complete; the error of a damaged one."""
+    found = {path.name: None for path in sorted(cache.glob("shard-*")) if NAME.fullmatch(path.name)}
     for name, sha256 in ({entry["name"]: entry["sha256"] for entry in record["shards"]} or found).items():
         try:
             shard = Shard(cache / name)
         except ValueError as error:
-            problems.append(str(error))
+            yield error
+            continue
+        differs = sha256 not in (None, shard.sha256)
+        yield ValueError(f"{shard.path}: its header and index are not those that {RECORD} lists") if differs else shard
+
+
+def verify_shards(cache: Path, record: dict) -> tuple[int, list[str]]:
+    """Number of images and problems of the shards in a record."""
+    images, problems, paths, classes = 0, [], [], record["classes"]
+    for shard in open_shards(cache, record):
+        if isinstance(shard, ValueError):
+            problems.append(str(shard))
             continue
         images += int(shard.present.sum())
-        if sha256 not in (None, shard.sha256):
-            problems.append(f"{shard.path}: its header and index are not those that {RECORD} lists")
         problems += [f"{shard.path}: the checksum of {path} is wrong" for path in shard.wrong_records()]
-    if record["complete"] and not problems and images != record["images"]:
-        problems.append(f"{cache / RECORD} says {record['images']} images, the shards hold {images}")
+        paths += shard.paths
+        named = zip(shard.paths, shard.labels.tolist(), strict=True)
+        wrong = [p for p, label in named if label >= 0 and classes[label : label + 1] != [p.partition("/")[0]]]
+        problems += [f"{shard.path}: {len(wrong)} labels are not those of {RECORD}, first: {wrong[0]}"] if wrong else []
+    if record["complete"] and not problems:
+        if images != record["images"]:
+            problems.append(f"{cache / RECORD} says {record['images']} images, the shards hold {images}")
+        elif digest_of(paths) != record.get("image_list", digest_of(paths)):
+            problems.append(f"the shards hold other images than {cache / RECORD} says")
     return images, problems
 
 
-def verify_tree(cache: Path) -> tuple[int, list[str]]:
+def verify_tree(cache: Path, record: dict | None) -> tuple[int, list[str]]:
     """Number of images and problems of a tree of .npz files."""
     problems, first_of = [], dict[tuple, Path]()  # shape -> path
     paths = sorted(cache.rglob("*.npz"))
+    names = VIEWS if record is not None or any(map(has_flip, paths[:1])) else VIEWS[:1]
     for path in paths:
-        arrays = read_moments(path)
-        if arrays is None:
-            problems.append(f"{path} is truncated, damaged or not finite")
-        else:
-            first_of.setdefault(arrays.shape[1:], path)
+        try:
+            first_of.setdefault(read_views(path, names).shape[1:], path)
+        except ValueError as error:
+            problems.append(f"the latents of {path} {error}")
     problems += [f"{path} has moments of {shape}, others have not" for shape, path in list(first_of.items())[1:]]
+    if record is not None and record["complete"]:
+        problems += tree_differs(record, [path.relative_to(cache).as_posix() for path in paths])
     return len(paths), problems
+
+
+def compare_images(cache: Path, record: dict | None, data: Path) -> list[str]:
+    """The images of a data folder that are not cached, that changed since, or that are no longer there."""
+    if record is not None and record.get("format") == "shards":
+        shards = (shard for shard in open_shards(cache, record) if isinstance(shard, Shard))
+        cached = {path: stamp for shard in shards for path, stamp in zip(shard.paths, shard.sources, strict=True)}
+    else:
+        cached = {str(p.relative_to(cache)).removesuffix(".npz"): read_stamp(p) for p in sorted(cache.rglob("*.npz"))}
+        bad = cache / BAD_LIST
+        cached |= dict.fromkeys(bad.read_text(errors="surrogateescape").splitlines() if bad.exists() else (), UNKNOWN)
+    folder = list_folder(data)
+    files = dict(zip(folder.paths, (file for file, _ in folder.samples), strict=True))
+    unknown = sum(not stamp.any() for stamp in cached.values())
+    if unknown:
+        logger.warning("of %d images no size and time is recorded: only their names are compared", unknown)
+    problems = [f"{path} is not in {data}" for path in cached if path not in files]
+    problems += [f"{file} is not cached" for path, file in files.items() if path not in cached]
+    known = ((file, cached[path]) for path, file in files.items() if path in cached)
+    return problems + [f"{file} changed since it was cached" for file, stamp in known if not unchanged(file, stamp)]

@@ -8,25 +8,28 @@ at the same position of the same batch, and the files of an interrupted job equa
 import functools
 import shutil
 import time
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dataset.folders import ClassFolders
 from dataset.images import center_crop_adm, random_crop, read_image, to_tensor
+from dataset.loader import build_loader, shared_zeros
+from dataset.npz import read_stamp, read_views, write_views
 from dataset.shards import RecordSpec, Shard, shard_name, write_shard
+from dataset.source import UNKNOWN, stamp_of, unchanged
 from models.latent_space import DiagonalGaussian
 from models.quantizer import TableQuantizer
 from models.vae import AutoencoderKL
 from util import dist
-from util.files import replacing
+from util.files import os_reason
 from util.log import first_line, get_logger
 from util.seeds import mixed_seed
 
@@ -35,34 +38,80 @@ logger = get_logger()
 SYNC_EVERY = 8  # batches between messages among the processes: progress, and whether one of them has failed
 LOG_SECONDS = 5  # between progress lines
 NPZ_WRITERS = 8  # threads that write .npz files while the next batch is encoded
-Item = tuple[int, Tensor | None, str | None]  # image number; its input if it is needed; why it cannot be read
 Encode = Callable[
     [Tensor, Sequence[int]], Tensor
 ]  # inputs (b, ...), image numbers -> records (b, V, *shape) on the CPU
 
 
+class Item(NamedTuple):
+    """An image for the encoder, or why there is none."""
+
+    number: int
+    data: Tensor | None = None  # None if it is cached already, or cannot be read
+    problem: str | None = None  # why it cannot be read
+    stamp: np.ndarray = UNKNOWN  # of its file (dataset/source.py)
+    changed: bool = False  # since it was cached
+
+
+class Inputs(NamedTuple):
+    """A batch of Items, stacked in the loader's process: few large pieces of shared memory instead of many."""
+
+    data: Tensor | None  # (b, ...), zeros where an image is not needed or cannot be read; None if none is needed
+    present: np.ndarray  # (b,) bool
+    stamps: np.ndarray  # (b, 3)
+    problems: dict[int, str]  # image number -> why it cannot be read
+    changed: int
+
+
+def stack_items(items: Sequence[Item]) -> Inputs:
+    """The Inputs of a batch."""
+    present, data = np.array([item.data is not None for item in items]), None
+    if present.any():
+        first = next(item.data for item in items if item.data is not None)
+        data = shared_zeros((len(items), *first.shape), first.dtype)
+        for row, item in zip(data, items, strict=True):
+            if item.data is not None:
+                row.copy_(item.data)
+    problems = {item.number: item.problem for item in items if item.problem is not None}
+    stamps, changed = np.stack([item.stamp for item in items]), sum(item.changed for item in items)
+    return Inputs(data, present, stamps, problems, changed)
+
+
 class Source(Dataset):
     """Image number -> Item with what `load(path, number)` returns; ValueError from it means a corrupt file.
 
-    suffix is removed from the paths. is_cached(path): whether an image need not be read.
+    kept(path, file): True if an image need not be read, False if it changed since it was cached. For the files of
+    another cache `suffix` is removed from the paths, and the stamps are read from the files (stamp, same).
     """
 
-    def __init__(self, folder: ClassFolders, load: Callable[[str, int], Tensor], suffix: str = ""):
+    def __init__(
+        self,
+        folder: ClassFolders,
+        load: Callable[[str, int], Tensor],
+        suffix: str = "",
+        stamp: Callable[[str], np.ndarray] = stamp_of,
+        same: Callable[[str, np.ndarray], bool] = unchanged,
+    ):
+        self.stamp, self.same = stamp, same
         self.root, self.classes, self.labels = folder.root, folder.classes, folder.labels
         self.files, self.load = [path for path, _ in folder.samples], load
         self.paths = [path.removesuffix(suffix) for path in folder.paths]
-        self.is_cached: Callable[[str], bool] | None = None
+        self.kept: Callable[[str, str], bool | None] = lambda path, file: None
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, number: int) -> Item:
-        if self.is_cached is not None and self.is_cached(self.paths[number]):
-            return number, None, None
+        file, kept = self.files[number], self.kept(self.paths[number], self.files[number])
+        if kept:
+            return Item(number)
         try:
-            return number, self.load(self.files[number], number), None
+            stamp = self.stamp(file)  # before it is decoded: if it changes meanwhile, the next run notices
+            return Item(number, self.load(file, number), None, stamp, kept is False)
         except ValueError as error:
-            return number, None, str(error)
+            return Item(number, problem=str(error))
+        except OSError as error:
+            return Item(number, problem=f"{file} cannot be read ({os_reason(error)}); mend or remove it")
 
 
 def load_crops(path: str, number: int, *, size: int, crops: int, seed: int) -> Tensor:
@@ -74,25 +123,12 @@ def load_crops(path: str, number: int, *, size: int, crops: int, seed: int) -> T
     return torch.stack([to_tensor(x) for x in images])
 
 
-def load_moments(path: str, number: int, *, shape: tuple[int, ...]) -> Tensor:
-    """(2, 2C, h, w) float32 moments of a file of the published cache, plain and mirrored."""
-    moments = read_moments(path, shape)
-    if moments is None:
-        what = f"are truncated, damaged, not finite or of another shape than {shape}"
-        advice = "mend or remove the file"
-        raise ValueError(f"cached latents {path} (--convert) {what}; {advice}")
-    return torch.from_numpy(moments)
-
-
-def read_moments(path: str | Path, shape: tuple[int, ...] | None = None) -> np.ndarray | None:
-    """`moments` and `moments_flip` of an .npz, (2, 2C, h, w): float32, finite, of that shape each; else None."""
+def load_moments(path: str, number: int, *, shape: tuple[int, ...], names: Sequence[str]) -> Tensor:
+    """(V, 2C, h, w) float32: the views `names` of a file of the published cache."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:  # zip checksums are verified
-            moments = np.stack([arrays["moments"], arrays["moments_flip"]])
-    except (OSError, ValueError, KeyError, EOFError, IndexError, TypeError, zipfile.BadZipFile):
-        return None
-    fits = moments.ndim == 4 and shape in (None, moments.shape[1:])
-    return moments if fits and moments.dtype == np.float32 and np.isfinite(moments).all() else None
+        return torch.from_numpy(read_views(path, names, shape))
+    except ValueError as error:
+        raise ValueError(f"cached latents {path} (--convert) {error}; mend or remove the file") from error
 
 
 @dataclass(frozen=True)
@@ -151,18 +187,22 @@ def convert_moments(moments: Tensor, numbers: Sequence[int], *, make: RecordMake
 
 @dataclass
 class Counts:
-    """Images encoded, kept from before and corrupt (their numbers); waited: share of the time without input."""
+    """Images encoded, kept from before, corrupt (their numbers) and so on; waited: share of the time without input."""
 
     encoded: int = 0
     kept: int = 0
     corrupt: set[int] = field(default_factory=set)
+    changed: int = 0  # since they were cached: they are encoded again
+    unstamped: int = 0  # kept from an earlier version, which did not record their files' size and time
     waited: float = 0.0
 
     def of_all(self) -> "Counts":
         """The counts of all processes together; `waited` of this one."""
         parts = dist.gather_objects(self)
         corrupt = set().union(*(part.corrupt for part in parts))
-        return Counts(sum(part.encoded for part in parts), sum(part.kept for part in parts), corrupt, self.waited)
+        names = ("encoded", "kept", "changed", "unstamped")
+        sums = {name: sum(getattr(part, name) for part in parts) for name in names}
+        return Counts(**sums, corrupt=corrupt, waited=self.waited)
 
 
 class CacheFiles:
@@ -180,6 +220,9 @@ class CacheFiles:
         """Disk space for the plan, as far as it is known."""
         return 0
 
+    def discard(self, numbers: Iterable[int]) -> None:
+        """Forget what was cached of images that changed and cannot be read any more."""
+
     def wait(self) -> None:
         """Wait for the writes in progress. OSError if one failed."""
         pending, self.pending = self.pending, []
@@ -192,29 +235,33 @@ class NpzFiles(CacheFiles):
 
     def __init__(self, cache: Path, source: Source, spec: RecordSpec, batch_size: int):
         super().__init__(cache, source, spec, batch_size, NPZ_WRITERS)
-        source.is_cached = functools.partial(has_moments, cache, spec.shape)  # called in the loader's processes
+        source.kept = functools.partial(kept_npz, cache, spec.shape)  # called in the loader's processes
 
     def plan(self, counts: Counts) -> list[list[int]]:
         """This process's batches: every world-size-th."""
         return self.batches(0, len(self.source))[dist.rank() :: dist.world_size()]
 
-    def write(self, numbers: Sequence[int], values: Tensor, present: np.ndarray) -> None:
-        """Start to write the images that are present (b,); values (number of these, 2, 2C, h, w)."""
+    def discard(self, numbers: Iterable[int]) -> None:
+        """As above."""
+        for number in numbers:
+            (self.cache / f"{self.source.paths[number]}.npz").unlink(missing_ok=True)
+
+    def write(self, numbers: Sequence[int], values: Tensor, present: np.ndarray, stamps: np.ndarray) -> None:
+        """Start to write the images that are present (b,); values and stamps of these: (n, 2, 2C, h, w), (n, 3)."""
         self.wait()
         paths = [self.cache / f"{self.source.paths[number]}.npz" for number in np.array(numbers)[present]]
-        pairs = zip(paths, values.float().numpy(), strict=True)
-        self.pending = [self.pool.submit(write_moments, path, *arrays) for path, arrays in pairs]
+        each = zip(paths, values.float().numpy(), stamps, strict=True)
+        self.pending = [self.pool.submit(write_views, *arguments) for arguments in each]
 
 
-def has_moments(cache: Path, shape: tuple[int, ...], path: str) -> bool:
-    """Whether an image's file is complete."""
-    return read_moments(cache / f"{path}.npz", shape) is not None
-
-
-def write_moments(path: Path, moments: np.ndarray, moments_flip: np.ndarray) -> None:
-    """One .npz, under a temporary name first."""
-    with replacing(path) as file:
-        np.savez(file, moments=moments, moments_flip=moments_flip)
+def kept_npz(cache: Path, shape: tuple[int, ...], path: str, file: str) -> bool | None:
+    """Whether an image's file is complete: None if there is no such file, False if the image changed since."""
+    cached = cache / f"{path}.npz"
+    try:
+        read_views(cached, shape=shape)
+    except ValueError:
+        return None
+    return unchanged(file, read_stamp(cached))
 
 
 class ShardFiles(CacheFiles):
@@ -228,6 +275,7 @@ class ShardFiles(CacheFiles):
         self.shard_size, self.total = shard_size, -(-len(source) // shard_size)
         self.records: np.ndarray | None = None  # (N, V, nbytes) uint8 of the shard in progress
         self.labels: np.ndarray | None = None  # (N,), -1 where not present
+        self.sources: np.ndarray | None = None  # (N, 3) stamps
 
     def part(self, shard: int) -> slice:
         """The images of a shard."""
@@ -245,7 +293,7 @@ class ShardFiles(CacheFiles):
         return found if same else None
 
     def plan(self, counts: Counts) -> list[list[int]]:
-        """This process's batches. A shard with an image that can be read now, but could not before, is redone."""
+        """This process's batches. A shard with an image that changed, or that can be read only now, is redone."""
         found = [self.finished(shard) for shard in range(self.total)]
         dist.barrier()  # from here on a process may finish a shard
         shards = [number for number, shard in enumerate(found) if shard is None][dist.rank() :: dist.world_size()]
@@ -255,11 +303,16 @@ class ShardFiles(CacheFiles):
         return [batch for number in shards for batch in self.batches(self.part(number).start, self.part(number).stop)]
 
     def keep(self, number: int, shard: Shard, counts: Counts) -> bool:
-        """Count the images of a finished shard and return True, unless one of the corrupt ones can be read by now."""
-        corrupt = [self.part(number).start + slot for slot in np.flatnonzero(~shard.present).tolist()]
-        if any(self.source[image][1] is not None for image in corrupt):
+        """Count the images of a finished shard; True unless one changed, or a corrupt one can be read by now."""
+        first, present = self.part(number).start, np.flatnonzero(shard.present).tolist()
+        corrupt = [first + slot for slot in np.flatnonzero(~shard.present).tolist()]
+        files, stamps = self.source.files[self.part(number)], shard.sources
+        changed = sum(not self.source.same(files[slot], stamps[slot]) for slot in present)
+        counts.changed += changed
+        if changed or any(self.source[image].data is not None for image in corrupt):
             return False
-        counts.kept += shard.images - len(corrupt)
+        counts.unstamped += int((~stamps[present].any(1)).sum())
+        counts.kept += len(present)
         counts.corrupt.update(corrupt)
         return True
 
@@ -267,20 +320,25 @@ class ShardFiles(CacheFiles):
         """Size of the records."""
         return sum(map(len, plan)) * self.spec.views * self.spec.nbytes
 
-    def write(self, numbers: Sequence[int], values: Tensor, present: np.ndarray) -> None:
-        """Add a batch; values (images that are present (b,), V, *shape). The shard's last batch starts its writing."""
+    def write(self, numbers: Sequence[int], values: Tensor, present: np.ndarray, stamps: np.ndarray) -> None:
+        """Add a batch; values (n, V, *shape) and stamps (n, 3) of the images that are present (b,).
+
+        The shard's last batch starts its writing.
+        """
         shard = numbers[0] // self.shard_size
         part = self.part(shard)
         if self.records is None:
             self.records = np.zeros((part.stop - part.start, self.spec.views, self.spec.nbytes), np.uint8)
             self.labels = np.full(part.stop - part.start, -1, np.int32)
+            self.sources = np.zeros((part.stop - part.start, 3), np.int64)
         slots = (np.array(numbers) - part.start)[present]
         if len(slots):
             self.records[slots] = self.spec.to_bytes(values)
             self.labels[slots] = np.array(self.source.labels[part])[slots]
+            self.sources[slots] = stamps
         if numbers[-1] + 1 == part.stop:
             self.wait()
-            contents = self.source.paths[part], self.labels, self.records
+            contents = self.source.paths[part], self.labels, self.records, self.sources
             self.pending = [self.pool.submit(write_shard, self.cache / shard_name(shard), self.spec, *contents)]
             self.records = None
 
@@ -306,17 +364,16 @@ def encode_all(
     plan = files.plan(counts)
     needed, free = zip(*dist.gather_objects((files.bytes_needed(plan), shutil.disk_usage(cache).free)), strict=True)
     check_room(cache, sum(needed), min(free))
-    settings = {"num_workers": num_workers, "prefetch_factor": 4 if num_workers else None, "collate_fn": list}
-    inputs = iter(DataLoader(files.source, batch_sampler=plan, **settings))
+    batches = iter(build_loader(files.source, plan, num_workers, False, stack_items))
     rounds, error, waited = max(dist.gather_objects(len(plan))), None, 0.0
     started = logged = time.perf_counter()
     for k in range(rounds):
         try:
             if error is None and k < len(plan):
                 waiting = time.perf_counter()
-                items = next(inputs)
+                inputs = next(batches)
                 waited += time.perf_counter() - waiting if k else 0  # the first wait is the loader's start
-                encode_batch(files, encode, plan[k], items, counts, pin_memory)
+                encode_batch(files, encode, plan[k], inputs, counts, pin_memory)
             if error is None and k == rounds - 1:
                 files.wait()
         except ValueError as problem:
@@ -345,20 +402,19 @@ def log_progress(counts: Counts, total: int, seconds: float) -> None:
 
 
 def encode_batch(
-    files: CacheFiles, encode: Encode, numbers: Sequence[int], items: Sequence[Item], counts: Counts, pin_memory: bool
+    files: CacheFiles, encode: Encode, numbers: Sequence[int], inputs: Inputs, counts: Counts, pin_memory: bool
 ) -> None:
-    """One batch from its Items to the files."""
-    inputs = {number: x for number, x, _ in items if x is not None}
-    for number, x, problem in items:
-        if problem is not None and number not in counts.corrupt:
+    """One batch from its Inputs to the files."""
+    for number, problem in inputs.problems.items():
+        if number not in counts.corrupt:
             counts.corrupt.add(number)
             logger.warning("corrupt image %d: %s", len(counts.corrupt), problem)
-        counts.kept += x is None and problem is None
-    present = np.array([number in inputs for number in numbers])
+    present, data, encoded = inputs.present, inputs.data, int(inputs.present.sum())
     values = torch.empty(0, files.spec.views, *files.spec.shape)
-    if inputs:
-        blank = torch.zeros_like(next(iter(inputs.values())))
-        batch = torch.stack([inputs.get(n, blank) for n in numbers])  # (b, crops, 3, S, S) or (b, V, 2C, h, w)
-        values = encode(batch.pin_memory() if pin_memory else batch, numbers)[torch.from_numpy(present)]
-    files.write(numbers, values, present)
-    counts.encoded += len(inputs)
+    if data is not None:  # (b, crops, 3, S, S) or (b, V, 2C, h, w)
+        values = encode(data.pin_memory() if pin_memory else data, numbers)[torch.from_numpy(present)]
+    files.discard(inputs.problems)
+    files.write(numbers, values, present, inputs.stamps[present])
+    counts.encoded += encoded
+    counts.changed += inputs.changed
+    counts.kept += len(numbers) - encoded - len(inputs.problems)

@@ -3,6 +3,7 @@ atomically.
 """
 
 import functools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torchvision.utils import make_grid
 from util.files import replacing
 
 PIXELS = ("truncate", "round")
+CONTROL = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029]")  # line breaks and other control characters
 LARGEST_RATIO = 100  # of the sides: 100 x 1 resized to 256 takes 20 MB, 60,000 x 1 would take 12 GB
 
 
@@ -49,7 +51,12 @@ def read_image(path: str | Path, background: str = "white") -> Image.Image:
             return to_rgb(image, background)
     except Exception as error:  # each decoder has its own, AVIF's is RuntimeError
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"image {path} cannot be read ({reason}); mend or remove it") from error
+        raise ValueError(f"image {printable(path)} cannot be read ({reason}); mend or remove it") from error
+
+
+def printable(path: str | Path) -> str:
+    """A path on one line: control characters in its names as escapes."""
+    return CONTROL.sub(lambda match: repr(match[0])[1:-1], str(path))
 
 
 def check_ratio(image: Image.Image) -> None:

@@ -8,54 +8,69 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
-from dataset.folders import list_folder
-from dataset.loader import Index, split_index
-from dataset.record import NOT_FINISHED, RECORD, read_record, recorded_classes
+from dataset.folders import list_folder, spread_evenly
+from dataset.loader import Index, shared_zeros, split_index
+from dataset.npz import VIEWS, read_views
+from dataset.record import NOT_FINISHED, RECORD, read_record, recorded_classes, tree_differs
 from dataset.shards import Shard
-from util.files import plain_reason
 from util.seeds import coin, pick
+
+PROBED = 16
 
 
 class CachedLatents(Dataset):
     """The published cache, root/<class>/<image file name>.npz -> (moments (2C, h, w) float32, label).
 
     With index (i, seed) `moments` or `moments_flip` is drawn with p = 0.5 if `flip`; with a bare i it is `moments`.
-    Samples are in the order of the images.
+    Samples are in the order of the images. probed: how many files, evenly spaced, are read at the start.
     """
 
     mode = "moments"
 
-    def __init__(self, root: str | Path, flip: bool = True, class_num: int | None = None, flag: str = "--cached_path"):
+    def __init__(
+        self,
+        root: str | Path,
+        flip: bool = True,
+        class_num: int | None = None,
+        flag: str = "--cached_path",
+        probed: int = PROBED,
+    ):
         self.record = read_record(root, flag)
+        if self.record is not None and not self.record["complete"]:
+            raise ValueError(f"{root} ({flag}) {NOT_FINISHED}")
         listing = list_folder(root, (".npz",), class_num, flag, recorded_classes(self.record))
         samples = sorted(listing.samples, key=lambda s: (s[1], *os.path.split(s[0].removesuffix(".npz"))))
         self.folder = dataclasses.replace(listing, samples=samples)
+        if self.record is not None and (problems := tree_differs(self.record, self.folder.paths)):
+            advice = "run main_cache.py again, which encodes what is missing; remove files of other images"
+            raise ValueError(f"{root} ({flag}): {problems[0]}; {advice}")
         self.flip, self.flag = flip, flag
         self.classes, self.labels, self.samples = listing.classes, self.folder.labels, samples
         self.shape: tuple[int, ...] | None = None
-        self.shape = tuple(self[0][0].shape)  # reads one file now, so that a wrong cache fails at the start
+        for number in spread_evenly(range(len(samples)), probed):  # now, so that a wrong cache fails at the start
+            self.shape = tuple(self._read(number, VIEWS if flip else VIEWS[:1]).shape[1:])
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: Index) -> tuple[Tensor, int]:
         number, seed = split_index(index)
-        path, label = self.samples[number]
-        key = "moments_flip" if self.flip and seed is not None and coin(seed) else "moments"
-        about = f"cached latents {path} ({self.flag})"
+        mirrored = self.flip and seed is not None and coin(seed)
+        return torch.from_numpy(self._read(number, VIEWS[mirrored : mirrored + 1])[0]), self.labels[number]
+
+    def _read(self, number: int, names: Sequence[str]) -> np.ndarray:
+        path = self.samples[number][0]
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                moments = torch.from_numpy(arrays[key]).float()
-        except Exception as error:  # zipfile, zlib, numpy and the disk each have their own
-            raise ValueError(f"{about} cannot be read, cache this image again: {plain_reason(error)}") from error
-        if not torch.isfinite(moments).all():
-            raise ValueError(f"{about} hold NaN or infinite values, cache this image again")
-        if self.shape is not None and tuple(moments.shape) != self.shape:
-            shapes = f"have shape {tuple(moments.shape)}, those of {self.samples[0][0]} {self.shape}"
-            raise ValueError(f"{about} {shapes}; cache all images with the same VAE and size")
-        return moments, label
+            return read_views(path, names, self.shape)
+        except ValueError as error:
+            advice = "cache this image again"
+            if f"no array {VIEWS[1]}" in str(error):
+                advice = "without mirrored images, train with --no_flip, or cache again"
+            elif "have shape" in str(error) and self.shape is not None:
+                advice = f"that is the shape of {self.samples[0][0]}; cache all images with the same VAE and size"
+            raise ValueError(f"cached latents {path} ({self.flag}) {error}; {advice}") from error
 
 
 class ShardedLatents(Dataset):
@@ -115,9 +130,7 @@ class ShardedLatents(Dataset):
 
     def read_batch(self, indices: Sequence[Index]) -> tuple[Tensor, Tensor]:
         """Records (B, ...) and labels (B,) of many samples, each as `self[index]` returns it."""
-        data = torch.empty(len(indices), self.spec.nbytes, dtype=torch.uint8)
-        if get_worker_info() is not None:  # directly into shared memory, which saves a copy
-            data = data.new(torch.UntypedStorage._new_shared(data.numel(), device="cpu")).resize_(data.shape)
+        data = shared_zeros((len(indices), self.spec.nbytes), torch.uint8)
         rows, pairs = data.numpy(), [split_index(index) for index in indices]
         for row, (number, seed) in zip(rows, pairs, strict=True):
             self.shards[self._shard[number]].read(int(self._slot[number]), self.view_of(seed), row)

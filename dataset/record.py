@@ -1,7 +1,7 @@
 """cache.json: the settings and the VAE that a cache was made with, and what they must agree with."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,6 +196,22 @@ def check_quantizer(
 def digest_of(lines: Sequence[str]) -> str:
     """SHA-256 of a list of names."""
     return hashlib.sha256("\0".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def npz_list(paths: Iterable[str]) -> str:
+    """image_list of a tree of .npz files: the digest of the paths of its images."""
+    return digest_of(sorted(f"{path}.npz" for path in paths))
+
+
+def tree_differs(record: dict, files: Sequence[str]) -> list[str]:
+    """What is wrong with a complete tree whose .npz files are `files` (paths below it): at most one problem."""
+    if len(files) != record.get("images", len(files)):
+        return [f"it holds {len(files)} .npz files, {RECORD} says {record['images']} images"]
+    lost = sorted(set(recorded_classes(record)) ^ {name.partition("/")[0] for name in files})
+    if record.get("image_list", digest := digest_of(sorted(files))) != digest:
+        which = f", classes that differ: {', '.join(lost[:3])}" if lost else ""
+        return [f"its .npz files are of other images than {RECORD} says{which}"]
+    return []
 
 
 def describe(

@@ -5,10 +5,11 @@ Tensors of a shard of N images with V views each, (crop 0, crop 0 mirrored, crop
   labels  I32 (N,)      class number, -1 where the image could not be read
   crc32   I32 (N, V)    the 32 bits of each record's checksum, which is checked whenever the record is read
   paths   U8            the images' paths below the data folder, UTF-8, each terminated by a zero byte
+  sources I64 (N, 3)    size, time and checksum of each image's file (dataset/source.py), zeros where unreadable
   moments | mean | indices   (N, V, ...)   the records; indices as bit planes
 
-The metadata holds a checksum of labels, crc32 and paths (the index). The SHA-256 of header and index is in cache.json,
-so that a changed byte anywhere in the file is detected.
+The metadata holds a checksum of labels, crc32, paths and sources (the index). The SHA-256 of header and index is in
+cache.json, so that a changed byte anywhere in the file is detected.
 """
 
 import hashlib
@@ -27,19 +28,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from dataset.source import UNKNOWN, is_stamp
 from util.files import parse_json, replacing
 
-FORMAT = "tokenbridge-latents-2"
-READABLE = (FORMAT, "tokenbridge-latents-1")  # 1: U32 checksums, padded paths, flat metadata
+FORMAT = "tokenbridge-latents-3"
+# 2: without sources; 1: also U32 checksums, padded paths, flat metadata
+READABLE = (FORMAT, "tokenbridge-latents-2", "tokenbridge-latents-1")
 MARK = b"tokenbridge-latents-"  # in the header of every version
 MODES = ("moments", "mean", "indices")
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 SAFETENSORS_NAMES = {"F16": "float16", "F32": "float32", "BF16": "bfloat16", "U8": "uint8"}
-INDEX = ("labels", "crc32", "paths")
+INDEX = ("labels", "crc32", "paths", "sources")
 NAME = re.compile(r"shard-\d{5,}\.safetensors")
 LARGEST_HEADER = 2**20
-# absolute, with .., or with a backslash or drive
-TRAVERSAL = re.compile(rb"(?:^|\0)/|(?:^|[\0/])\.\.(?:[\0/]|$)|\\|(?:^|\0)[A-Za-z]:")
+# absolute, with .., or with a drive; with slashes or backslashes
+TRAVERSAL = re.compile(rb"(?:^|\0)(?:[A-Za-z]:)?[/\\]|(?:^|[\0/\\])\.\.(?:[\0/\\]|$)")
 
 
 def shard_name(number: int) -> str:
@@ -104,23 +107,31 @@ class RecordSpec:
 
 
 def index_crc32(index: Sequence[np.ndarray]) -> str:
-    """Checksum of labels, crc32 and paths."""
+    """Checksum of labels, crc32, paths and sources."""
     return f"{zlib.crc32(b''.join(part.tobytes() for part in index)):08x}"
 
 
-def write_shard(path: Path, spec: RecordSpec, paths: Sequence[str], labels: np.ndarray, records: np.ndarray) -> None:
+def write_shard(
+    path: Path,
+    spec: RecordSpec,
+    paths: Sequence[str],
+    labels: np.ndarray,
+    records: np.ndarray,
+    sources: np.ndarray | None = None,
+) -> None:
     """Write a shard under a temporary name, sync it to the disk and rename it. OSError if the disk is full.
 
-    labels (N,): -1 where the image could not be read. records (N, V, nbytes) uint8: zeros where it could not.
+    labels (N,): -1 where the image could not be read. records (N, V, nbytes) uint8, sources (N, 3) int64: zeros where
+    it could not; sources None: not known.
     """
     crcs = np.array([[zlib.crc32(view) for view in views] for views in records], "<u4").view("<i4")  # (N, V)
     names = np.array(bytearray(b"".join(os.fsencode(name) + b"\0" for name in paths)))
-    index = (labels.astype("<i4"), crcs, names)
+    index = (labels.astype("<i4"), crcs, names, *(() if sources is None else (sources.astype("<i8"),)))
     stored = torch.from_numpy(records)
     if spec.mode != "indices":
         stored = stored.view(DTYPES[spec.dtype]).reshape(spec.stored_shape(len(paths)))
     about = {"format": FORMAT, "bits": spec.bits, "shape": json.dumps(spec.shape), "index_crc32": index_crc32(index)}
-    tensors = {name: torch.from_numpy(part) for name, part in zip(INDEX, index, strict=True)} | {spec.mode: stored}
+    tensors = {name: torch.from_numpy(part) for name, part in zip(INDEX, index, strict=False)} | {spec.mode: stored}
     with replacing(path, sync=True) as file:
         # one metadata entry: safetensors writes several in any order, and equal contents must be equal files
         file.write(save(tensors, {"tokenbridge": json.dumps(about)}))
@@ -167,13 +178,15 @@ class Shard:
             if about["format"] not in READABLE:
                 raise ValueError(f"its format is {about['format']!r}, not {FORMAT}")
             (mode,) = set(file.keys()) - set(INDEX)
-            index = [file.get_tensor(name) for name in INDEX]
+            index = [file.get_tensor(name) for name in INDEX if name in file.keys()]  # noqa: SIM118
             records = file.get_slice(mode)
             stored, dtype = tuple(records.get_shape()), SAFETENSORS_NAMES[records.get_dtype()]
         self.labels, self.crcs = index[0], index[1].view("<u4")  # (N,), (N, V)
         self.images, views = self.crcs.shape
         self.spec = RecordSpec(mode, dtype, tuple(map(int, parse_json(about["shape"]))), views, int(about["bits"]))
         consistent = mode in MODES and len(self.spec.shape) == 3 and stored == self.spec.stored_shape(self.images)
+        self.sources = index[3] if len(index) > 3 else np.tile(UNKNOWN, (self.images, 1))  # (N, 3)
+        consistent &= is_stamp(self.sources, 2) and len(self.sources) == self.images
         if not consistent or self.labels.shape != (self.images,) or min(stored) < 1:
             raise ValueError("its header is not consistent")
         if index_crc32(index) != about["index_crc32"]:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+import main_cache
 from dataset.folders import ImageFolderDataset, list_folder, substitutes
 from dataset.images import center_crop_adm
 from dataset.latents import CachedLatents
@@ -263,7 +264,7 @@ def test_cache_as_published(tmp_path, compressed):
     "kind", ["truncated", "text", "empty", "no key", "array", "nan", "objects", "flipped bits", "other shape"]
 )
 def test_bad_cache_files_are_named(tmp_path, kind):
-    """The last file is spoilt; the others load."""
+    """The last file is spoilt; the others load. Of a small cache it is found at the start."""
     write_cache(tmp_path, compressed=kind == "flipped bits")
     path = tmp_path / "class1" / "2.png.npz"
     content = path.read_bytes()
@@ -286,10 +287,29 @@ def test_bad_cache_files_are_named(tmp_path, kind):
         path.write_bytes(content[:60] + bytes(b ^ 0xFF for b in content[60:90]) + content[90:])
     else:
         np.savez(path, moments=np.zeros((8, 4, 4)), moments_flip=np.zeros((8, 4, 4)))
-    data = CachedLatents(tmp_path)
+    with pytest.raises(ValueError, match=r"2\.png\.npz.*--cached_path"):
+        CachedLatents(tmp_path)
+    data = CachedLatents(tmp_path, probed=1)
     assert data[4][1] == 1
     with pytest.raises(ValueError, match=r"2\.png\.npz.*--cached_path"):
         data[5]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_caches_of_other_writers(tmp_path, dtype):
+    """Other floating types are read; without moments_flip only with flip off, which is said at the start."""
+    for number in range(2):
+        (tmp_path / f"class{number}").mkdir()
+        np.savez(tmp_path / f"class{number}" / "0.png.npz", moments=np.full((8, 2, 2), number + 0.5, dtype))
+    with pytest.raises(ValueError, match=r"0\.png\.npz \(--cached_path\) have no array moments_flip; .*--no_flip"):
+        CachedLatents(tmp_path)
+    data = CachedLatents(tmp_path, flip=False)
+    assert data[1, 7][0].dtype == torch.float32 and data[1, 7][0].unique().tolist() == [1.5]
+    assert main_cache.verify(tmp_path).startswith(f"{tmp_path}: 2 images")
+    for bad in (np.full((8, 2, 2), 3), np.full((8, 2, 2), 1e300), np.zeros((1, 8, 2, 2)), np.zeros((8, 2, 2), complex)):
+        np.savez(tmp_path / "class1" / "0.png.npz", moments=bad)
+        with pytest.raises(ValueError, match=r"class1/0\.png\.npz .*(numbers|infinite|shape)"):
+            CachedLatents(tmp_path, flip=False)
 
 
 def test_cache_folders_that_are_refused(tmp_path):

@@ -88,7 +88,7 @@ def spoil(path: Path, position: int) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("where", ["length", "header", "labels", "crc32", "paths", "moments"])
+@pytest.mark.parametrize("where", ["length", "header", "labels", "crc32", "paths", "sources", "moments"])
 @pytest.mark.parametrize("end", [False, True])
 def test_one_flipped_bit_is_found_by_verify_and_at_read(own_shards: Path, where: str, end: bool) -> None:
     """The first and the last byte of every part of the file."""
@@ -142,7 +142,8 @@ def test_a_shard_of_another_cache_or_none_in_its_place(sharded: Argv, own_shards
 @pytest.mark.parametrize(
     ("path", "refused"),
     [("../../etc/cron.d/x", True), ("/etc/passwd", True), ("a/../../b.png", True), ("a/..", True), ("c:\\x", True)]
-    + [("a\\..\\b", True), ("a/..b.png", False), ("a/b...png", False), ("a/b c.png", False)],
+    + [("a\\..\\b", True), ("a/..b.png", False), ("a/b...png", False), ("a/b c.png", False), ("\\a", True)]
+    + [("a/b\\c.png", False), ("C:x/a.png", False)],
 )
 def test_paths_in_an_index_stay_in_the_data_folder(tmp_path: Path, path: str, refused: bool) -> None:
     spec = RecordSpec("mean", "float32", (1, 2, 2), 1)

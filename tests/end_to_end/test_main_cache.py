@@ -21,9 +21,10 @@ from torch import Tensor
 from dataset import cache as cache_module
 from dataset import encode as encode_module
 from dataset import shards as shards_module
-from dataset.encode import check_room, read_moments
+from dataset.encode import check_room
 from dataset.folders import ImageFolderDataset
 from dataset.latents import CachedLatents, open_cache
+from dataset.npz import read_views
 from dataset.record import read_record
 from dataset.shards import Shard
 from main_cache import main
@@ -66,7 +67,7 @@ def assert_same_latents(folder: Path, reference: Path, exact: bool = False) -> N
     """The .npz files of both have the same names and values."""
     assert stamps(folder).keys() == stamps(reference).keys()
     for name in stamps(reference):
-        assert read_moments(folder / name)[0].shape == CACHE_SHAPE
+        assert read_views(folder / name)[0].shape == CACHE_SHAPE
         for key, value in arrays(reference / name).items():
             np.testing.assert_allclose(arrays(folder / name)[key], value, rtol=0, atol=0 if exact else 1e-5)
 
@@ -91,6 +92,8 @@ def test_every_image_has_a_file_with_its_moments_and_those_of_its_mirror_image(
     assert set(contents(finished)) == set(names) | {"cache.json"}  # nothing more, nothing temporary
     for name, i in names.items():
         found = arrays(finished / name)
+        stamp = found.pop("source")
+        assert stamp[0] == (cache_data / "train" / name.removesuffix(".npz")).stat().st_size
         assert found.keys() == {"moments", "moments_flip"}
         assert all(a.dtype == np.float32 and a.shape == CACHE_SHAPE for a in found.values())
         np.testing.assert_allclose(found["moments"], plain[i], rtol=0, atol=1e-5)
@@ -378,7 +381,7 @@ def test_corrupt_images_are_listed_and_once_mended_encoded(
     assert all(torch.equal(cache[i][0], whole[j][0]) for i, j in enumerate((0, 2, 3, 4, 5, 6, 7, 8)))
     main(["--verify", "--cached_path", str(out)])
     for name, shard, rest in zip(bad, SHARDS, ("flower/04.png\n", None), strict=True):
-        shutil.copy(cache_data / "train" / name, own_data / "train" / name)
+        shutil.copy2(cache_data / "train" / name, own_data / "train" / name)
         main(skip)
         assert contents(out)[shard] == contents(shards)[shard]
         assert rest is None or (out / "bad_images.txt").read_text() == rest
@@ -541,6 +544,115 @@ def test_other_images_than_those_that_were_cached(sharded: Argv, own_shards: Pat
         main(sharded(own_shards, data_path=own_data))
 
 
+@pytest.mark.parametrize("form", ["shards", "npz"])
+def test_images_that_changed_are_encoded_again(
+    sharded: Argv, npz: Argv, own_data: Path, tmp_path: Path, messages: list[str], form: str
+) -> None:
+    """Also if size or time stay the same; a copy with another time is the same image. One is now unreadable."""
+    argv = (sharded if form == "shards" else npz)(tmp_path / "out", data_path=own_data, on_bad_image="skip")
+    train, verify = (
+        own_data / "train",
+        ["--verify", "--cached_path", str(tmp_path / "out"), "--data_path", str(own_data)],
+    )
+    main(argv)
+    main(verify)
+    files = [train / "china" / f"{i:02d}.png" for i in range(5)]
+    for file in files[1:3]:
+        os.utime(file, ns=(0, 0))
+    main(argv)
+    assert says(messages, "0 images encoded, 10 were there, 0 corrupt") and not says(messages, "had changed")
+    main(verify)
+    status = files[3].stat()
+    shutil.copy(train / "flower" / "00.png", files[0])
+    files[3].write_bytes(files[3].read_bytes()[:-1] + b"?")  # the same size, another time
+    files[4].write_bytes(b"no picture")
+    os.utime(files[4], ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(ValueError, match=r"3 problems.*00\.png changed since it was cached; .*03\.png changed"):
+        main(verify)
+    main(argv)
+    assert says(messages, "1 corrupt; 3 images had changed") or says(messages, "1 corrupt; 2 images had changed")
+    main(npz(tmp_path / "new", data_path=own_data, on_bad_image="skip"))
+    old, new = open_cache(tmp_path / "out"), open_cache(tmp_path / "new")
+    assert old.labels == new.labels and len(old) == 9
+    assert all(torch.equal(old[i][0], new[i][0]) for i in range(9))
+    main(verify)
+
+
+def test_latents_without_a_stamp_are_kept_with_a_warning(
+    npz: Argv, own_data: Path, tmp_path: Path, messages: list[str]
+) -> None:
+    """Trees of the published scripts, and of earlier versions."""
+    main(npz(tmp_path / "out", data_path=own_data))
+    for path in (tmp_path / "out").rglob("*.npz"):
+        np.savez(path, **{key: value.astype(np.float16) for key, value in arrays(path).items() if key != "source"})
+    main(npz(tmp_path / "out", data_path=own_data))
+    assert says(messages, "0 images encoded, 10 were there") and len(CachedLatents(tmp_path / "out")) == 10
+    main(["--verify", "--cached_path", str(tmp_path / "out"), "--data_path", str(own_data)])
+    assert says(messages, "of 10 images no size and time is recorded")
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "words"),
+    [
+        ("npz", lambda c: [p.unlink() for p in sorted(c.rglob("*.npz"))[:5]], "holds 5 .npz files, cache.json says 10"),
+        ("npz", lambda c: (c / "flower" / "04.png.npz").rename(c / "flower" / "05.png.npz"), "are of other images"),
+        ("npz", lambda c: (c / "flower").rename(c / "house"), "classes that differ: flower, house"),
+        ("npz", lambda c: [p.unlink() for p in c.rglob("*.npz")], "holds 0 .npz files, cache.json says 10"),
+        ("shards", lambda c: edit(c, "format", None), "holds 0 .npz files, cache.json says 10"),
+        ("shards", lambda c: edit(c, "images", 11), "says 11 images, the shards hold 10"),
+        ("shards", lambda c: edit(c, "classes", ["flower", "china"]), "6 labels are not those of cache.json"),
+        ("shards", lambda c: edit(c, "image_list", "0" * 64), "the shards hold other images than"),
+        ("shards", lambda c: edit(c, "shards", []) or [p.unlink() for p in c.glob("shard-*")], "says 10 images"),
+    ],
+)
+def test_verify_compares_the_files_with_the_record(
+    npz_tree: Path, shards: Path, tmp_path: Path, form: str, change: Callable, words: str
+) -> None:
+    """And training refuses the trees."""
+    own = Path(shutil.copytree({"npz": npz_tree, "shards": shards}[form], tmp_path / "own"))
+    change(own)
+    with pytest.raises(ValueError, match=words):
+        main(["--verify", "--cached_path", str(own)])
+    if form == "npz":
+        with pytest.raises((ValueError, FileNotFoundError), match="--cached_path"):
+            open_cache(own)
+
+
+def edit(cache: Path, key: str, value: object) -> None:
+    """Change an entry of cache.json; None removes it."""
+    record = json.loads((cache / "cache.json").read_text())
+    record.pop(key) if value is None else record.update({key: value})
+    (cache / "cache.json").write_text(json.dumps(record))
+
+
+def test_odd_names(sharded: Argv, npz: Argv, own_data: Path, tmp_path: Path) -> None:
+    """Backslashes, colons and bytes that are no text are kept; what no cache can keep is refused before the work."""
+    china = own_data / "train" / "china"
+    china.rename(own_data / "train" / "C:china")
+    china = own_data / "train" / "C:china"
+    for i, name in enumerate((b"back\\slash.png", b"\xff.png", b"a..png", "\u732b \u00e9.png".encode())):
+        os.rename(os.fsencode(china / f"{i:02d}.png"), os.path.join(os.fsencode(china), name))
+    for argv in (sharded, npz):
+        out = tmp_path / ("shards" if argv is sharded else "tree")
+        main(argv(out, data_path=own_data))
+        main(["--verify", "--cached_path", str(out), "--data_path", str(own_data)])
+        assert len(open_cache(out)) == 10 and open_cache(out).classes == ["C:china", "flower"]
+    long = "x" * 248 + ".png"
+    for name, form, words in (
+        ("a\nb.png", sharded, r"a\\nb\.png cannot be cached: its name has a line break"),
+        ("a\\..\\b.png", sharded, "reads as an absolute one, or as one with .."),
+        (long, npz, "too long with .npz after it.*format shards takes it"),
+    ):
+        path = own_data / "train" / "flower" / "04.png"
+        path.rename(path.with_name(name))
+        with pytest.raises(ValueError, match=rf"{words}.*\(--data_path\)"):
+            main(form(tmp_path / "refused", data_path=own_data))
+        assert not [p for p in (tmp_path / "refused").rglob("*") if p.is_file()]
+        if name == long:
+            main(sharded(tmp_path / "long", data_path=own_data))
+        path.with_name(name).rename(path)
+
+
 def test_formats_are_not_mixed(sharded: Argv, npz: Argv, npz_tree: Path, own_shards: Path, tmp_path: Path) -> None:
     published = Path(shutil.copytree(npz_tree, tmp_path / "published"))
     with pytest.raises(ValueError, match="format was shards, now npz"):
@@ -575,7 +687,7 @@ def test_two_processes_write_each_image_once(npz: Argv, finished: Path, tmp_path
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(cached_path=""), "--cached_path is empty"),
+        (dict(cached_path=""), "--cached_path is"),
         (dict(img_size=15), "--img_size 15 is not a multiple of the stride 2"),
         (dict(img_size=0), r"img_size must be at least 1, got 0 \(--img_size\)"),
         (dict(batch_size=0), r"batch_size must be at least 1, got 0 \(--batch_size\)"),
@@ -694,7 +806,7 @@ def test_convert_what_cannot_be(npz_tree: Path, shards: Path, tmp_path: Path) ->
             main(["--convert", str(old), str(new), *ON_CPU, *more])
     old = Path(shutil.copytree(npz_tree, tmp_path / "old"))
     (old / "china" / "03.png.npz").write_bytes(b"no archive")
-    with pytest.raises(ValueError, match=r"1 of 10 images are corrupt .*03\.png\.npz \(--convert\) are truncated"):
+    with pytest.raises(ValueError, match=r"1 of 10 images are corrupt .*03\.png\.npz \(--convert\) cannot be read"):
         main(["--convert", str(old), str(tmp_path / "x"), *ON_CPU])
     assert (tmp_path / "x" / "bad_images.txt").read_text() == "china/03.png\n"
 
@@ -709,7 +821,7 @@ def test_info_and_verify(shards: Path, npz_tree: Path, capsys: pytest.CaptureFix
         assert "10 images, every checksum is right" in capsys.readouterr().out
     spoilt = Path(shutil.copytree(npz_tree, tmp_path / "tree"))
     (spoilt / "flower" / "00.png.npz").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"1 problems.*00\.png\.npz is truncated"):
+    with pytest.raises(ValueError, match=r"1 problems.*00\.png\.npz cannot be read"):
         main(["--verify", "--cached_path", str(spoilt)])
     (spoilt / "cache.json").unlink()
     main(["--info", "--cached_path", str(spoilt)])
