@@ -26,6 +26,7 @@ import util.start  # noqa: F401  (first: see there)
 # isort: split
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -49,6 +50,7 @@ from evaluation.reconstruction import (
     summarise,
 )
 from evaluation.reconstruction_options import Measures, ReconstructionOptions
+from generation.sample import claim_folder
 from models.vae import AutoencoderKL
 from models.vae_loading import load_vae
 from util import dist
@@ -141,6 +143,8 @@ def run(options: ReconstructionOptions, settings: dict, device: torch.device) ->
     chosen = first_of_each_class(folder.labels, options.images_per_class, options.num_images)
     measures = Measures.load(options, device)
     output, vae = check_writable(options.output_dir, "--output_dir"), vae.to(device)
+    if options.save_images:
+        claim_folder(output, settings, "images.json", re.compile("images"))
     fit = "lloyd" in several(options.quantizer)
     variants = decode_variants(options, device, latents_to_fit(vae, folder, chosen, options, device) if fit else None)
     log_start(options, vae, len(chosen), len(folder.classes), measures)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dataset.folders import ClassFolders
-from dataset.images import center_crop_adm, random_crop, read_image, to_tensor
+from dataset.images import center_crop_adm, of_the_machine, random_crop, read_image, to_tensor
 from dataset.loader import build_loader, shared_zeros
 from dataset.npz import read_stamp, read_views, write_views
 from dataset.shards import RecordSpec, Shard, shard_name, write_shard
@@ -111,6 +111,8 @@ class Source(Dataset):
         except ValueError as error:
             return Item(number, problem=str(error))
         except OSError as error:
+            if of_the_machine(error):
+                raise
             return Item(number, problem=f"{file} cannot be read ({os_reason(error)}); mend or remove it")
 
 

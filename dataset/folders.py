@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dataset.images import center_crop_adm, image_extensions, read_image, to_tensor
-from dataset.loader import Index, split_index
+from dataset.loader import Index, build_loader, split_index
 from util.log import get_logger
 from util.options import ArgumentError
 from util.seeds import coin, mix, pick
@@ -205,6 +206,47 @@ class BadImages:
         if path not in self.paths:
             self.paths.add(path)
             logger.warning("skipped bad image %d: %s", len(self.paths), error)
+
+
+class NumberedImages(Dataset):
+    """An ImageFolderDataset's images by their number -> (image (3, S, S) in [-1, 1], number, readable)."""
+
+    def __init__(self, folder: "ImageFolderDataset"):
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int, bool]:
+        try:
+            return self.folder.load(number), number, True
+        except ValueError as error:
+            self.folder.bad.report(error, self.folder.samples[number][0])
+            return torch.zeros(3, self.folder.img_size, self.folder.img_size), number, False
+
+
+def readable_images(
+    folder: "ImageFolderDataset",
+    numbers: Sequence[int],
+    batch_size: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    bad: list[int] | None = None,
+) -> Iterator[tuple[Tensor, list[int]]]:
+    """The images with these numbers in batches, (B, 3, S, S), and their numbers, each image once, none mirrored.
+
+    A bad image is an error or, with on_bad_image "skip", left out and added to `bad`: another in its place would count
+    twice in a measurement. Without a list `bad`, ValueError if not one can be read.
+    """
+    batches, found = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)], 0
+    for images, own, readable in build_loader(NumberedImages(folder), batches, num_workers, pin_memory):
+        found += int(readable.sum())
+        if bad is not None:
+            bad += own[~readable].tolist()
+        if readable.any():
+            yield images[readable], own[readable].tolist()
+    if not found and bad is None:
+        raise ValueError(f"{folder.folder.root} ({folder.flag}): none of its images can be read")
 
 
 class ImageFolderDataset(Dataset):

@@ -2,6 +2,7 @@
 atomically.
 """
 
+import errno
 import functools
 import re
 from pathlib import Path
@@ -41,7 +42,7 @@ def read_image(path: str | Path, background: str = "white") -> Image.Image:
     transparent.
 
     ValueError naming the file if it is no regular file, damaged, too large or too long to be safe, or has values of an
-    unknown range (`to_rgb`).
+    unknown range (`to_rgb`). OSError if the machine, not the file, is the reason (`of_the_machine`).
     """
     try:
         if Path(path).exists() and not Path(path).is_file():
@@ -50,8 +51,15 @@ def read_image(path: str | Path, background: str = "white") -> Image.Image:
             check_ratio(image)
             return to_rgb(image, background)
     except Exception as error:  # each decoder has its own, AVIF's is RuntimeError
+        if of_the_machine(error):
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"image {printable(path)} cannot be read ({reason}); mend or remove it") from error
+
+
+def of_the_machine(error: Exception) -> bool:
+    """Whether file descriptors or memory ran out: then a file that cannot be read is no bad image."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def printable(path: str | Path) -> str:

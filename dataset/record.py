@@ -297,10 +297,10 @@ def own_shards(cache: Path) -> list[Path]:
     """
     path = cache / RECORD
     try:
-        record = read_json(path, largest=LARGEST) if path.exists() else {}
+        record = read_json(path, object, LARGEST) if path.exists() else {}
     except (OSError, ValueError):
         record = {}  # ours, damaged: nothing else is said about such a file
-    if record and not record.keys() & {"complete", "latent_fingerprint", "img_size"}:
+    if not isinstance(record, dict) or record and not record.keys() & {"complete", "latent_fingerprint", "img_size"}:
         raise ValueError(f"{path} (--cached_path) is not a record of main_cache.py; choose another folder, or move it")
     shards = record.get("shards")
     listed = {entry.get("name") for entry in (shards if isinstance(shards, list) else ()) if isinstance(entry, dict)}

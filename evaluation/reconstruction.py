@@ -13,12 +13,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dataset.folders import ImageFolderDataset, spread_evenly
+from dataset.folders import ImageFolderDataset, readable_images, spread_evenly
 from dataset.images import save_png, to_uint8
-from dataset.loader import build_loader
 from evaluation.image_metrics import psnr, ssim
 from evaluation.metrics import IS_SPLITS, FeatureStatistics, InceptionScoreSums, Reference, Statistics, fid
 from evaluation.reconstruction_options import Measures, ReconstructionOptions
@@ -49,26 +47,6 @@ def first_of_each_class(labels: Sequence[int], images_per_class: int, num_images
         counts[label] += 1
         chosen += [number] if counts[label] <= images_per_class else []
     return chosen if num_images is None else spread_evenly(chosen, num_images)
-
-
-class NumberedImages(Dataset):
-    """An ImageFolderDataset's images by their number -> (image (3, S, S) in [-1, 1], number, readable).
-
-    A bad image is an error or, with on_bad_image "skip", left out; another in its place would be counted twice.
-    """
-
-    def __init__(self, folder: ImageFolderDataset):
-        self.folder = folder
-
-    def __len__(self) -> int:
-        return len(self.folder)
-
-    def __getitem__(self, number: int) -> tuple[Tensor, int, bool]:
-        try:
-            return self.folder.load(number), number, True
-        except ValueError as error:
-            self.folder.bad.report(error, self.folder.samples[number][0])
-            return torch.zeros(3, self.folder.img_size, self.folder.img_size), number, False
 
 
 def posterior_noise(seed: int, numbers: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -107,13 +85,9 @@ def encode_batches(
     bad: list[int] | None = None,
 ) -> Iterator[EncodedBatch]:
     """The images with these numbers, encoded in batches; those that cannot be read are left out and added to `bad`."""
-    batches = [numbers[i : i + options.batch_size] for i in range(0, len(numbers), options.batch_size)]
-    for images, found, readable in build_loader(NumberedImages(folder), batches, options.num_workers, options.pin_mem):
-        if bad is not None:
-            bad += found[~readable].tolist()
-        if not readable.any():
-            continue
-        images, found = images[readable].to(device), found[readable].tolist()  # (B, 3, S, S)
+    bad, loading = [] if bad is None else bad, (options.batch_size, options.num_workers, options.pin_mem)
+    for images, found in readable_images(folder, numbers, *loading, bad):
+        images = images.to(device)  # (B, 3, S, S)
         with dist.autocast(device, options.precision):
             posterior = vae.encode(images)
         latents = posterior.mean.float()  # (B, C, h, w)

@@ -9,6 +9,7 @@ Letters: B images of a batch, N of all, S their side in pixels.
 
 import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +24,7 @@ from dataset.images import center_crop_adm, read_image
 from dataset.loader import build_loader
 from evaluation.inception import FEATURE_DIM, SPATIAL_DIM, InceptionFeatures
 from evaluation.metrics import FeatureStatistics, Reference
+from generation.sample import sampled_files
 from util import dist
 from util.files import plain_reason, replacing
 from util.log import get_logger
@@ -94,28 +96,46 @@ def npz_batches(path: Path, batches: Sequence[Sequence[int]]) -> Iterator[Tensor
             yield torch.frombuffer(data, dtype=torch.uint8).view(len(batch), *image_shape).permute(0, 3, 1, 2)
 
 
-@torch.no_grad()
-def make_reference(
+@dataclass
+class ImageSource:
+    """Images to make a reference of, checked: a folder's files, or arr_0 of an npz (data None)."""
+
+    path: Path
+    data: ImageFiles | None
+    size: int
+    crop: str
+    total: int  # of the `available` images
+    available: int
+
+    def batches(self, batch_size: int, num_workers: int) -> tuple[int, Iterator[tuple[range, Tensor]]]:
+        """How many batches this process has, and these: image numbers, uint8 (B, 3, S, S)."""
+        batches = [range(i, min(i + batch_size, self.total)) for i in range(0, self.total, batch_size)]
+        own = batches[dist.rank() :: dist.world_size()]
+        if self.data is not None:
+            return len(own), zip(own, build_loader(self.data, own, num_workers, False), strict=True)
+        numbers = spread_evenly(range(self.available), self.total)
+        every = zip(batches, npz_batches(self.path, [numbers[b.start : b.stop] for b in batches]), strict=True)
+        return len(own), (pair for i, pair in enumerate(every) if i % dist.world_size() == dist.rank())
+
+
+def open_images(
     source: str | Path,
-    extractor: InceptionFeatures,
     *,
     img_size: int | None,
     crop: str = "adm",
     num_images: int | None = None,
-    keep_features: int = KEEP_FEATURES,
-    batch_size: int = 32,
-    num_workers: int = 0,
     flag: str = "--data_path",
-) -> Reference:
-    """Statistics of a folder of images or of an npz with arr_0; every process calls it and reads its share of batches.
+) -> ImageSource:
+    """The images of a folder or of an npz with arr_0; num_images of them are evenly spaced in the sorted list.
 
-    The result is the same for any number of processes, on each of them. num_images of the images, and `keep_features`
-    of these for features, are evenly spaced in the sorted list, so that each class has its share. ValueError or
-    FileNotFoundError naming file and flag for what does not fit.
+    Of a folder that --sample wrote, the images alone, without grid.png. ValueError or FileNotFoundError naming file and
+    flag for what does not fit.
     """
-    source = Path(source)
+    source, data = Path(source), None
     if source.is_dir():
-        listed = [Path(path) for path, _ in list_folder(source, flag=flag, allow_flat=True).samples]
+        listed = sampled_files(source, flag)
+        if listed is None:
+            listed = [Path(path) for path, _ in list_folder(source, flag=flag, allow_flat=True).samples]
         available, data = len(listed), ImageFiles(spread_evenly(listed, num_images or len(listed)), img_size, crop)
         total, size = len(data), data.img_size
         data[0]  # a wrong size is reported before the loader starts
@@ -126,18 +146,31 @@ def make_reference(
             raise ArgumentError("img_size", f"{source} ({flag}) holds images of {size} pixels, expected {img_size}")
     if total < 2:
         raise ValueError(f"{source} ({flag}) holds {total} image, a covariance needs at least two")
-    batches = [range(i, min(i + batch_size, total)) for i in range(0, total, batch_size)]
-    local = slice(dist.rank(), None, dist.world_size())
-    if source.is_dir():
-        stream = zip(batches[local], build_loader(data, batches[local], num_workers, False), strict=True)
-    else:
-        numbers = spread_evenly(range(available), total)
-        every = zip(batches, npz_batches(source, [numbers[b.start : b.stop] for b in batches]), strict=True)
-        stream = (pair for i, pair in enumerate(every) if i % dist.world_size() == dist.rank())
-    kept = set(spread_evenly(range(total), keep_features))
-    pool, spatial, features = _extract(stream, len(batches[local]), extractor, kept, source)
+    return ImageSource(source, data, size, crop, total, available)
+
+
+@torch.no_grad()
+def make_reference(
+    source: str | Path | ImageSource,
+    extractor: InceptionFeatures,
+    *,
+    keep_features: int = KEEP_FEATURES,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    **opening: object,
+) -> Reference:
+    """Statistics of images; every process calls it and reads its share of batches.
+
+    source, opening: as `open_images`, or its result. The result is the same for any number of processes, on each of
+    them. Features are kept of `keep_features` images, evenly spaced, so that each class has its share.
+    """
+    images = source if isinstance(source, ImageSource) else open_images(source, **opening)
+    count, stream = images.batches(batch_size, num_workers)
+    kept = set(spread_evenly(range(images.total), keep_features))
+    pool, spatial, features = _extract(stream, count, extractor, kept, images.path)
     statistics = (pool.mu, pool.sigma, spatial.mu, spatial.sigma)
-    return Reference(*statistics, features, size, crop, total, extractor.sha256, available, SELECTION)
+    about = (images.size, images.crop, images.total, extractor.sha256, images.available, SELECTION)
+    return Reference(*statistics, features, *about)
 
 
 def _extract(

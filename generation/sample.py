@@ -112,16 +112,18 @@ def mixtures(first: int, last: int, count: int) -> list[dict[int, float]]:
     return [{first: 1.0} if first == last else {first: 1 - share, last: share} for share in shares]
 
 
-def claim_folder(output: Path, record: Mapping[str, object]) -> None:
-    """Make the folder and write `record` to its samples.json; every process calls it.
+def claim_folder(
+    output: Path, record: Mapping[str, object], name: str = SAMPLES, written: re.Pattern = WRITTEN
+) -> None:
+    """Make the folder and write `record` to the file `name` in it; every process calls it.
 
-    ArgumentError if it holds images of another --sample, with which these would be mixed. The same command may run
-    again: equal images replace each other.
+    ArgumentError if it holds images of another run (names that `written` matches), with which these would be mixed. The
+    same command may run again: equal images replace each other.
     """
-    found = [path.name for path in output.iterdir() if WRITTEN.fullmatch(path.name)] if output.is_dir() else []
+    found = [path.name for path in output.iterdir() if written.fullmatch(path.name)] if output.is_dir() else []
     record = json.loads(json.dumps(record)) | {"complete": False}
     try:
-        same = json.loads((output / SAMPLES).read_text()) | {"complete": False} == record
+        same = json.loads((output / name).read_text()) | {"complete": False} == record
     except (OSError, ValueError, TypeError, RecursionError):
         same = False
     what = f"holds images of another run ({', '.join(sorted(found)[:3])}{', ...' if len(found) > 3 else ''})"
@@ -129,7 +131,25 @@ def claim_folder(output: Path, record: Mapping[str, object]) -> None:
     dist.agree(ArgumentError("output_dir", f"{output} {what}: {advice}") if found and not same else None)
     check_writable(output, "--output_dir")
     if dist.is_main():
-        write_json(output / SAMPLES, record)
+        write_json(output / name, record)
+
+
+def sampled_files(folder: Path, flag: str) -> list[Path] | None:
+    """The images that --sample wrote to a folder, without grid.png and the like; None if it did not write it.
+
+    ValueError if they are not complete, or in a folder for each guidance scale.
+    """
+    try:
+        record = json.loads((folder / SAMPLES).read_text())
+        count, scale, complete = len(record["labels"]), record["cfg"], record.get("complete", True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    if isinstance(scale, list):
+        raise ValueError(f"{folder} ({flag}) has a folder of images for each guidance scale: name one of them, cfg_...")
+    files = [folder / f"{i:06d}.png" for i in range(count)]
+    if not complete or not all(file.is_file() for file in files):
+        raise ValueError(f"{folder} ({flag}) holds part of {count} images: --sample was interrupted, run it again")
+    return files
 
 
 def scale_folder(cfg: float) -> str:

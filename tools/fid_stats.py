@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.inception import InceptionFeatures
-from evaluation.reference import CROPS, KEEP_FEATURES, make_reference, save_reference
+from evaluation.reference import CROPS, KEEP_FEATURES, make_reference, open_images, save_reference
 from util import dist
 from util.cli import add_process_flags, check_writable, make_parser, parse, run_cli
 from util.files import file_sha256, refuse_existing
@@ -73,12 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         device = dist.init(args.device, args.dist_url)
         check_writable(Path(args.out).parent, "--out")
+        opening = dict(img_size=options.img_size, crop=options.crop, num_images=options.num_images)
+        images = open_images(args.data_path, **opening)  # before the Inception weights are asked for
         reference = make_reference(
-            args.data_path,
+            images,
             InceptionFeatures(options.inception_weights, device),
-            img_size=options.img_size,
-            crop=options.crop,
-            num_images=options.num_images,
             keep_features=options.keep_features,
             batch_size=options.batch_size,
             num_workers=args.num_workers,

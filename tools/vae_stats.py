@@ -12,18 +12,17 @@ scaled latents is chosen; of these the fewest bits that cost at most --tolerance
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import matplotlib
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 
 from checkpoints import hub
 from dataset import latent_statistics as statistics
-from dataset.folders import BAD_IMAGE_CHOICES, ImageFolderDataset, spread_evenly
+from dataset.folders import BAD_IMAGE_CHOICES, ImageFolderDataset, readable_images, spread_evenly
 from dataset.images import to_uint8
 from evaluation.image_metrics import psnr
 from models.latent_space import VaeDescription, description_path
@@ -78,17 +77,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, loader: DataLoader, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
-    """One posterior sample (N, C, h, w) of each image and its moments (N, 2C, h, w), raw, on the CPU."""
-    generator, samples, moments = torch.Generator(device).manual_seed(seed), [], []
-    for images, _ in loader:
+def encode(
+    vae: AutoencoderKL, batches: Iterable[tuple[Tensor, list[int]]], device: torch.device, seed: int
+) -> tuple[Tensor, Tensor, list[int]]:
+    """One posterior sample (N, C, h, w) of each image, its moments (N, 2C, h, w), raw, on the CPU, and its number."""
+    generator, samples, moments, numbers = torch.Generator(device).manual_seed(seed), [], [], []
+    for images, found in batches:
+        numbers += found
         posterior = vae.encode(images.to(device))
         samples.append(posterior.sample(generator).float().cpu())
         moments.append(posterior.parameters.float().cpu())
     latents = torch.cat(samples)
     if not torch.isfinite(latents).all():
         raise ArgumentError("vae_path", "the latents of the VAE are NaN or infinite")
-    return latents, torch.cat(moments)
+    return latents, torch.cat(moments), numbers
 
 
 @torch.no_grad()
@@ -105,9 +107,11 @@ def measure(
     vae: AutoencoderKL, options: StatsOptions, folder: ImageFolderDataset, device: torch.device, num_workers: int = 0
 ) -> tuple[dict, VaeDescription, TableQuantizer]:
     """All figures, the suggested description and the suggested quantizer; sets the VAE's scale to the suggested one."""
-    encoded = spread_evenly(range(len(folder)), options.num_images)
-    loader = DataLoader(Subset(folder, encoded), options.batch_size, num_workers=num_workers)
-    latents, moments = encode(vae, loader, device, options.seed)
+    chosen = spread_evenly(range(len(folder)), options.num_images)
+    batches = readable_images(folder, chosen, options.batch_size, num_workers)
+    latents, moments, encoded = encode(vae, batches, device, options.seed)
+    if len(latents) < 2:
+        raise ArgumentError("data_path", f"{options.data_path}: at least two readable images are needed")
     scale, shift = statistics.suggest_scale(latents, options.per_channel)
     order = statistics.frequency_order(latents)
     vae.set_description(VaeDescription(vae.embed_dim, vae.stride, scale, shift, order))
@@ -119,22 +123,22 @@ def measure(
 
     points = statistics.rate_distortion(scaled, build, options.bits, options.range)
     shown = spread_evenly(range(len(latents)), options.decoded_images)  # of the encoded images
-    decoded = DataLoader(Subset(folder, [encoded[i] for i in shown]), options.batch_size)
+    decoded = readable_images(folder, [encoded[i] for i in shown], options.batch_size)
     images = [batch.to(device) for batch, _ in decoded]
     alone, best = decoded_psnr(vae, images, latents[shown], nn.Identity()), statistics.best_ranges(points)
     for point in best:
         point["psnr"] = decoded_psnr(vae, images, latents[shown], build(point["bits"], point["range"]))
-    chosen, good = statistics.suggest_point(best, alone, options.tolerance)
+    best_point, good = statistics.suggest_point(best, alone, options.tolerance)
     if not good:
         logger.warning(
             "no --bits is within --tolerance (%g dB) of the VAE alone: the best is suggested", options.tolerance
         )
-    half, quantizer = chosen["range"], build(chosen["bits"], chosen["range"])
+    half, quantizer = best_point["range"], build(best_point["bits"], best_point["range"])
     found = {"images": len(latents), "img_size": options.img_size, "quantizer": options.quantizer}
     found |= statistics.channel_figures(latents) | {"channel_order": order}
-    found |= {"psnr_vae_alone": alone, "points": points, "best": best, "suggested": chosen}
+    found |= {"psnr_vae_alone": alone, "points": points, "best": best, "suggested": best_point}
     found["stored_moments"] = stored_moments(vae, moments, images, quantizer, shown)
-    description = VaeDescription(vae.embed_dim, vae.stride, scale, shift, order, chosen["bits"], -half, half)
+    description = VaeDescription(vae.embed_dim, vae.stride, scale, shift, order, best_point["bits"], -half, half)
     return found, description, quantizer
 
 

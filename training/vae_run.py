@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 
-from dataset.folders import ImageFolderDataset
+from dataset.folders import ImageFolderDataset, readable_images, spread_evenly
 from dataset.images import to_uint8
 from dataset.latent_statistics import frequency_order, latent_scale
 from dataset.loader import GlobalBatchSampler, build_loader
@@ -202,9 +201,8 @@ def measure(
     device = next(vae.parameters()).device
 
     def batches(dataset: ImageFolderDataset) -> Iterator[Tensor]:
-        count = min(len(dataset), MEASURED_IMAGES)
-        chosen = Subset(dataset, [i * len(dataset) // count for i in range(count)])
-        for images, _ in DataLoader(chosen, settings.batch_size, num_workers=settings.num_workers):
+        chosen = spread_evenly(range(len(dataset)), MEASURED_IMAGES)
+        for images, _ in readable_images(dataset, chosen, settings.batch_size, settings.num_workers):
             yield images.to(device)
 
     vae.eval()

@@ -135,7 +135,7 @@ def check_options(settings: object) -> None:
     kinds = _kinds(type(settings))
     for name, field in option_fields(type(settings)).items():
         kept, value = field.metadata["option"], getattr(settings, name)
-        if value is None and field.default is not None and kinds[name] in (bool, int, float):
+        if value is None and not _takes_none(settings, name) and kinds[name] in (bool, int, float):
             raise ArgumentError(name, f"{name} must have a value, got None")
         for part in value if isinstance(value, (tuple, list)) else () if value is None else (value,):
             _check_kind(name, kinds[name], part)
@@ -147,6 +147,10 @@ def check_options(settings: object) -> None:
 def _kinds(settings: type) -> dict[str, type]:
     hints = typing.get_type_hints(settings)
     return {name: _value_type(hints[name]) for name in option_fields(settings)}
+
+
+def _takes_none(settings: object, name: str) -> bool:
+    return type(None) in typing.get_args(typing.get_type_hints(type(settings))[name])
 
 
 def _check_kind(name: str, kind: type, value: object) -> None:

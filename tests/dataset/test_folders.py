@@ -1,6 +1,7 @@
 """dataset/folders.py and the published cache of dataset/latents.py: images, labels, latents, refused folders."""
 
 import collections
+import errno
 import json
 import os
 import shutil
@@ -13,7 +14,8 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import main_cache
-from dataset.folders import ImageFolderDataset, list_folder, substitutes
+from dataset.encode import Source
+from dataset.folders import ImageFolderDataset, list_folder, readable_images, substitutes
 from dataset.images import center_crop_adm
 from dataset.latents import CachedLatents
 from tests.helpers import photographs, write_image_folder
@@ -112,6 +114,34 @@ def test_substitutes_are_spread_over_the_whole_set(own_images):
         assert label == data.labels[number]
         counts[number] += 1
     assert len(counts) == 8 and min(counts.values()) > 45 and max(counts.values()) < 105
+
+
+def test_a_machine_without_file_descriptors_makes_no_bad_images(own_images, monkeypatch):
+    """Nor does the cache count them as corrupt."""
+    data = ImageFolderDataset(own_images, 16, on_bad_image="skip")
+    source = Source(data.folder, lambda path, number: data.load(number))
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Image, "open", fail)
+    for call in (lambda: data[0], lambda: list(readable_images(data, [0], 1)), lambda: source[0]):
+        with pytest.raises(OSError, match="Too many open files"):
+            call()
+    assert not data.bad.paths
+
+
+def test_measurements_leave_bad_images_out(own_images):
+    """Each readable image once, in order, none instead of a bad one: for vae_stats, main_vae and reconstruction."""
+    for name in ("china/01.png", "flower/05.png"):
+        (own_images / name).write_bytes(b"not a picture")
+    data, bad = ImageFolderDataset(own_images, 16, on_bad_image="skip"), []
+    batches = list(readable_images(data, range(12), 5, bad=bad))
+    numbers = [number for _, found in batches for number in found]
+    assert bad == [1, 11] and numbers == [i for i in range(12) if i not in bad]
+    assert all(torch.equal(x, data.load(n)) for images, found in batches for x, n in zip(images, found, strict=True))
+    with pytest.raises(ValueError, match="none of its images can be read"):
+        list(readable_images(data, [1, 11], 5))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 12, 30, 97])

@@ -1,11 +1,18 @@
 """dataset/loader.py: an order of samples that does not depend on the number of processes."""
 
+import errno
+import os
+import signal
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from dataset.folders import ImageFolderDataset
 from dataset.loader import GlobalBatchSampler, build_loader
+from util.options import ArgumentError
 
 
 def job(
@@ -86,4 +93,45 @@ def test_an_error_in_a_worker_names_the_file(own_images):
     data = ImageFolderDataset(own_images, img_size=32)
     loader = build_loader(data, GlobalBatchSampler(len(data), 12, 0, 1, 0), num_workers=1, pin_memory=False)
     with pytest.raises(ValueError, match=r"china/0\d\.png"):
+        next(iter(loader))
+
+
+class Failing(Dataset):
+    """In a loader's process, `fail` is called for each batch, or its result cannot be sent."""
+
+    def __init__(self, fail: Callable[[], object]):
+        self.fail = fail
+
+    def __len__(self) -> int:
+        return 8
+
+    def read_batch(self, indices: list) -> list:
+        return [self.fail()]
+
+
+class Unsendable:
+    """Its pickling runs out of file descriptors, as a tensor's does where they are few."""
+
+    def __reduce__(self) -> tuple:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+
+def full() -> None:
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+
+@pytest.mark.parametrize(
+    ("fail", "words"),
+    [
+        (Unsendable, r"Too many open files"),
+        (full, "shared memory"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "killed|exited"),
+    ],
+)
+def test_a_loader_process_that_fails_says_which_limits_matter(fail, words):
+    """At once, also if the thread that sends batches fails, which otherwise waits for ever."""
+    data = Failing(fail)
+    loader = build_loader(data, GlobalBatchSampler(len(data), 2, 0, 1, 0), num_workers=1, pin_memory=False)
+    advice = r"Use fewer .*/dev/shm has \d+ MiB.*ulimit -n is \d+"
+    with pytest.raises(ArgumentError, match=rf"num_workers 1: a loader process failed \(.*({words}).*\)\. {advice}"):
         next(iter(loader))

@@ -161,6 +161,9 @@ def test_save_images_writes_each_image_of_the_first_pair(
     expected = decoded(vae, quantizer.dequantize(quantizer.quantize(latents)))
     written = torch.stack([to_uint8(to_tensor(read_image(folder / name))) for name in names])
     assert (written.int() - expected.int()).abs().max() <= 1
+    assert run("--bits", "4", "2", "--save_images")["rows"] == results["rows"]  # the same command may be repeated
+    with pytest.raises(ValueError, match=r"holds images of another run \(images\): .*--output_dir"):
+        run("--bits", "4", "--save_images", "--num_images", 2)
     assert psnr(written, images).mean() == pytest.approx(results["rows"][1]["psnr"], abs=0.01)
 
 

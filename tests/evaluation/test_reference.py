@@ -1,5 +1,6 @@
 """evaluation/reference.py: references from files, folders and archives of images; one process and two."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from evaluation.reference import (
     load_references,
     make_reference,
     npz_batches,
+    open_images,
     save_reference,
 )
 from tests.helpers import REPO, Explosive, run_processes
@@ -187,6 +189,24 @@ def test_adms_file_is_for_its_size_only(tmp_path: Path, messages: list[str]) -> 
     )
     with pytest.raises(ValueError, match="made from images of 256 pixels, the model makes 64"):
         load_reference(path, Colours(), 64)
+
+
+def test_a_folder_of_samples_holds_its_images_only(tmp_path: Path) -> None:
+    """grid.png and the unmasking are no images of the model; an interrupted run is refused, a sweep names its parts."""
+    folder, images = tmp_path / "samples", crops(5)
+    (folder / "steps").mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:06d}.png")
+    for extra in ("grid.png", "steps/000000.png"):
+        Image.fromarray(crops(1, size=100)[0]).save(folder / extra)
+    record = {"labels": [0] * 5, "cfg": 1.0, "complete": True}
+    (folder / "samples.json").write_text(json.dumps(record))
+    made = make_reference(folder, Colours(), img_size=None, crop="none")
+    assert made.num_images == 5 and made.img_size == SIZE
+    for change, words in (({"complete": False}, "holds part of 5 images"), ({"cfg": [1, 2]}, "name one of them")):
+        (folder / "samples.json").write_text(json.dumps(record | change))
+        with pytest.raises(ValueError, match=words):
+            open_images(folder, img_size=None)
 
 
 def test_bad_folders(tmp_path: Path) -> None:
