@@ -4,6 +4,7 @@ It changes nothing where a module of this project is imported by another program
 """
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -25,11 +26,14 @@ def is_a_command() -> bool:
 
 
 def leave_interrupts_to_the_main_process() -> None:
-    """For forked processes (a loader's workers): ctrl-C reaches all of them, and the main process ends them."""
+    """For a loader's workers and the like: ctrl-C reaches all processes, and the main one ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 if is_a_command():
     with contextlib.suppress(ValueError):  # raised outside the main thread
-        signal.signal(signal.SIGINT, end_at_once)
-        os.register_at_fork(after_in_child=leave_interrupts_to_the_main_process)
+        if multiprocessing.parent_process() is None:
+            signal.signal(signal.SIGINT, end_at_once)
+            os.register_at_fork(after_in_child=leave_interrupts_to_the_main_process)
+        else:  # started by spawn or forkserver
+            leave_interrupts_to_the_main_process()

@@ -188,6 +188,7 @@ def test_a_folder_in_use_is_refused(train: Callable, tmp_path: Path) -> None:
         assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("train", LIGHT, indirect=True)
 def test_the_log_of_another_run_is_set_aside(train: Callable, tmp_path: Path, messages: list[str]) -> None:
     """Row 52: a killed run's lines never become this run's, whether it is fresh or continues another folder's."""
     log = "log.jsonl" if train.name == "tokenbridge" else "vae_log.jsonl"
@@ -218,6 +219,7 @@ def test_a_bad_byte_in_the_log_stops_nothing(train: Callable, tmp_path: Path) ->
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 3, 4]
 
 
+@pytest.mark.parametrize("train", LIGHT, indirect=True)
 def test_temporary_files_of_earlier_versions_go_with_the_run_that_continues(train: Callable, tmp_path: Path) -> None:
     """Regular files of those names only; in another run's folder they stay."""
     train(tmp_path / "run", max_steps=1)

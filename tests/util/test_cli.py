@@ -367,7 +367,25 @@ sys.exit(run_cli(main))
 """
 
 
-@pytest.mark.parametrize(("code", "out"), [(DURING_IMPORTS, ""), (IN_A_WORKER, "the worker went on\n")])
+IN_A_SPAWNED_WORKER = """
+import multiprocessing, os, signal, sys
+sys.argv[0] = "-m"
+import util.start
+from util.cli import run_cli
+WORK = "import util.start, os; os.kill(os.getpid(), 2); print('the worker went on')"
+def main():
+    worker = multiprocessing.get_context("spawn").Process(target=exec, args=(WORK,))
+    worker.start()
+    worker.join()
+    os.kill(os.getpid(), signal.SIGINT)
+sys.exit(run_cli(main))
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "out"),
+    [(DURING_IMPORTS, ""), (IN_A_WORKER, "the worker went on\n"), (IN_A_SPAWNED_WORKER, "the worker went on\n")],
+)
 def test_ctrl_c_in_a_process_of_its_own(code, out):
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, out, "interrupted\n")
