@@ -68,32 +68,24 @@ class CausalAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.attn_dropout, self.proj_drop = attn_dropout, nn.Dropout(proj_dropout)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, start: int | Tensor = 0) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None, start: int = 0) -> Tensor:
         """x (N, P, H) at positions start .. start+P-1; earlier positions come from `cache`, which is filled in place.
 
-        Either P positions from 0 on, or one position at a time with a cache. With `start` a tensor (1,) the shapes are
-        the same for every position: all of the cache is attended to, with later positions masked (so it must hold
-        finite numbers).
+        Either P positions from 0 on, or one position at a time with a cache.
         """
         num_tokens, positions, dim = x.shape
         qkv = self.qkv(x).view(num_tokens, positions, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, P, hd)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k)  # autocast runs the norms in float32
-        mask = None
-        if isinstance(start, Tensor):
-            cache.keys.index_copy_(2, start, k.to(v.dtype))
-            cache.values.index_copy_(2, start, v)
-            k, v = cache.keys, cache.values
-            mask = (torch.arange(k.shape[2], device=k.device) <= start).unsqueeze(0)  # (1, C)
-        elif cache is not None:
+        if cache is None:
+            k = k.to(v.dtype)
+        else:
             end = start + positions
             cache.keys[:, :, start:end] = k
             cache.values[:, :, start:end] = v
             k, v = cache.keys[:, :, :end], cache.values[:, :, :end]
-        else:
-            k = k.to(v.dtype)
         dropout = self.attn_dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=positions > 1)  # (N, heads, P, hd)
+        x = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=positions > 1)  # (N, heads, P, hd)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(num_tokens, positions, dim)))
 
 
@@ -119,9 +111,7 @@ class AdaLNBlock(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation[1](activated).chunk(6, dim=-1)
         return shift_a, 1 + scale_a, gate_a, shift_m, 1 + scale_m, gate_m
 
-    def forward(
-        self, x: Tensor, modulation: Modulation, cache: LayerCache | None = None, start: int | Tensor = 0
-    ) -> Tensor:
+    def forward(self, x: Tensor, modulation: Modulation, cache: LayerCache | None = None, start: int = 0) -> Tensor:
         """x (N, P, H) -> (N, P, H), at positions start .. start+P-1."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
         x = addcmul(x, gate_a, self.attn(addcmul(shift_a, self.norm1(x), scale_a), cache, start))

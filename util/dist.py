@@ -2,10 +2,11 @@
 
 import contextlib
 import datetime
+import functools
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -223,6 +224,43 @@ def synchronize(device: torch.device) -> None:
 def device_count() -> int:
     """CUDA devices of this machine."""
     return torch.cuda.device_count()
+
+
+class CudaGraph:
+    """A function on a GPU as one launch: it runs on copies of its arguments, always at the same addresses.
+
+    What it returns is overwritten by the next call, also of another graph with the same `pool` of memory. stream: where
+    it is captured.
+    """
+
+    def __init__(self, pool: tuple, stream: object, function: Callable[..., object], arguments: Sequence[Tensor]):
+        self.inputs, self.graph = [x.clone() for x in arguments], torch.cuda.CUDAGraph()
+        caching = torch.is_autocast_cache_enabled()
+        stream.wait_stream(torch.cuda.current_stream())
+        torch.set_autocast_cache_enabled(False)  # it would keep casts that were captured, not computed
+        try:
+            with torch.cuda.stream(stream):
+                function(*self.inputs)  # compiles, and libraries start
+                self.graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                self.outputs = function(*self.inputs)
+                self.graph.capture_end()
+        finally:
+            torch.set_autocast_cache_enabled(caching)
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def __call__(self, *arguments: Tensor) -> object:
+        """function(*arguments) for arguments of the same shapes and types."""
+        for own, given in zip(self.inputs, arguments, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+
+def graph_capture(device: torch.device) -> Callable[..., CudaGraph] | None:
+    """What captures (function, arguments) as a CudaGraph; None on cpu. Its graphs share memory: use results at once."""
+    if device.type != "cuda":
+        return None
+    return functools.partial(CudaGraph, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
 
 
 def free_memory(device: torch.device) -> None:

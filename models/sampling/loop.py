@@ -11,7 +11,7 @@ step, V visible, N steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -182,13 +182,13 @@ class Sampler:
         self.uniforms = uniforms.index_select(2, model.to_head_order)
         self.confidence = None if noise.confidence is None else noise.confidence.to(device, non_blocking=True)  # (B, L)
         compiled = CompiledSampler.of(model) if options.compile else None
-        replays = compiled is not None and compiled.replays(2 * len(class_embedding))
-        self.features = feature_source(model, class_embedding, options, compiled if replays else None)
-        self.channel_sample = model.channel_sample if compiled is None else compiled.channel_sample
+        replays = compiled is not None and compiled.replays(len(class_embedding))
+        self.run = compiled.replay if replays else call  # runs the two costly parts
+        self.features = feature_source(model, class_embedding, options, self.run)
         half = torch.is_autocast_enabled(device.type)
         weights = HalfWeights.of(model, torch.get_autocast_dtype(device.type)) if half else None
         weights = weights or PackedLinears([] if options.compile else model.modules())
-        self.contexts = [weights.used] + ([compiled.compiled_blocks] if compiled and not replays else [])
+        self.contexts = [weights.used] + ([compiled.used] if compiled else [])
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -220,10 +220,11 @@ class Sampler:
     def reveal(self, values: Tensor, targets: Tensor, z: Tensor, step: int) -> Tensor:
         """values (B, L, C) with what the head samples for the tokens targets (B, M) from their z (B, M, D)."""
         model, options = self.model, self.options
-        indices, valid = self.channel_sample(
+        indices, valid = self.run(
+            model.channel_sample,
             z.flatten(0, 1),  # (B*M, D)
             take(self.uniforms, targets).flatten(0, 1),  # (B*M, C)
-            options.temperatures(step, model.token_dim),
+            tuple(options.temperatures(step, model.token_dim)),
             options.top_k,
             options.top_p,
         )
@@ -232,34 +233,47 @@ class Sampler:
         return values.scatter(1, targets.unsqueeze(-1).expand_as(predicted), predicted)
 
 
+def call(function: Callable[..., object], *arguments: object) -> object:
+    """function(*arguments)."""
+    return function(*arguments)
+
+
 def feature_source(
-    model: SamplerModel, class_embedding: Tensor, options: SamplerOptions, compiled: CompiledSampler | None = None
+    model: SamplerModel, class_embedding: Tensor, options: SamplerOptions, run: Callable[..., object] = call
 ) -> FeatureSource:
-    """What computes z for images with class_embedding (B, D): graphs, with reuse between the steps, or as it is."""
-    if compiled is not None:
-        return compiled.features(class_embedding)
+    """What computes z for images with class_embedding (B, D), with reuse between the steps or without.
+
+    run: calls the function that does it without.
+    """
     if options.reuse_features > 1 or options.reuse_guidance > 1:
         return ReusedFeatures(model, class_embedding, options)
 
     def features(values: Tensor, orders: Tensor, num_masked: int, targets: Tensor, scale: float) -> Tensor:
-        visible = orders[:, num_masked:]  # (B, V)
-        return guided_z(model, take(values, visible), visible, targets, class_embedding, scale)
+        visible = orders[:, num_masked:]
+        # as a tensor, so that one graph serves every scale
+        strength = scale if run is call or scale == 1 else torch.full((), scale, device=values.device)
+        return run(guided_z, model, take(values, visible), visible, targets, class_embedding, strength)
 
     return features
 
 
 def guided_z(
-    model: SamplerModel, values: Tensor, visible: Tensor, targets: Tensor, class_embedding: Tensor, scale: float
+    model: SamplerModel,
+    values: Tensor,
+    visible: Tensor,
+    targets: Tensor,
+    class_embedding: Tensor,
+    scale: float | Tensor,
 ) -> Tensor:
     """z (B, M, D) of the target tokens (B, M), guided: z_u + scale * (z_c - z_u) (docs/spec.md 6); scale 1 skips z_u.
 
-    values (B, V, C) of the visible tokens (B, V). Both passes run as one batch.
+    values (B, V, C) of the visible tokens (B, V). Both passes run as one batch. A scale in a tensor must not be 1.
     """
 
     def z_of(rows: Tensor, values: Tensor, visible: Tensor, targets: Tensor) -> Tensor:
         return model.run_decoder(model.run_encoder(values, visible, rows), visible, targets)
 
-    if scale == 1:
+    if not isinstance(scale, Tensor) and scale == 1:
         return z_of(class_embedding, values, visible, targets)
     if visible.shape[1] == 0 and len(targets) > 1:
         # Nothing is visible and there is no class, so z_u is the same for all images: one row serves all their targets.

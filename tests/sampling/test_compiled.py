@@ -1,22 +1,40 @@
-"""models/sampling/compiled.py: padding to buckets and one graph for all positions change no token; compiled for real in
-a slow test."""
+"""models/sampling/compiled.py: replayed parts change no token; blocks compiled for real in a slow test."""
 
 import shutil
 
 import pytest
 import torch
+from torch import Tensor
 
 from models.sampling import compiled
-from models.sampling.compiled import CompiledSampler, bucket, launches_per_step
+from models.sampling.compiled import LAUNCHES_PER_STEP, CompiledSampler
 from tests.helpers import tiny_model
 from util import dist
 
 LABELS = torch.tensor([3, 7])
 
 
-def uncompiled(model):
-    """The model with a sampler whose graphs are the functions themselves."""
-    CompiledSampler.of(model, lambda function, device: function)
+class Replayed:
+    """Stands for a CUDA graph: inputs and outputs stay where they were, and each call overwrites the last one's."""
+
+    def __init__(self, function, arguments):
+        self.function, self.inputs, self.outputs = function, [x.clone() for x in arguments], None
+
+    def __call__(self, *arguments):
+        for own, given in zip(self.inputs, arguments, strict=True):
+            own.copy_(given)
+        found = self.function(*self.inputs)
+        if self.outputs is None:
+            self.outputs = found
+        else:
+            for old, new in zip(*((x,) if isinstance(x, Tensor) else x for x in (self.outputs, found)), strict=True):
+                old.copy_(new)
+        return self.outputs
+
+
+def uncompiled(model, capture=Replayed):
+    """The model with a sampler that replays, and whose compiled blocks are the blocks themselves."""
+    CompiledSampler.of(model, compile=lambda function, dynamic: function, capture=capture)
     return model
 
 
@@ -40,69 +58,69 @@ def sample(model, **options):
     ],
 )
 @pytest.mark.parametrize("head_start", ["official", "trained"])
-def test_the_static_shapes_change_no_token(options, head_start):
-    """The graphs' functions run uncompiled: what is compiled below is this."""
+def test_replaying_changes_no_token(options, head_start):
+    """Nor does a second batch, which finds the graphs of the first."""
     model = uncompiled(tiny_model(head_start=head_start))
-    assert torch.equal(sample(model, compile=True, **options), sample(model, **options))
+    expected = sample(model, **options)
+    for _ in range(2):
+        assert torch.equal(sample(model, compile=True, **options), expected)
 
 
-def test_a_large_batch_has_no_padding_and_no_graphs(monkeypatch):
-    """Its blocks are compiled instead, and only while the loop runs."""
-    monkeypatch.setattr(compiled, "MOST_REPLAYED_SLOTS", 79)  # two rows of 4 + 16 slots have 40, four have 80
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
-    model = uncompiled(tiny_model())
-    assert torch.equal(sample(model, compile=True), sample(model))
-    assert CompiledSampler.of(model).launches == 8 * (1 + 16)  # the head's
-    assert all(block._compiled_call_impl is None for block in model.encoder_blocks)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_replaying_changes_no_token_in_half_precision(precision):
+    model = uncompiled(tiny_model(head="parallel"))
+    with dist.autocast(torch.device("cpu"), precision):
+        expected = sample(model)
+        assert torch.equal(sample(model, compile=True), expected)
+        found = [sample(model, compile=True, cfg=cfg) for cfg in (1.0, 2.0)]
+        assert torch.equal(found[1], sample(model, cfg=2.0)) and not torch.equal(*found)
 
 
-def test_under_autocast_the_cache_has_the_type_of_keys_and_values(monkeypatch):
-    """Equal without padding; the padded encoder sums in another order, and half precision shows it."""
-    monkeypatch.setattr(compiled, "VISIBLE_BUCKETS", 16)
-    model = uncompiled(tiny_model())
-    with dist.autocast(torch.device("cpu"), "bf16"):
-        found, expected = (sample(model, compile=compile, num_iter=1) for compile in (True, False))
-    assert {cache.dtype for cache in CompiledSampler.of(model)._caches.values()} == {torch.bfloat16}
-    assert (found == expected).float().mean() > 0.9
-
-
-def test_launches_depend_on_steps_alone():
-    """Depth plays no part."""
+def test_two_launches_a_step_at_any_depth():
     for depth in (1, 3):
         model = uncompiled(tiny_model(encoder_depth=depth, channel_depth=depth))
         sample(model, compile=True)
-        assert CompiledSampler.of(model).launches == 8 * launches_per_step(16) == 8 * 18
+        assert CompiledSampler.of(model).launches == 8 * LAUNCHES_PER_STEP == 16
 
 
-def test_few_shapes_serve_all_steps():
-    """64 iterations: the backbone sees at most 5 lengths with and 5 without guidance, whatever the plan says."""
-    seen = set()
+def test_graphs_are_kept_for_other_images_guidance_and_weights_at_the_same_address(monkeypatch):
+    model = uncompiled(tiny_model())
+    sample(model, compile=True)
+    graphs = dict(CompiledSampler.of(model).graphs)
+    with torch.no_grad():
+        model.condition_proj.weight.mul_(-1)
+    found = model.sample_tokens(2, num_iter=8, cfg=2.0, labels=[1, 2], seeds=[8, 9], compile=True)
+    assert CompiledSampler.of(model).graphs == graphs and 8 < len(graphs) <= 16
+    assert torch.equal(found, model.sample_tokens(2, num_iter=8, cfg=2.0, labels=[1, 2], seeds=[8, 9]))
+    model.load_state_dict(tiny_model().state_dict(), assign=True)  # other addresses
+    assert torch.equal(sample(model, compile=True), sample(tiny_model()))
+    assert not set(map(id, CompiledSampler.of(model).graphs.values())) & set(map(id, graphs.values()))
+    monkeypatch.setattr(compiled, "MOST_GRAPHS", 3)
+    model = uncompiled(tiny_model())
+    assert torch.equal(sample(model, compile=True), sample(tiny_model()))
+    assert len(CompiledSampler.of(model).graphs) == 3
 
-    def graph(function, device):
-        def recorded(*arguments):
-            if function.__name__ == "backbone":
-                seen.add(tuple(arguments[0].shape))
-            return function(*arguments)
 
-        return recorded
+def test_a_large_batch_is_not_replayed(monkeypatch):
+    """Its blocks are compiled all the same, and only while the loop runs."""
+    monkeypatch.setattr(compiled, "MOST_REPLAYED_SLOTS", 2 * 2 * (5 + 16) - 1)
+    model, calls = tiny_model(), []
+    CompiledSampler.of(
+        model, compile=lambda function, dynamic: lambda x: calls.append(x) or function(x), capture=Replayed
+    )
+    assert torch.equal(sample(model, compile=True), sample(tiny_model()))
+    assert CompiledSampler.of(model).launches == 0 and len(calls) >= 8 * (2 + 2)
+    assert all(block._compiled_call_impl is None for block in model.encoder_blocks)
 
-    model = tiny_model()
-    CompiledSampler.of(model, graph)
-    sample(model, compile=True, num_iter=64)
-    assert 2 <= len(seen) <= 10 and all(shape[1] % 4 == 0 for shape in seen)
 
-
-def test_buckets():
-    sizes = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 6, 7: 8, 9: 12, 12: 12, 13: 16, 17: 24, 25: 32, 100: 128}
-    assert {n: bucket(n) for n in sizes} == sizes
-    assert all(n <= bucket(n) <= 1.5 * n + 1 for n in range(1, 5000))
+def test_nothing_is_captured_on_a_cpu():
+    model = uncompiled(tiny_model(), capture=None)
+    assert torch.equal(sample(model, compile=True), sample(model)) and CompiledSampler.of(model).launches == 0
 
 
 def test_refused_combinations():
     with pytest.raises(ValueError, match="compile and reuse_features"):
         sample(tiny_model(), compile=True, reuse_features=2)
-    with pytest.raises(ValueError, match="needs the autoregressive head"):
-        sample(tiny_model(head="parallel"), compile=True)
 
 
 def test_the_state_dict_does_not_change():

@@ -412,7 +412,7 @@ def sampling(bench: Bench) -> None:
             if way == "eager":
                 found["tflop"] = tflop
 
-        for way, expected in (("plain loop", 12), ("eager", 8), ("compiled", 40)):
+        for way, expected in (("plain loop", 12), ("eager", 8), ("compiled", 30)):
             if way != "compiled" or (not bench.options.no_compile and "tflop" in found):
                 bench.attempt(f"sampling, {num_iter} iterations, {way}", expected, partial(one, way))
 
@@ -434,7 +434,7 @@ def interactive(bench: Bench) -> None:
     for images in (1, 8):
         bench.attempt(f"interactive, {images} image(s), eager", 6, partial(whole, images, False))
         if not bench.options.no_compile:
-            bench.attempt(f"interactive, {images} image(s), compiled", 45, partial(whole, images, True))
+            bench.attempt(f"interactive, {images} image(s), compiled", 25, partial(whole, images, True))
 
 
 # ---- the rest
@@ -469,8 +469,11 @@ def profile(bench: Bench) -> None:
 
     def sampled() -> None:
         with dist.autocast(device, bench.precision):
-            options = SamplerOptions(num_iter=64, cfg=CFG)
-            top("a sampling step of 64", Steps(sampling_model(bench), o.sampling_batch, options, [32]))
+            num_iter = o.num_iter[-1]
+            steps = Steps(
+                sampling_model(bench), o.sampling_batch, SamplerOptions(num_iter=num_iter, cfg=CFG), [num_iter // 2]
+            )
+            top(f"a sampling step of {num_iter}", steps)
 
     bench.attempt("profile of training", 10, trained)
     bench.attempt("profile of sampling", 5, sampled)
@@ -534,13 +537,14 @@ def images(bench: Bench) -> None:
 
 
 def reuse(bench: Bench) -> None:
-    """Features reused for 2 and 4 steps: whole groups of neighbouring steps in the middle of 64."""
-    model, rates = sampling_model(bench), []
+    """Features reused for 2 and 4 steps: whole groups of neighbouring steps in the middle of a run."""
+    model, rates, num_iter = sampling_model(bench), [], bench.options.num_iter[-1]
+    middle = range(num_iter // 2 - min(4, num_iter // 2), num_iter)[:8]
 
     def one(every: int) -> None:
-        options = SamplerOptions(num_iter=64, cfg=CFG, reuse_features=every)
+        options = SamplerOptions(num_iter=num_iter, cfg=CFG, reuse_features=every)
         baseline = rates[0] if rates else None
-        rates.append(time_sampling(bench, model, options, numbers=range(28, 36), baseline=baseline)[1])
+        rates.append(time_sampling(bench, model, options, numbers=middle, baseline=baseline)[1])
 
     for every in (1, 2, 4):
         bench.attempt(f"reuse_features {every}", 6, partial(one, every))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.sampling.compiled import launches_per_step
+from models.sampling.compiled import LAUNCHES_PER_STEP
 from models.sampling.orders import random_orders
 from models.sampling.schedules import CFG_SCHEDULES
 from models.tokenbridge import TokenBridge
@@ -171,7 +171,7 @@ def study_deep(options: Options, device: torch.device) -> None:
     orders = random_orders(1, model.num_tokens, torch.Generator().manual_seed(options.seed)).to(device)
     ways = samplers(model, orders, torch.tensor([1], device=device), 256, options.cfg, options.cfg_schedule)
     rows = dispatch_rows(*(count(way, arm_at=model.z_proj) for way in ways))
-    rows.append(("graph launches a step, --compile", ["-", str(launches_per_step(model.num_channels)), "-"]))
+    rows.append(("graph launches a step, --compile", ["-", str(LAUNCHES_PER_STEP), "-"]))
     title = f"Depth 16 + 16 + 4, width 32, 256 iterations, 1 image, cfg {options.cfg:g}, temperature 0 on {device}"
     print_table(title, COLUMNS, rows)
 
