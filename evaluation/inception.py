@@ -5,10 +5,10 @@ Letters: B images of a batch, S their side in pixels.
 
 import socket
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from util.dist import agree, float32_precision
 from util.files import file_sha256, unchanged
@@ -25,16 +25,23 @@ CHUNK = 32  # images at a time, so that activations stay below 1 GiB
 DOWNLOAD_TIMEOUT = 20  # seconds; a firewall that drops packets would block the job for ever
 
 
+def torch_fidelity() -> ModuleType:
+    """Its module of the network, imported where it is needed: training and sampling run without the package."""
+    from torch_fidelity import feature_extractor_inceptionv3
+
+    return feature_extractor_inceptionv3
+
+
 def download_target() -> Path:
     """Where torch-fidelity keeps its download."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+    return Path(torch.hub.get_dir()) / "checkpoints" / torch_fidelity().URL_INCEPTION_V3.rsplit("/", 1)[1]
 
 
 def find_inception_weights(path: str | None) -> Path:
     """The weights file: `path`, else torch-fidelity's download. ArgumentError says what to put where."""
     weights = Path(path) if path else download_target()
     if not weights.is_file():
-        advice = f"download {URL_INCEPTION_V3} and give its path, or put it at {download_target()}"
+        advice = f"download {torch_fidelity().URL_INCEPTION_V3} and give its path, or put it at {download_target()}"
         raise ArgumentError("inception_weights", f"no Inception weights at {weights}: {advice}")
     return weights
 
@@ -57,12 +64,12 @@ def fetch_inception_weights(path: str | None, download: bool = True) -> Path:
 
 def _download(missing: ArgumentError) -> ArgumentError | None:
     """torch-fidelity's weights into torch's download folder; None if that worked, otherwise `missing` with a reason."""
-    target, timeout = download_target(), socket.getdefaulttimeout()
+    target, url, timeout = download_target(), torch_fidelity().URL_INCEPTION_V3, socket.getdefaulttimeout()
     expected_hash = target.stem.rsplit("-", 1)[1]
     try:
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
         target.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(target), hash_prefix=expected_hash, progress=False)
+        torch.hub.download_url_to_file(url, str(target), hash_prefix=expected_hash, progress=False)
         return None
     except Exception as error:  # URLError, timeouts, a wrong hash, a full disk
         return ArgumentError(missing.argument, f"{missing} (the download failed: {first_line(error)})")
@@ -94,7 +101,8 @@ class InceptionFeatures:
     def _load(self, path: Path) -> torch.nn.Module:
         try:
             torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity itself would run code in the file
-            return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
+            network = torch_fidelity().FeatureExtractorInceptionV3
+            return network("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
         except Exception as error:
             message = f"{path} does not hold torch-fidelity's Inception weights: {first_line(error)}"
             raise ArgumentError("inception_weights", message) from error

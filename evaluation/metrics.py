@@ -14,9 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from evaluation.inception import FEATURE_DIM, LOGITS_DIM
 from util.dist import all_reduce_sum, float32_precision
@@ -150,8 +147,10 @@ class InceptionScoreSums:
 
 def fid(stats_1: Statistics, stats_2: Statistics) -> float:
     """Frechet distance of two {"mu", "sigma"}, by torch-fidelity's formula."""
+    from torch_fidelity import metric_fid  # training and sampling run without the package
+
     with float32_precision(CPU):
-        return fid_statistics_to_metric(stats_1, stats_2, False)[KEY_METRIC_FID]
+        return metric_fid.fid_statistics_to_metric(stats_1, stats_2, False)[metric_fid.KEY_METRIC_FID]
 
 
 def inception_score(logits: Tensor, splits: int = IS_SPLITS) -> tuple[float, float]:
@@ -167,13 +166,15 @@ def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
     Precision: the share of generated images within the manifold of the real ones; recall the reverse. ValueError for
     fewer than 4 images.
     """
+    from torch_fidelity import metric_prc
+
     if min(len(generated), len(real)) <= PRC_NEIGHBOURS:
         counts = f"{len(generated)} and {len(real)}"
         raise ValueError(f"precision and recall need more than {PRC_NEIGHBOURS} images of each kind, got {counts}")
     settings = dict(prc_neighborhood=PRC_NEIGHBOURS, prc_batch_size=PRC_CHUNK, save_cpu_ram=True, verbose=False)
     with float32_precision(generated.device):
-        scores = prc_features_to_metric(generated, real, **settings)
-    return scores[KEY_METRIC_PRECISION], scores[KEY_METRIC_RECALL]
+        scores = metric_prc.prc_features_to_metric(generated, real, **settings)
+    return scores[metric_prc.KEY_METRIC_PRECISION], scores[metric_prc.KEY_METRIC_RECALL]
 
 
 def kid(generated: Tensor, real: Tensor) -> tuple[float, float]:
@@ -181,11 +182,13 @@ def kid(generated: Tensor, real: Tensor) -> tuple[float, float]:
 
     Mean and standard deviation over 100 subsets of 1000 images (of all, if there are fewer).
     """
+    from torch_fidelity import metric_kid
+
     size = min(KID_SUBSET_SIZE, len(generated), len(real))
     settings = dict(kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=IS_SEED, verbose=False)
     with float32_precision(generated.device):
-        scores = kid_features_to_metric(generated, real, **settings)
-    return scores[KEY_METRIC_KID_MEAN], scores[KEY_METRIC_KID_STD]
+        scores = metric_kid.kid_features_to_metric(generated, real, **settings)
+    return scores[metric_kid.KEY_METRIC_KID_MEAN], scores[metric_kid.KEY_METRIC_KID_STD]
 
 
 @float32_precision(CPU)

@@ -9,6 +9,7 @@ import torch
 import torch_fidelity
 from scipy.linalg import sqrtm
 from torch import Tensor
+from torch_fidelity import metric_fid, metric_kid, metric_prc
 from torch_fidelity.metric_isc import isc_features_to_metric
 
 from evaluation import metrics
@@ -191,9 +192,9 @@ def allowed_tf32() -> set[object]:
 @pytest.mark.parametrize(
     "score, owner, function",
     [
-        (lambda x: fid(stats_of(x.numpy()), stats_of(x.numpy())), metrics, "fid_statistics_to_metric"),
-        (lambda x: precision_recall(x, x), metrics, "prc_features_to_metric"),
-        (lambda x: kid(x, x), metrics, "kid_features_to_metric"),
+        (lambda x: fid(stats_of(x.numpy()), stats_of(x.numpy())), metric_fid, "fid_statistics_to_metric"),
+        (lambda x: precision_recall(x, x), metric_prc, "prc_features_to_metric"),
+        (lambda x: kid(x, x), metric_kid, "kid_features_to_metric"),
         (lambda x: fid_infinity(x, stats_of(x.numpy())), np.linalg, "eigh"),
         (lambda x: inception_score(x), torch.Tensor, "index_add_"),
         (lambda x: FeatureStatistics(4).update(x), torch.Tensor, "addmm_"),
