@@ -24,7 +24,7 @@ from models.tokenbridge import TokenBridge, num_masked_tokens
 from models.vae import AutoencoderKL
 from tools.bench.baselines import baseline_head, baseline_sampling_step, baseline_step
 from tools.bench.counting import OpCounter, count, on_fake_gpu, print_table, timed
-from tools.bench.options import ModelOptions
+from tools.bench.options import REPEATS, ModelOptions
 from tools.bench.train import GIB, mean_mask_ratio, saved_bytes
 from tools.bench.train import Options as TrainOptions
 from training.flops import peak_tflops, step_flops
@@ -58,6 +58,7 @@ class Options(ModelOptions):
     """What is measured and for how long. On a CPU give a small model: the same code runs."""
 
     model: str = option("tokenbridge_large", choices=list(MODELS))
+    repeats: int = option(2, REPEATS, lowest=1)
     others: tuple[str, ...] = option(
         ("tokenbridge_base", "tokenbridge_huge"), "models whose training is timed last", choices=list(MODELS), nargs="*"
     )
