@@ -69,6 +69,8 @@ def check(options: CacheOptions, record: dict, source: Source) -> None:
         own_shards(options.cache)
         if options.format == "npz":
             check_folders(options.cache, source.classes)
+            if options.overwrite and not (options.cache / RECORD).exists():
+                refuse_foreign_npz(options.cache, source.paths)
         if not options.overwrite:
             check_agreement(options, record)
     except (ValueError, OSError) as error:
@@ -90,6 +92,14 @@ def check_names(source: Source, form: str) -> None:
             raise ArgumentError("data_path", f"{printable(file)} cannot be cached: {reason}; rename it")
 
 
+def refuse_foreign_npz(cache: Path, paths: Iterable[str]) -> None:
+    """ValueError for latents that --overwrite would delete in a folder whose record does not say who wrote them."""
+    foreign = [f"{path}.npz" for path in paths if os.path.lexists(cache / f"{path}.npz")]
+    if foreign:
+        what = f"holds {len(foreign)} latents ({printable(foreign[0])}, ...) but no {RECORD} that says who made them"
+        raise ValueError(f"{cache} (--cached_path) {what}: --overwrite does not delete them, do so yourself")
+
+
 def prepare(options: CacheOptions, record: dict, files: NpzFiles | ShardFiles) -> None:
     """The cache's folders and its record; with --overwrite the old files are deleted before the old record is replaced.
 
@@ -107,7 +117,7 @@ def prepare(options: CacheOptions, record: dict, files: NpzFiles | ShardFiles) -
         for name in source.classes if npz else ():
             (cache / name).mkdir(exist_ok=True)
         if npz and not (cache / RECORD).exists() and any(cache.glob("*/*.npz")):
-            kept = "complete files of the right shape are kept, whatever VAE made them; --overwrite replaces them"
+            kept = "complete files of the right shape are kept, whatever VAE made them; delete them to encode all"
             logger.warning("%s holds latents but no %s: %s", cache, RECORD, kept)
         write_json(cache / RECORD, record)
     dist.barrier()

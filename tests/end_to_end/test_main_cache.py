@@ -457,6 +457,15 @@ def test_only_own_files_are_replaced(sharded: Argv, own_shards: Path, shards: Pa
     assert contents(own_shards) == before
 
 
+def test_overwrite_deletes_no_latents_of_unknown_origin(npz: Argv, npz_tree: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(npz_tree, tmp_path / "tree"))
+    (out / "cache.json").unlink()
+    before = contents(out)
+    with pytest.raises(ValueError, match=r"holds 10 latents \(.*\.npz, \.\.\.\) but no cache\.json .*do so yourself"):
+        main(npz(out, overwrite=True))
+    assert contents(out) == before
+
+
 def test_a_foreign_cache_json_is_refused(sharded: Argv, tmp_path: Path) -> None:
     for text in ('{"npm": 1}', "[1]"):
         (tmp_path / "cache.json").write_text(text)
