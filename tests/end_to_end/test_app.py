@@ -274,14 +274,15 @@ def test_the_queue_is_short_and_closed_pages_leave_it(
     wait_for(lambda: not server.turns.jobs)
 
 
-def test_connections_have_a_limit(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "places", threading.BoundedSemaphore(1))
-    with socket.create_connection(server.server_address[:2], 60):
-        wait_for(lambda: not server.places._value)
-        with pytest.raises((ConnectionError, http.client.RemoteDisconnected)):
-            ask(server, "/about")
-    wait_for(lambda: server.places._value)
-    assert ask(server, "/about").status == 200
+def test_connections_have_a_limit(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("demo.server.MAX_CONNECTIONS", 1)
+    with serving(studio) as server:
+        with socket.create_connection(server.server_address[:2], 60):
+            wait_for(lambda: not server.places._value)
+            with pytest.raises((ConnectionError, http.client.RemoteDisconnected)):
+                ask(server, "/about")
+        wait_for(lambda: server.places._value)
+        assert ask(server, "/about").status == 200
 
 
 def test_a_failure_is_one_sentence(
