@@ -85,7 +85,8 @@ class CausalAttention(nn.Module):
             cache.values[:, :, start:end] = v
             k, v = cache.keys[:, :, :end], cache.values[:, :, :end]
         dropout = self.attn_dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=positions > 1)  # (N, heads, P, hd)
+        is_causal = cache is None or positions > 1  # in this order: compiled, the number of positions may be a symbol
+        x = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=is_causal)  # (N, heads, P, hd)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(num_tokens, positions, dim)))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models import channel_ar
 from models.channel_ar import is_valid, sample_levels
-from models.layers import CausalAttention
+from models.layers import AdaLNBlock, CausalAttention
 from models.tokenbridge import TokenBridge
 from tests.helpers import tiny_batch, tiny_config, tiny_model
 
@@ -461,3 +461,13 @@ def test_the_parallel_head_learns():
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
     assert not [name for name, p in model.named_parameters() if p.grad is None and name != "fake_latent"]
+
+
+def test_a_compiled_block_is_one_graph():
+    """Also under autocast, and with a symbol for the number of tokens: a break would end fusion at the attention."""
+    block = AdaLNBlock(16, 2, 2.0)
+    compiled = torch.compile(lambda x, c: block(x, block.modulation(c)), backend="eager", fullgraph=True, dynamic=True)
+    for tokens in (3, 5):
+        x, conditioning = torch.randn(2, tokens, 4, 16)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(compiled(x, conditioning), block(x, block.modulation(conditioning)))
