@@ -1,5 +1,5 @@
 # make toy       every stage of the demo at toy size, about a minute
-# make demo      the whole pipeline on handwritten digits, CPU only
+# make demo      the whole pipeline on handwritten digits, CPU only (demo-photos: on colour photographs)
 # make test      the tests (make test-all: the slow ones too)
 # make test-gpu  what only a GPU can show (docs/gpu.md)
 # make lint      ruff, and the rule of imports among folders and files
@@ -9,13 +9,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: toy demo test test-all test-gpu lint extras clean
+.PHONY: toy demo demo-photos test test-all test-gpu lint extras clean
 
 toy: .venv/installed
 	$(BIN)/python -m demo.run --toy --output_dir demo/out/toy --pictures demo/out/toy
 
 demo: .venv/installed
 	$(BIN)/python -m demo.run
+
+demo-photos: .venv/installed
+	$(BIN)/python -m demo.run photos
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"

@@ -17,20 +17,18 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
-from sklearn.svm import SVC
 
 import main_tokenbridge
 from dataset.folders import ImageFolderDataset
 from dataset.images import atomic_write
-from demo import digits
-from demo.run import DEMO, STAMP, TRAINING, build_stages, run_stages
-from evaluation.metrics import FeatureStatistics, fid
+from demo.digits import DIGITS
+from demo.run import TRAINING, build_stages
+from demo.stages import STAMP, run_stages
 from generation import Pipeline, load
 from models.sampling.orders import random_orders
 from models.tokenbridge import TokenBridge, draw_mask_ratio, mask_from_orders, num_masked_tokens
@@ -60,16 +58,16 @@ ABLATIONS = {
 }
 FIGURES = {"bits_per_dim": -1, "accuracy": +1, "frechet": -1}  # which direction is better
 MASK_RATIO_MIN = load_preset("digits").flags["mask_ratio_min"]
-SAMPLING = dict(cfg=2.0, temperature=0.9, num_iter=12)  # the demo's
+SAMPLING = dict(cfg=2.0, temperature=0.9, num_iter=12)  # of the studies whose figures are in docs/
 
 
-def prepare(out: Path, sizes: dict[str, int]) -> None:
+def prepare(out: Path, sizes: Mapping[str, int]) -> None:
     """The demo's digits, VAE and cache, made by its own stages if missing; a VAE with reversed channel order."""
     folder = out / "ablations"
     if os.path.lexists(folder) and not (folder / STAMP).is_file():
         what = f"was not made by this command (it has no {STAMP}), which would replace its files"
         raise ValueError(f"{folder} {what}: choose another --output_dir, or move that folder away")
-    run_stages(build_stages(out, out, sizes)[:4], out)
+    run_stages(build_stages(DIGITS, out, out, sizes)[:4], out)
     write_json(folder / STAMP, {"made by": "python -m demo.ablations"})
     content = torch.load(out / "vae" / "vae.pth", weights_only=True)
     content["config"]["channel_order"] = content["config"]["channel_order"][::-1]
@@ -89,7 +87,7 @@ def train(variant: str, seed: int, steps: int, batch_size: int, out: Path, folde
         "epochs": 100_000,
     }
     flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
-    main_tokenbridge.main([*TRAINING.split()[1:], *flags, *VARIANTS[variant]])
+    main_tokenbridge.main([*TRAINING.format(name=DIGITS.name).split()[1:], *flags, *VARIANTS[variant]])
     return load(folder, vae, device="cpu")
 
 
@@ -100,7 +98,7 @@ def bits_per_dim(model: TokenBridge, vae: AutoencoderKL, root: Path, rounds: int
     Latents are posterior means, with `rounds` fixed masks per image. Mask ratios are evenly
     spaced quantiles of the training distribution; every variant gets the same masks.
     """
-    data = ImageFolderDataset(root, digits.SIZE, flip=False)
+    data = ImageFolderDataset(root, DIGITS.img_size, flip=False)
     images, labels = torch.stack([data.load(i) for i in range(len(data))]), torch.tensor(data.labels)
     latents = vae.scale(vae.encode(images).mode())  # (N, C, h, w)
     generator = torch.Generator().manual_seed(0)
@@ -112,20 +110,6 @@ def bits_per_dim(model: TokenBridge, vae: AutoencoderKL, root: Path, rounds: int
     return statistics.mean(losses) / math.log(2)
 
 
-def margins(classifier: SVC, pixels: np.ndarray) -> np.ndarray:
-    """The classifier's 45 pairwise margins (N, 45) of pixel features (N, 64)."""
-    classifier.decision_function_shape = "ovo"
-    return classifier.decision_function(pixels)
-
-
-def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Fréchet distance of two sets of features (N, D)."""
-    both = [FeatureStatistics(x.shape[1]) for x in (a, b)]
-    for part, x in zip(both, (a, b), strict=True):
-        part.update(torch.from_numpy(x))
-    return fid(*(part.as_dict() for part in both))
-
-
 def score_images(
     images: Sequence[Image.Image], labels: Sequence[int], train_root: Path, folder: Path
 ) -> tuple[float, float]:
@@ -133,10 +117,7 @@ def score_images(
     files = [folder / f"{number:06d}.png" for number in range(len(images))]
     for file, image in zip(files, images, strict=True):
         atomic_write(image, file)
-    classifier, (real, _) = digits.fit_classifier(train_root), digits.read_part(train_root)
-    generated = np.stack([digits.features(file) for file in files])
-    distance = frechet(margins(classifier, generated), margins(classifier, real))
-    return digits.accuracy(classifier, files, labels), distance
+    return DIGITS.fit_classifier(train_root).score(files, labels)
 
 
 def run_variant(variant: str, seed: int, steps: int, batch_size: int, num_images: int, out: Path) -> dict:
@@ -205,7 +186,7 @@ def print_summary(found: dict) -> None:
         print("bits per dimension of different quantizers are lengths of different codes and are not compared")
 
 
-def main(argv: Sequence[str] | None = None, sizes: dict[str, int] = DEMO) -> None:
+def main(argv: Sequence[str] | None = None, sizes: Mapping[str, int] = DIGITS.sizes) -> None:
     """Run the ablations, print their tables; `sizes` of the demo's stages. ValueError for bad input."""
     parser = make_parser(__doc__)
     parser.add_argument("ablation", choices=[*ABLATIONS, "all"])

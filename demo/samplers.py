@@ -25,7 +25,7 @@ from util.log import get_logger
 logger = get_logger()
 
 EXACT = "random order, nothing reused"
-# Name -> sampler options beside the demo's.
+# Name -> sampler options beside SAMPLING.
 SETTINGS: dict[str, dict] = {
     EXACT: {},
     "reuse_features 2": dict(reuse_features=2),

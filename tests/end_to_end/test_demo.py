@@ -1,4 +1,4 @@
-"""The demo: its data, its classifier, its stages at toy size end to end, and that finished stages are skipped."""
+"""The demos: their data and classifiers, all stages at toy size, and that finished stages are skipped."""
 
 import json
 import shutil
@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 
 from dataset.images import read_image
-from demo import digits
-from demo.run import COMMANDS, TOY, Stage, build_stages, main, run_stages
+from demo import digits, photos
+from demo.definition import frechet, list_images
+from demo.digits import DIGITS
+from demo.photos import PHOTOS
+from demo.run import COMMANDS, DEMOS, TOY, build_stages, main
+from demo.stages import Stage, run_stages
 from tests.helpers import REPO
 from util.files import record_own, refuse_others
 
@@ -33,21 +37,57 @@ def test_every_digit_is_written_once(folder: Path) -> None:
 
 
 def test_the_classifier_knows_real_digits_and_nothing_else(folder: Path) -> None:
-    classifier, files = digits.fit_classifier(folder / "train"), sorted((folder / "val").glob("*/*.png"))
-    labels = [int(file.parent.name) for file in files]
-    assert digits.accuracy(classifier, files, labels) > 0.97
-    assert digits.accuracy(classifier, files, [(label + 1) % 10 for label in labels]) < 0.03
+    """One margin per pair of the ten classes; the distance to real images is small, of a set to itself 0."""
+    classifier, (files, labels) = DIGITS.fit_classifier(folder / "train"), list_images(folder / "val")
+    assert classifier.score(files, labels)[0] > 0.97 and classifier.score(files, labels)[1] < 0.2
+    assert classifier.score(files, [(label + 1) % 10 for label in labels])[0] < 0.03
+    margins = classifier.real_margins
+    assert margins.shape == (1617, 45) and abs(frechet(margins, margins)) < 1e-6
+    assert frechet(margins, margins + 1) == pytest.approx(45, rel=1e-6)
 
 
-def test_the_commands_of_the_stages(tmp_path: Path) -> None:
+@pytest.fixture
+def few_photos(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(photos, "CROPS", {"train": 20, "val": 2})
+
+
+def test_training_and_validation_photos_share_no_row(tmp_path: Path, few_photos: None) -> None:
+    """Every crop is somewhere within its part's rows of one of its class's pictures."""
+    assert photos.write_image_folder(tmp_path) == {"train": 200, "val": 20}
+    for name, sources in photos.PICTURES.items():
+        train, val = (range(*photos.rows_of(name, part)) for part in ("train", "val"))
+        assert not {*train} & {*val} and {*train} | {*val} == {*range(photos.HEIGHT)} and len(val) >= photos.SIZE
+        pictures = [photos.read_picture(source) for source in sources]
+        for part, rows in (("train", train), ("val", val)):
+            for file in sorted((tmp_path / part / name).iterdir())[:2]:
+                crop = np.asarray(read_image(file))
+                windows = [np.lib.stride_tricks.sliding_window_view(p[rows][:, :, 0], (64, 64)) for p in pictures]
+                corners = [(w[..., 0, :] == crop[0, :, 0]).all(-1) for w in windows]
+                assert any((w[c] == crop[..., 0]).all((1, 2)).any() for w, c in zip(windows, corners, strict=True))
+    classifier = PHOTOS.fit_classifier(tmp_path / "train")
+    assert classifier.score(*list_images(tmp_path / "train"))[0] > 0.98
+    assert classifier.score(*list_images(tmp_path / "val"))[0] > 0.6  # 94 % with all crops, docs/demos.md
+
+
+def test_a_package_without_a_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(photos, "PICTURES", {"dog": ("skimage.data/dog.png",)})
+    with pytest.raises(FileNotFoundError, match=r"dog.png is missing: the installed scikit-image .* no such picture"):
+        photos.write_image_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_the_commands_of_the_stages(tmp_path: Path, name: str) -> None:
     """Folders with blanks stay one word; every size is filled in; training runs two processes."""
-    stages = build_stages(tmp_path / "a b", tmp_path, TOY)
+    stages = build_stages(DEMOS[name], tmp_path / "a b", tmp_path, TOY)
     assert [stage.name for stage in stages] == list(COMMANDS) and stages[0].command is None
     for stage in stages[1:]:
         assert stage.command[0] == sys.executable and str(stage.folder) in stage.command
-        assert not any("{" in word for word in stage.command)
+        assert not any("{" in word for word in stage.command) and stage.expected
     training = stages[4].command
     assert training[training.index("--max_steps") + 1] == "6" and "--nproc_per_node=2" in training
+    assert training[training.index("--preset") + 1] == name
+    vae = stages[1].command
+    assert "--width" in vae and vae[vae.index("--img_size") + 1] == str(DEMOS[name].img_size)
 
 
 class Recorded:
@@ -101,7 +141,7 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("name", [stage.folder.name for stage in build_stages(Path("out"), Path(), TOY)])
+@pytest.mark.parametrize("name", [stage.folder.name for stage in build_stages(DIGITS, Path("out"), Path(), TOY)])
 def test_folders_that_the_demo_did_not_make_are_refused(tmp_path: Path, name: str) -> None:
     """Row 1: a folder of the user's, of any stage, stays, and nothing is begun."""
     (tmp_path / name).mkdir()
@@ -156,7 +196,7 @@ def test_all_stages_at_toy_size(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-2000:]
     for picture in ("samples.png", "reconstruction.png", "loss.png"):
         assert read_image(tmp_path / picture).size[0] > 100
-    for words in ("held-out ones (SVM): 99.", "1617 latents", "class accuracy of 10 generated digits"):
+    for words in ("held-out ones (SVM): 99.", "1617 latents", "class accuracy of 10 generated images"):
         assert words in result.stdout
     stamps = [json.loads(path.read_text()) for path in sorted((tmp_path / "out" / "stages").iterdir())]
     assert len(stamps) == 6 and all(stamp["seconds"] > 0 for stamp in stamps)
@@ -164,3 +204,16 @@ def test_all_stages_at_toy_size(tmp_path: Path) -> None:
     assert again.returncode == 0 and again.stdout.count("finished before") == 6
     assert "6 stages, 0 of them in this run (0 s)" in again.stdout
     assert str(REPO) not in "".join(json.dumps(stamp["command"]) for stamp in stamps)
+
+
+@pytest.mark.slow
+def test_photos_at_toy_size(tmp_path: Path, few_photos: None, capfd: pytest.CaptureFixture) -> None:
+    """The same stages with the other data: one row of the table and one file per stage, and its own pictures."""
+    main(["photos", "--toy", "--output_dir", str(tmp_path / "out"), "--pictures", str(tmp_path)])
+    printed = capfd.readouterr().out
+    for words in ("200 + 20 real images", "200 latents", "class accuracy of 10 generated images", "6 stages"):
+        assert words in printed
+    for picture in ("samples.png", "reconstruction.png", "loss.png", "rate_distortion.png"):
+        assert read_image(tmp_path / f"photos_{picture}").size[0] > 100
+    rows = json.loads((tmp_path / "out" / "photos" / "reconstruction" / "results.json").read_text())["rows"]
+    assert len(rows) == 1 + 6 * 4

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from demo import digits
 from demo.ablations import SAMPLING
+from demo.digits import DIGITS
 from demo.samplers import EXACT, SETTINGS, main, run
 from generation import Pipeline
 from tests.helpers import tiny_model, tiny_vae
@@ -27,7 +27,7 @@ def test_bad_flags(tmp_path: Path, flags: list[str], message: str) -> None:
 
 def test_a_toy_study(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Of three settings, the exact one and its twin give equal images, another order does not; one line each."""
-    digits.write_image_folder(tmp_path / "digits")
+    DIGITS.write_images(tmp_path / "digits")
     settings = {EXACT: {}, "twin": dict(reuse_features=1), "order raster": SETTINGS["order raster"]}
     run(Pipeline(tiny_model(), tiny_vae()), tmp_path, 20, range(2), settings, SAMPLING | dict(num_iter=2))
     results = json.loads((tmp_path / "samplers.json").read_text())["settings"]

@@ -112,9 +112,9 @@ def test_float32_on_a_cpu_unless_given(messages: list[str]) -> None:
 
 
 def test_the_files(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert preset_names() == ["digits", "huge", "large", "huge_eval", "large_eval"]
+    assert preset_names() == ["digits", "huge", "large", "photos", "huge_eval", "large_eval"]
     assert all(load_preset(name).source in ("published", "measured here") for name in preset_names())
-    with pytest.raises(ValueError, match="preset 'medium_eval' is unknown; choose from digits, huge, large"):
+    with pytest.raises(ValueError, match="preset 'medium_eval' is unknown; choose from digits, huge, large, photos"):
         load_preset("medium_eval")
     monkeypatch.setattr(presets, "FOLDER", tmp_path)
     (tmp_path / "mine.yaml").write_text("flags: {epochs: 3}\n")
