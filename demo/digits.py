@@ -51,7 +51,7 @@ DIGITS = Demo(
     vae="--vae_embed_dim 4 --width 32 --ch_mult 1,1,2,2 --num_res_blocks 1 --no_attention --kl_weight 1e-5 --lr 1e-3"
     " --batch_size 16",
     quantizers="--bits 6 --range 5.0",
-    sampling=dict(cfg=2.0, temperature=0.9, num_iter=12),
+    sampling=dict(cfg=2.0, temperature=0.7, num_iter=12),
     sizes=dict(vae_steps=800, steps=2200, samples=100, reconstructed=180),
     expected={"images": "99 %", "train VAE": "28 dB or more", "reconstruct": "97 % or more", "cache": "1617"},
 )

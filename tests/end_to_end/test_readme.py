@@ -193,7 +193,7 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 def test_there_are_commands_and_shells_can_read_them() -> None:
-    pages = {"README", "cache", "evaluation", "logs", "own_data", "published", "reproduce", "sampling", "training"}
+    pages = {"README", "cache", "demos", "evaluation", "logs", "own_data", "published", "reproduce", "sampling", "training"}
     assert len(COMMANDS) > 35 and {f"{name}.md" for name in pages} <= set(COMMANDS.values())
     for path, blocks in BLOCKS.items():
         for block in blocks:
