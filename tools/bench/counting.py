@@ -109,7 +109,14 @@ class GpuAttention(TorchFunctionMode):
         return self.attention(*args, **(kwargs or {}))
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout_p: float = 0.0, is_causal=False, **_
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **_,
     ) -> Tensor:
         """As F.scaled_dot_product_attention."""
         if torch.is_autocast_enabled("cuda"):
