@@ -25,6 +25,7 @@ def test_bad_flags(tmp_path: Path, flags: list[str], message: str) -> None:
         main([*flags, "--output_dir", str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_a_toy_study(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Of three settings, the exact one and its twin give equal images, another order does not; one line each."""
     DIGITS.write_images(tmp_path / "digits")

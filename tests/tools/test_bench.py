@@ -157,6 +157,7 @@ def test_no_host_sync_at_any_temperature(temperature: float, schedule: str, cfg:
     assert counts.syncs == {} and positions.total == 2 * model.num_tokens * 16
 
 
+@pytest.mark.slow
 def test_sampling_base_within_its_flops() -> None:
     """At most 1.7 TFLOP per image at 8 iterations with guidance (issue 3), 256 px, 64 levels."""
     with fake_mode():
@@ -347,6 +348,7 @@ def test_cache_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 def test_what_is_reused_is_not_computed(capsys: pytest.CaptureFixture) -> None:
     """Study "reuse": fewer FLOPs than the exact sampler; a confidence order costs more the more it scores."""
     main(["sample", "--study", "reuse", *SMALL.split(), "--num_iter", "6", "--dry"])
