@@ -305,8 +305,8 @@ def test_gpu_bench_runs_every_section(tmp_path: Path, capsys: pytest.CaptureFixt
     for part in ("6 iterations, cfg 3.1, batch 2, eager", "1 image(s)", "8 image(s)", "Inception", "reuse_features 4"):
         assert part in names
     assert {len(kernels) for kernels in found["profile"].values()} == {15} and len(found["profile"]) == 2
-    by_name = {row["name"]: row for row in found["rows"]}
-    assert by_name["training digits, batch 2, eager"]["baseline"] > 0 and "TFLOP/s" in capsys.readouterr().out
+    eager = [row["baseline"] for row in found["rows"] if row["name"] == "training digits, batch 2, eager"]
+    assert len(eager) == 2 and eager[0] > 0 and "TFLOP/s" in capsys.readouterr().out  # the second is of --others
 
 
 @pytest.mark.skipif(bool(no_fake_gpu()), reason=no_fake_gpu())
