@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -248,6 +249,20 @@ def test_our_checkpoint_resumes_in_the_published_code(tmp_path: Path, precision:
 
 
 # ---- hyper-parameters
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *(dict(betas=betas) for betas in (("a", 0.9), (0.9,), (0.9, 1.0), (-0.1, 0.9), (0.9, math.nan), None, 0.9)),
+        *(dict(eps=-1.0), dict(eps="x"), dict(eps=math.inf), dict(weight_decay=math.nan), dict(weight_decay=-0.1)),
+    ],
+)
+def test_hyper_parameters_without_sense_are_refused(values: dict) -> None:
+    group = {"weight_decay": 0.1, "betas": (0.8, 0.9), "eps": 1e-6} | values
+    words = r"the optimizer state in a\.pth is not that of an AdamW .*leave out its key .optimizer. to start a new one"
+    with pytest.raises(ValueError, match=words):
+        saved_hyper_parameters({"optimizer": {"param_groups": [group, group]}}, "a.pth")
 
 
 def test_a_given_flag_wins_otherwise_the_checkpoint(messages: list[str]) -> None:
