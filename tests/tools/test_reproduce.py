@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import main_tokenbridge
+import reconstruction
 from models.tokenbridge import TokenBridge
 from tests.helpers import REPO, argv_of, tiny_config, tiny_vae, write_image_folder
 from tools.bench import __main__ as bench
@@ -263,6 +264,16 @@ def test_the_catalogue_has_every_published_figure() -> None:
     assert "FID∞" in str(catalogue(fid_infinity=True)) and "52.42" in catalogue()[-1].note
 
 
+def test_reading_a_reconstruction(tmp_path: Path, toy_vae: Path, image_root: Path) -> None:
+    """results.json of the command itself, without Inception weights."""
+    where = dict(vae_path=toy_vae, image_dir=image_root, output_dir=tmp_path, img_size=32, num_images=2)
+    reconstruction.main(argv_of(**where, bits=[3, 6], range=5, no_rfid=True, device="cpu", num_workers=0))
+    found = read_reconstruction(tmp_path)
+    assert {"fid VAE alone", "fid 3 5", "fid 6 5", "rfid 6 5", "rfid", "is"} < found.keys() and found["fid 6 5"] is None
+    differs = ["img_size 32 instead of 256", "pixels round instead of truncate", "num_images 2 instead of None"]
+    assert found["differs"] == differs
+
+
 def test_reading_what_the_stages_wrote(tmp_path: Path) -> None:
     rows = [dict(bits=None, range=None, fid=1.1, rfid=0.5, inception_score=1.0)]
     rows += [dict(bits=6, range=5.0, fid=1.12, rfid=0.55, inception_score=304.0)]
@@ -412,7 +423,7 @@ def same(report: dict, out: Path) -> dict:
 
 @pytest.mark.slow
 def test_a_killed_run_that_is_continued_gives_the_same_report(tmp_path: Path) -> None:
-    """Killed with its processes in the first stage, alone in the third, and within an evaluation."""
+    """Killed with its processes in the first stage, alone at the start of the second, and within it."""
     root = tmp_path / "demo"
     for part in ("train", "val"):
         write_image_folder(root / "digits", per_class=7, size=(40, 36), split=part)
@@ -423,9 +434,9 @@ def test_a_killed_run_that_is_continued_gives_the_same_report(tmp_path: Path) ->
     training = dict(batch_size=4, max_steps=1, warmup_epochs=0, ema_rate=0.1, num_workers=0, device="cpu")
     places = dict(data_path=root / "digits", output_dir=root / "model")
     main_tokenbridge.main(argv_of(**model, **training, **places))
-    reports, points = [], ("stand_in/inception.pth", "logs/bits.log", "large/eval/*/features/*.npz")
+    reports, points = [], ("stand_in/inception.pth", "logs/large.log", "large/eval/*/features/*.npz")
     for out in (tmp_path / "whole", tmp_path / "killed"):
-        flags = ["--demo_dir", str(root), "--output_dir", str(out), "--only", "reconstruction,large", "--gpus", "1"]
+        flags = ["--demo_dir", str(root), "--output_dir", str(out), "--only", "large", "--gpus", "1"]
         command = [sys.executable, "-m", "tools.reproduce", "--demo", *flags]
         for number, point in enumerate(points if out.name == "killed" else ()):
             with subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, start_new_session=True) as process:
