@@ -271,9 +271,8 @@ class Plan:
         other = {} if name == "large" else {key: preset.flags[key] for key in ("model", "epochs", "warmup_epochs")}
         changes = other | dict(output_dir=folder, resume=folder, use_cached=True, precision=self.precision)
         changes |= dict(cached_path=cache.flags["cached_path"][0], max_steps=o.steps)
-        changes |= dict(save_every_steps=min(500, o.steps // 4)) | (
-            digits | sizes | dict(vae_stride=8) if o.demo else {}
-        )
+        changes |= dict(save_every_steps=min(500, o.steps // 4))
+        changes |= digits | sizes | dict(vae_stride=8) if o.demo else {}
         command = self.command("train", **changes)
         each, rest = divmod(preset.global_batch, o.processes * int(command.flags["batch_size"][0]))
         if rest and not o.demo:
@@ -282,9 +281,8 @@ class Plan:
         command = command if o.demo or each == 1 else command.changed(accum_iter=each)
         masked = num_masked_tokens(mean_mask_ratio(config.mask_ratio_min), config.num_tokens)
         work = Work(o.steps * preset.global_batch * step_flops(config, masked), written=2.2 * DOWNLOAD_BYTES[name])
-        measure = partial(
-            read_training, folder, Path(changes["cached_path"]), Path(o.bands), preset, o.processes, self.device
-        )
+        where = folder, Path(changes["cached_path"]), Path(o.bands)
+        measure = partial(read_training, *where, preset, o.processes, self.device)
         about = f"{o.steps} steps of the published training of {name}"
         train = Stage(f"train-{name}", about, measure, command, "train", (), Work() if o.demo else work)
         return [*([] if o.cached_path else found), train]
