@@ -37,8 +37,10 @@ logger = get_logger()
 
 VAE_SAFE = "vae.safetensors"  # beside SAFE
 KL16_PATH = "pretrained_models/vae/kl16.ckpt"
-# How a model is trained; a resumed training may change it. The other options of a model are fixed by its checkpoint.
-BEHAVIOUR = ("label_drop_prob", "mask_ratio_min", "attn_dropout", "proj_dropout", "grad_checkpointing")
+# How a model is trained, and with how much memory; a resumed training may change it. The other options of a model are
+# fixed by its checkpoint.
+RATES = ("label_drop_prob", "mask_ratio_min", "attn_dropout", "proj_dropout")
+BEHAVIOUR = (*RATES, "grad_checkpointing", "head_chunk")
 STRUCTURE = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "quant_min", "quant_max", "class_num")
 STRUCTURE += ("buffer_size", "head")
 FROM_SHAPES = (
@@ -89,7 +91,8 @@ class StructureOptions:
     mask_ratio_min: float = _config_option("mask_ratio_min")
     attn_dropout: float = _config_option("attn_dropout")
     proj_dropout: float = _config_option("proj_dropout")
-    grad_checkpointing: bool = _config_option("grad_checkpointing")
+    grad_checkpointing: str = _config_option("grad_checkpointing")
+    head_chunk: int | None = _config_option("head_chunk")
 
     def __post_init__(self) -> None:
         check_options(self)

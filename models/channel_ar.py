@@ -20,9 +20,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.config import TokenBridgeConfig
+from models.grouped_loss import grouped_sum
 from models.layers import LAYER_NORM_EPS, AdaLNBlock, FinalModulation, LayerCache, Modulation
 
 DECODE_CHUNK_BYTES = 2**30  # tokens are decoded in groups whose adaLN terms fit in this much memory
+# The head's loss is computed in groups of tokens whose activations take about this much memory in float32, on a CPU and
+# elsewhere: 45 % less in half precision. 160 bytes for each position, width and block are counted (tools.bench train).
+GROUP_BYTES, GROUP_BYTES_ON_CPU = 2**33, 2**29
+GROUP_BYTES_EACH = 160
 
 
 def embedding(*shape: int) -> nn.Parameter:
@@ -91,7 +96,8 @@ class ChannelAR(nn.Module):
         """Modules of the head; call it after the backbone's, as in the published order."""
         c, dim = config, config.channel_embed_dim
         self.num_channels, self.num_levels = c.vae_embed_dim, c.quant_levels
-        self.head, self.head_start, self.checkpoint_head = c.head, c.head_start, c.grad_checkpointing
+        self.head, self.head_start, self.head_chunk = c.head, c.head_start, c.head_chunk
+        self.checkpoint_head = c.grad_checkpointing == "full" and c.head_chunk == 0
         self.channel_order = list(c.channel_order)
         inverse = [self.channel_order.index(i) for i in range(self.num_channels)]
         self.register_buffer("to_head_order", torch.tensor(self.channel_order), persistent=False)
@@ -157,6 +163,43 @@ class ChannelAR(nn.Module):
         weight = torch.stack([head.weight for head in self.channel_heads])  # (C, K, H)
         bias = torch.stack([head.bias for head in self.channel_heads])  # (C, K)
         return torch.baddbmm(bias.unsqueeze(1), x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)  # (N, C, K)
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """All parameters of the head."""
+        modules = (self.condition_proj, self.token_embeddings, self.channel_blocks, self.channel_norm)
+        modules = nn.ModuleList((*modules, self.channel_final, self.channel_heads))
+        return [self.channel_embed, self.timesteps_embeddings, *modules.parameters()]
+
+    def group_size(self, device_type: str) -> int:
+        """Tokens whose loss is computed together: `head_chunk`, or as many as fit GROUP_BYTES."""
+        if self.head_chunk is not None:
+            return self.head_chunk
+        each = GROUP_BYTES_EACH * self.num_channels * self.condition_proj.out_features * len(self.channel_blocks)
+        return max(1, (GROUP_BYTES_ON_CPU if device_type == "cpu" else GROUP_BYTES) // each)
+
+    def summed_losses(self, z: Tensor, targets: Tensor, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cross-entropy summed over tokens and dimensions, a float32 scalar, from z (N, D) and targets (N, C).
+
+        And (2, C): the loss of each dimension, and how many of its targets have the highest logit; without a gradient.
+        """
+        logits = self.channel_logits(z, targets) if logits is None else logits
+        logits = logits.transpose(0, 1)  # (C, N, K), as the head made them
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.T.flatten(), reduction="none")
+        losses = losses.view(self.num_channels, -1).sum(1)  # (C,)
+        return losses.sum(), torch.stack([losses.detach(), (logits.detach().argmax(-1) == targets.T).sum(1)])
+
+    def channel_loss(self, z: Tensor, targets: Tensor, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy over all (token, dimension) pairs, a float32 scalar, from z (N, D) and targets (N, C).
+
+        And (2, C) without a gradient: loss and accuracy of each dimension. All in head order. Computed in groups of
+        `group_size` tokens (0: as a whole), forward and backward together (grouped_loss.py), or from given logits.
+        """
+        size = self.group_size(z.device.type)
+        if size and logits is None:
+            total, details = grouped_sum(self.summed_losses, z, targets, self.head_parameters(), size)
+        else:
+            total, details = self.summed_losses(z, targets, logits)
+        return total / targets.numel(), details / len(targets)
 
     def _inputs(self, h: Tensor, indices: Tensor | None) -> Tensor:
         """Inputs (N, C, H) before the positions' embeddings: h, then the previous index; h throughout if parallel."""

@@ -12,6 +12,7 @@ from util.options import ArgumentError, check_options, option
 logger = logging.getLogger("tokenbridge")
 
 HEADS = ("autoregressive", "parallel")
+CHECKPOINTING = ("selective", "full", "none")
 HEAD_STARTS = ("official", "trained")
 # Larger sizes are a damaged file's, or a slip: huge has 1280 and 20, and 256 tokens.
 MOST = {"width": 2**14, "depth": 256, "tokens": 2**16}
@@ -49,7 +50,17 @@ class TokenBridgeConfig:
     attn_dropout: float = option(0.1, "on attention weights, in training", lowest=0, highest=1)
     proj_dropout: float = option(0.1, "after projections and in the MLPs, in training", lowest=0, highest=1)
     buffer_size: int = option(64, "class-token slots before the image tokens", lowest=1, highest=2**14)
-    grad_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    grad_checkpointing: str = option(
+        CHECKPOINTING[0],
+        "recompute in the backward pass: full (given without a value, as published) whole blocks, selective norms and "
+        "activation functions only; numbers stay the same",
+        choices=CHECKPOINTING,
+        nargs="?",
+        const="full",
+    )
+    head_chunk: int | None = option(
+        None, "tokens whose loss the head computes together; 0 for all; default: by its size and the device", lowest=0
+    )
     quant_min: float = option(-5.0, "lowest latent value of the quantizer", check=False)
     quant_max: float = option(5.0, "highest latent value of the quantizer", check=False)
     channel_order: Sequence[int] | None = None
@@ -61,6 +72,8 @@ class TokenBridgeConfig:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.grad_checkpointing, bool):  # the published flag, as in earlier checkpoints: given or not
+            object.__setattr__(self, "grad_checkpointing", "full" if self.grad_checkpointing else CHECKPOINTING[0])
         check_options(self)
         self._check_sizes()
         quantizer.check_range(self.quant_min, self.quant_max)

@@ -18,9 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.special import ndtr, ndtri
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models import quantizer
 from models.channel_ar import ChannelAR, embedding
@@ -29,7 +27,7 @@ from models.layers import LAYER_NORM_EPS, take
 from models.sampling.loop import SamplerState, sample_steps
 from models.sampling.options import SamplerOptions
 from models.sampling.orders import random_orders
-from models.vit_blocks import masked_block, partial_block
+from models.vit_blocks import TrainedBlock, masked_block, partial_block, recomputed
 from util.options import ArgumentError
 
 
@@ -104,7 +102,8 @@ class TokenBridge(ChannelAR):
         self.z_proj = nn.Linear(c.vae_embed_dim, width)
         norm = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
         dropout = dict(attn_drop=c.attn_dropout, proj_drop=c.proj_dropout)
-        block = partial(Block, mlp_ratio=c.mlp_ratio, qkv_bias=True, norm_layer=norm, **dropout)
+        kept = dict(selective=c.grad_checkpointing == "selective")
+        block = partial(TrainedBlock, mlp_ratio=c.mlp_ratio, qkv_bias=True, norm_layer=norm, **dropout, **kept)
         self.z_proj_ln = norm(width)
         self.encoder_blocks = nn.ModuleList(block(width, c.encoder_num_heads) for _ in range(c.encoder_depth))
         self.encoder_norm = norm(width)
@@ -151,8 +150,9 @@ class TokenBridge(ChannelAR):
     # ---- backbone
 
     def _run_blocks(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        full = self.grad_checkpointing == "full" and self.training and torch.is_grad_enabled()
         for block in blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
+            x = recomputed(block, x) if full else block(x)
         return x
 
     def encoder_inputs(self, values: Tensor, visible: Tensor, class_embedding: Tensor) -> Tensor:
@@ -241,13 +241,12 @@ class TokenBridge(ChannelAR):
         class_embedding = self._training_classes(labels, label_drop, generator)  # (B, D)
         z = self.run_decoder(self.run_encoder(take(values, visible), visible, class_embedding), visible)  # (B, L, D)
         targets = take(indices, masked).flatten(0, 1)[:, self.to_head_order]  # (B*M, C)
-        logits = self.channel_logits(take(z, masked).flatten(0, 1), targets)  # (B*M, C, K)
-        by_dimension = logits.transpose(0, 1)  # (C, B*M, K), as the head made them
-        losses = F.cross_entropy(by_dimension.flatten(0, 1).float(), targets.T.flatten(), reduction="none")
-        losses = losses.view(self.token_dim, -1).mean(1)  # (C,)
-        loss = losses.mean() + 0 * latents.float().mean()  # NaN latents would quantize to a level; show them
+        z_masked = take(z, masked).flatten(0, 1)  # (B*M, D)
+        logits = self.channel_logits(z_masked, targets) if return_details else None  # (B*M, C, K)
+        loss, metrics = self.channel_loss(z_masked, targets, logits)
+        loss = loss + 0 * latents.float().mean()  # NaN latents would quantize to a level; show them
         if return_metrics:
-            return loss, losses.detach(), (by_dimension.detach().argmax(-1) == targets.T).float().mean(1)
+            return loss, *metrics
         return TrainingDetails(loss, indices, z, logits) if return_details else loss
 
     def _training_classes(self, labels: Tensor, label_drop: Tensor | None, generator: torch.Generator | None) -> Tensor:

@@ -1,10 +1,16 @@
-"""A timm transformer block in parts, for callers that bring their own keys, values or attention mask. No dropout.
+"""A timm transformer block in parts, for callers that bring their own keys, values or attention mask, or that keep less
+of it for the backward pass. No dropout but in `TrainedBlock`.
 
 Letters: N sequences, P positions, M of them, D width.
 """
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.layers import LayerCache, take
 
@@ -59,3 +65,36 @@ def cached_block(
             store[:rows].scatter_(2, slots[:, None, :, None].expand_as(new), new.to(store.dtype))
     keys, values = (store[:rows, :, :length].to(q.dtype) for store in (cache.keys, cache.values))
     return block_rest(block, x if queries is None else queries, F.scaled_dot_product_attention(q, keys, values))
+
+
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), of which x alone is kept for the backward pass.
+
+    The recomputation stops once it has everything that was saved: a Linear at the end, which saves its input only, does
+    not run a second time.
+    """
+    return checkpoint(function, x, use_reentrant=False)
+
+
+class TrainedBlock(Block):
+    """timm's block. With `selective`, training keeps the outputs of matmuls and of attention for the backward pass, and
+    recomputes norms, GELU and the MLP's inner dropout: the same numbers, the same random draws.
+
+    A compiled block is the compiler's to plan, which recomputes as much by itself.
+    """
+
+    def __init__(self, *arguments: object, selective: bool = False, **more: object):
+        super().__init__(*arguments, **more)
+        self.selective = selective
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, P, D) -> (N, P, D)."""
+        if not (self.selective and self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return super().forward(x)
+        attn, mlp = self.attn, self.mlp
+        qkv = recomputed(lambda x: attn.qkv(self.norm1(x)), x).unflatten(-1, (3, attn.num_heads, attn.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (N, heads, P, head_dim) each
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p)
+        x = x + attn.proj_drop(attn.proj(attended.transpose(1, 2).flatten(2)))
+        hidden = recomputed(lambda x: mlp.fc1(self.norm2(x)), x)
+        return x + mlp.drop2(recomputed(lambda x: mlp.fc2(mlp.drop1(mlp.act(x))), hidden))

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoints.build import BEHAVIOUR
+from checkpoints.build import RATES
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from training.lr_sched import base_learning_rate
@@ -110,7 +110,7 @@ def warn_of_other_recipe(arguments: Mapping, content: dict, source: Path, lr: fl
 
     Rates of the model's behaviour are included for published files only: `build_model` logs those of our own.
     """
-    names = RECIPE_NAMES if content.get("config") else RECIPE_NAMES + BEHAVIOUR
+    names = RECIPE_NAMES if content.get("config") else RECIPE_NAMES + RATES
     changed = changes(arguments, recorded_arguments(content), names)
     before = recorded_peak_lr(content)
     if before is not None and not math.isclose(before, lr):

@@ -42,8 +42,7 @@ def shard(model: nn.Module, units: Iterable[nn.Module], device: torch.device) ->
     """Cut the parameters over all processes, in place: each unit is gathered when it runs and freed after; the rest
     makes one more unit.
 
-    Inner units come before the ones that hold them. Only one unit at a time is ever whole on the device. Ask
-    `cannot_shard` first.
+    Only one unit at a time is ever whole on the device, beside the model's own. Ask `cannot_shard` first.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # slow to import; only for runs that shard

@@ -60,13 +60,14 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def compile_blocks(model: TokenBridge) -> None:
-    """Compile every transformer block by itself, in place: few shapes, short compilation, and keys and hooks stay as
-    they are.
+    """Compile every block of the backbone by itself, and the head's loss of a group of tokens, in place: few shapes,
+    short compilation, and keys and hooks stay as they are.
 
     The number of visible tokens changes from step to step, so sizes are symbols.
     """
-    for block in (*model.encoder_blocks, *model.decoder_blocks, *model.channel_blocks):
+    for block in (*model.encoder_blocks, *model.decoder_blocks):
         block.compile(dynamic=True)
+    model.summed_losses = torch.compile(model.summed_losses, dynamic=True)
 
 
 def wrap(model: TokenBridge, accumulates: bool) -> nn.Module:
@@ -103,8 +104,8 @@ class TrainState:
         if settings.compile:
             compile_blocks(model)
         if settings.fsdp:
-            linears = [layer[1] for layer in model.modulation_layers]  # these run before the block that holds them
-            shard(model, (*linears, *model.encoder_blocks, *model.decoder_blocks, *model.channel_blocks), self.device)
+            # the head stays in the root's unit, gathered for the whole step: its loss is computed in groups of tokens
+            shard(model, (*model.encoder_blocks, *model.decoder_blocks), self.device)
         elif device is not None:
             model.to(device)
         self.wrapped: nn.Module = model if settings.fsdp else wrap(model, settings.accum_iter > 1)

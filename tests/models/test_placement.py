@@ -104,7 +104,7 @@ def test_full_size_vae_shapes():
         assert posterior.mean.device.type == "cuda"
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("context", ["plain", "device"])
 def test_training_forward_stays_on_the_gpu(context, checkpointing):
     """With given masks not one tensor elsewhere; also within a torch.device("cuda") block."""

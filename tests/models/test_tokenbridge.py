@@ -418,25 +418,26 @@ def test_no_gradient_for_the_buffers():
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_grad_checkpointing_changes_no_number(dropout):
     results = []
-    for checkpointing in (False, True):
-        model = tiny_model(grad_checkpointing=checkpointing, attn_dropout=dropout, proj_dropout=dropout).train()
+    for kept in ("none", "selective", "full", True):
+        model = tiny_model(grad_checkpointing=kept, attn_dropout=dropout, proj_dropout=dropout, head_chunk=0).train()
         torch.manual_seed(0)
         loss = model(*tiny_batch(), half_mask())
         loss.backward()
         results.append([loss.detach()] + [p.grad for p in model.parameters() if p.grad is not None])
-    plain, recomputed = results
-    assert len(plain) == len(recomputed)
-    for a, b in zip(plain, recomputed, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    plain, *recomputed = results
+    for others in recomputed:
+        for a, b in zip(plain, others, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_grad_checkpointing_recomputes():
-    """Else the flag would do nothing: the blocks run twice, and only in training."""
-    model, calls = tiny_model(grad_checkpointing=True), []
+@pytest.mark.parametrize("head_chunk", [None, 0])
+def test_grad_checkpointing_recomputes(head_chunk):
+    """Else the flag would do nothing: the blocks run twice, and only in training; the head's if not in groups."""
+    model, calls = tiny_model(grad_checkpointing="full", head_chunk=head_chunk), []
     for block in (*model.encoder_blocks, *model.decoder_blocks, *model.channel_blocks):
         block.register_forward_pre_hook(lambda *_: calls.append(1))
     model.train()(*tiny_batch(), half_mask()).backward()
-    assert len(calls) == 2 * (2 + 3 + 2)
+    assert len(calls) == 2 * (2 + 3) + (2 if head_chunk is None else 2 * 2)
     calls.clear()
     model.eval()(*tiny_batch(), half_mask()).backward()
     assert len(calls) == 2 + 3 + 2

@@ -30,7 +30,7 @@ WIDE = dict(
 def test_the_formula_is_what_torch_counts(changes: dict, masked: int) -> None:
     with fake_mode():
         model = TokenBridge(**tiny_config(**changes))
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(*(torch.zeros(3, 16, 4, 4), torch.zeros(3, dtype=torch.long)), num_masked=masked)
     assert forward_flops(model.config, masked) * 3 == counter.get_total_flops()
 

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import statistics
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
@@ -42,13 +43,15 @@ class OpCounter(TorchDispatchMode):
 
     ops: all operations; views: those that make another view of the same memory; by_name: number of each; syncs: those
     for which the host waits, by name; largest, largest_bytes: of the largest tensor made; flops: set by `count`;
-    launches, bytes: operations that run a kernel on a GPU, and what these read and write, each tensor once.
+    launches, bytes: operations that run a kernel on a GPU, and what these read and write, each tensor once; peak_bytes:
+    the most that all tensors made took at one time, each for as long as something refers to it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.armed = True
         self.flops = self.ops = self.views = self.largest = self.largest_bytes = self.launches = self.bytes = 0
+        self.alive_bytes = self.peak_bytes = 0
         self.by_name: Counter[str] = Counter()
         self.syncs: Counter[str] = Counter()
 
@@ -65,11 +68,19 @@ class OpCounter(TorchDispatchMode):
             self.by_name[name] += 1
             if is_host_sync(name, args, result):
                 self.syncs[name] += 1
+            older = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
             for x in tree_leaves(result):
                 if is_sized(x):
                     self.largest = max(self.largest, x.numel())
                     self.largest_bytes = max(self.largest_bytes, x.numel() * x.element_size())
+                    if x.untyped_storage()._cdata not in older:
+                        self._add_bytes(x.untyped_storage().nbytes())
+                        weakref.finalize(x.untyped_storage(), self._add_bytes, -x.untyped_storage().nbytes())
         return result
+
+    def _add_bytes(self, number: int) -> None:
+        self.alive_bytes += number
+        self.peak_bytes = max(self.peak_bytes, self.alive_bytes)
 
     @property
     def num_syncs(self) -> int:

@@ -81,7 +81,9 @@ def count_training(
 
         for ratio in mask_ratios:
             masked = num_masked_tokens(ratio, model.num_tokens)
-            counted.append((count(partial(forward, masked)), count(lambda m=masked: forward(m).backward())))
+            with torch.no_grad():  # otherwise the head's part of the backward pass is among it
+                forwards = count(partial(forward, masked))
+            counted.append((forwards, count(lambda m=masked: forward(m).backward())))
             model.zero_grad(set_to_none=True)
     return counted
 
@@ -176,6 +178,7 @@ def count_step_syncs(options: Options) -> int | str:
         draw_step(model, options.settings("bf16"), 0, torch.device("cpu"))
     with FakeTensorMode(), torch.device("cuda"):
         model, vae, b = options.build().train(), options.small_vae(), options.batch_size
+        model.head_chunk = 0  # groups have a backward pass
         state = TrainState(model, options.settings("bf16"))
         c, side = model.token_dim, model.grid_size
         moments, noise, labels = torch.zeros(b, 2 * c, side, side), torch.zeros(b, c, side, side), torch.zeros(b).long()
@@ -192,24 +195,20 @@ def count_step_syncs(options: Options) -> int | str:
     return counter.num_syncs
 
 
-def saved_bytes(build: Callable[[], TokenBridge], masked: int, precision: str, batch_size: int) -> int:
-    """Bytes that the forward pass keeps for the backward pass, weights left out; on fake tensors."""
-    kept: dict[int, tuple[object, int]] = {}
+def step_bytes(build: Callable[[], TokenBridge], masked: int, precision: str, batch_size: int) -> int:
+    """Bytes that forward and backward take at most beside the weights: activations, gradients, temporary results.
+
+    Counted on fake tensors, by when they are made and freed.
+    """
     with fake_mode():
         model = build().train()
-        weights = {id(p.untyped_storage()) for p in model.parameters()}
-
-        def pack(x: Tensor) -> Tensor:
-            storage = x.untyped_storage()
-            if id(storage) not in weights:
-                kept[id(storage)] = storage, storage.nbytes()  # held, so that no other storage gets its id
-            return x
-
         latents = torch.zeros(batch_size, model.token_dim, model.grid_size, model.grid_size)
         labels = torch.zeros(batch_size, dtype=torch.long)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), dist.autocast(torch.device("cpu"), precision):
-            model(latents, labels, num_masked=masked)
-    return sum(size for _, size in kept.values())
+        with OpCounter() as counter:
+            with dist.autocast(torch.device("cpu"), precision):
+                loss = model(latents, labels, num_masked=masked)
+            loss.backward()
+    return counter.peak_bytes
 
 
 def preset_cells(preset: Preset) -> dict[str, str]:
@@ -218,18 +217,19 @@ def preset_cells(preset: Preset) -> dict[str, str]:
     with fake_mode():
         model = builder()
     masked = num_masked_tokens(mean_mask_ratio(model.mask_ratio_min), model.num_tokens)
-    blocks = (*model.encoder_blocks, *model.channel_blocks)
-    gathered = 2 * 4 * max(sum(p.numel() for p in block.parameters()) for block in blocks) / GIB  # weights, gradients
     numbers = sum(p.numel() for p in model.parameters())
+    sizes = [sum(p.numel() for p in block.parameters()) for block in (*model.encoder_blocks, *model.decoder_blocks)]
+    gathered = 2 * 4 * (numbers - sum(sizes) + max(sizes)) / GIB  # weights and gradients of head, embeddings, one block
     state = 5 * 4 * numbers / GIB
 
-    def activations(grad_checkpointing: bool) -> float:
-        """GiB in bf16 at batch 64, by what a second image adds, so that casts of the weights do not count.
+    def activations(**settings: object) -> str:
+        """GiB in bf16 at batch 64, as on a GPU.
 
         Without attention dropout: with it the CPU's kernel keeps the attention matrices, flash attention does not.
         """
-        build = partial(builder, grad_checkpointing=grad_checkpointing, attn_dropout=0.0)
-        return 64 * (saved_bytes(build, masked, "bf16", 2) - saved_bytes(build, masked, "bf16", 1)) / GIB
+        group = {"head_chunk": model.group_size("cuda")}
+        build = partial(builder, attn_dropout=0.0, **(group | settings))
+        return f"{step_bytes(build, masked, 'bf16', 64) / GIB:.1f}"
 
     per_image = step_flops(model.config, masked)
     total = per_image * (IMAGENET // batch * batch) * preset.flags["epochs"]
@@ -239,8 +239,10 @@ def preset_cells(preset: Preset) -> dict[str, str]:
         "GiB per GPU, DDP: weights, gradients, EMA, AdamW": f"{state:.2f}",
         "  the same with --fsdp on 8 GPUs": f"{state / 8 + gathered:.2f}",
         "  the same with --fsdp on 32 GPUs": f"{state / 32 + gathered:.2f}",
-        "GiB of activations, bf16, batch 64": f"{activations(False):.1f}",
-        "  the same with --grad_checkpointing": f"{activations(True):.1f}",
+        "GiB of activations, bf16, batch 64": activations(),
+        "  with --grad_checkpointing none": activations(grad_checkpointing="none"),
+        "  with --grad_checkpointing (full)": activations(grad_checkpointing="full"),
+        "  as before: --grad_checkpointing none --head_chunk 0": activations(grad_checkpointing="none", head_chunk=0),
         "TFLOP per image (forward, backward)": f"{per_image / 1e12:.3f}",
         "training, 10^21 FLOP": f"{total / 1e21:.3g}",
         **{f"GPU-hours, {name}": f"{total / speed / 3600:,.0f}" for name, speed in speeds.items()},
