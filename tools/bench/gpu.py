@@ -25,7 +25,7 @@ from models.vae import AutoencoderKL
 from tools.bench.baselines import baseline_head, baseline_sampling_step, baseline_step
 from tools.bench.counting import OpCounter, count, on_fake_gpu, print_table, timed
 from tools.bench.options import REPEATS, ModelOptions
-from tools.bench.train import GIB, mean_mask_ratio, saved_bytes
+from tools.bench.train import GIB, mean_mask_ratio, step_gib
 from tools.bench.train import Options as TrainOptions
 from training.flops import peak_tflops, step_flops
 from training.state import TrainState
@@ -289,20 +289,11 @@ def others(bench: Bench) -> None:
 
 
 def counted_memory(name: str, batch_size: int) -> float:
-    """GiB that a step in bf16 with dropout is counted to need: weights, gradients, EMA, AdamW's moments, the weights'
-    half-precision copies, and what the forward pass keeps, on fake tensors."""
+    """GiB that a step in bf16 with dropout is counted to need: weights, EMA, AdamW's moments, the forward and the
+    backward pass with gradients and half-precision copies of weights."""
     with torch.device("meta"):
         numbers = sum(p.numel() for p in MODELS[name]().parameters())
-    return (5 * 4 + 2) * numbers / GIB + batch_size * activation_gib(name)
-
-
-def activation_gib(name: str) -> float:
-    """GiB of one more image in a batch, as `tools.bench train --dry` counts them."""
-    builder = partial(MODELS[name], attn_dropout=0.0)
-    with torch.device("meta"):
-        model = builder()
-    masked = num_masked_tokens(mean_mask_ratio(model.mask_ratio_min), model.num_tokens)
-    return (saved_bytes(builder, masked, "bf16", 2) - saved_bytes(builder, masked, "bf16", 1)) / GIB
+    return 4 * 4 * numbers / GIB + step_gib(name, batch_size)
 
 
 def measured_memory(name: str, batch_size: int, device: torch.device) -> float:
@@ -318,7 +309,8 @@ def largest_batch(bench: Bench, name: str) -> int:
     total = dist.total_memory_gib(bench.device)
     if not total:
         return 0
-    return int((0.9 * total - counted_memory(name, 0)) / activation_gib(name)) // 32 * 32
+    small, large = (counted_memory(name, batch) for batch in (32, 64))
+    return int(32 + 32 * (0.9 * total - small) / (large - small)) // 32 * 32
 
 
 # ---- sampling

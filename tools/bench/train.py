@@ -195,41 +195,37 @@ def count_step_syncs(options: Options) -> int | str:
     return counter.num_syncs
 
 
-def step_bytes(build: Callable[[], TokenBridge], masked: int, precision: str, batch_size: int) -> int:
-    """Bytes that forward and backward take at most beside the weights: activations, gradients, temporary results.
+def step_gib(
+    name: str, batch_size: int, precision: str = "bf16", device_type: str = "cuda", **settings: object
+) -> float:
+    """GiB that forward and backward of a model take at most beside its weights, at the mean mask ratio: activations,
+    gradients, temporary results.
 
-    Counted on fake tensors, by when they are made and freed.
+    Counted on fake tensors, by when each is made and freed. Groups are those of the device type. Without attention
+    dropout: with it the CPU's kernel keeps the attention matrices, flash attention does not.
     """
     with fake_mode():
-        model = build().train()
+        model = MODELS[name](**({"attn_dropout": 0.0} | settings)).train()
+        model.head_chunk = model.group_size(device_type)
         latents = torch.zeros(batch_size, model.token_dim, model.grid_size, model.grid_size)
-        labels = torch.zeros(batch_size, dtype=torch.long)
+        masked = num_masked_tokens(mean_mask_ratio(model.mask_ratio_min), model.num_tokens)
         with OpCounter() as counter:
             with dist.autocast(torch.device("cpu"), precision):
-                loss = model(latents, labels, num_masked=masked)
+                loss = model(latents, torch.zeros(batch_size, dtype=torch.long), num_masked=masked)
             loss.backward()
-    return counter.peak_bytes
+    return counter.peak_bytes / GIB
 
 
 def preset_cells(preset: Preset) -> dict[str, str]:
     """{row: cell} of what a training preset needs on ImageNet."""
-    builder, batch = MODELS[preset.flags["model"]], preset.global_batch
+    name, batch = preset.flags["model"], preset.global_batch
     with fake_mode():
-        model = builder()
+        model = MODELS[name]()
     masked = num_masked_tokens(mean_mask_ratio(model.mask_ratio_min), model.num_tokens)
     numbers = sum(p.numel() for p in model.parameters())
     sizes = [sum(p.numel() for p in block.parameters()) for block in (*model.encoder_blocks, *model.decoder_blocks)]
     gathered = 2 * 4 * (numbers - sum(sizes) + max(sizes)) / GIB  # weights and gradients of head, embeddings, one block
     state = 5 * 4 * numbers / GIB
-
-    def activations(**settings: object) -> str:
-        """GiB in bf16 at batch 64, as on a GPU.
-
-        Without attention dropout: with it the CPU's kernel keeps the attention matrices, flash attention does not.
-        """
-        group = {"head_chunk": model.group_size("cuda")}
-        build = partial(builder, attn_dropout=0.0, **(group | settings))
-        return f"{step_bytes(build, masked, 'bf16', 64) / GIB:.1f}"
 
     per_image = step_flops(model.config, masked)
     total = per_image * (IMAGENET // batch * batch) * preset.flags["epochs"]
@@ -239,10 +235,10 @@ def preset_cells(preset: Preset) -> dict[str, str]:
         "GiB per GPU, DDP: weights, gradients, EMA, AdamW": f"{state:.2f}",
         "  the same with --fsdp on 8 GPUs": f"{state / 8 + gathered:.2f}",
         "  the same with --fsdp on 32 GPUs": f"{state / 32 + gathered:.2f}",
-        "GiB of activations, bf16, batch 64": activations(),
-        "  with --grad_checkpointing none": activations(grad_checkpointing="none"),
-        "  with --grad_checkpointing (full)": activations(grad_checkpointing="full"),
-        "  as before: --grad_checkpointing none --head_chunk 0": activations(grad_checkpointing="none", head_chunk=0),
+        "GiB of forward and backward, bf16, batch 64": f"{step_gib(name, 64):.1f}",
+        "  with --grad_checkpointing none": f"{step_gib(name, 64, grad_checkpointing='none'):.1f}",
+        "  with --grad_checkpointing (full)": f"{step_gib(name, 64, grad_checkpointing='full'):.1f}",
+        "  with none, and --head_chunk 0": f"{step_gib(name, 64, grad_checkpointing='none', head_chunk=0):.1f}",
         "TFLOP per image (forward, backward)": f"{per_image / 1e12:.3f}",
         "training, 10^21 FLOP": f"{total / 1e21:.3g}",
         **{f"GPU-hours, {name}": f"{total / speed / 3600:,.0f}" for name, speed in speeds.items()},
