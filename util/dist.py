@@ -1,12 +1,14 @@
 """Devices, precision and processes. The only file that names a device type."""
 
 import contextlib
+import ctypes
 import datetime
 import functools
 import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -318,6 +320,17 @@ def peak_memory_gib(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def reset_peak_memory(device: torch.device) -> float:
+    """Let `peak_memory_gib` count from now on (on a CPU: with Linux); returns the GiB that are in use now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device) / 2**30
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory back to the kernel
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory_gib(device)
 
 
 def pick_precision(flag: str | None, device: torch.device) -> str:

@@ -20,7 +20,7 @@ from tools.bench.counting import OpCounter, count, fake_mode, no_fake_gpu
 from tools.bench.gpu import activation_gib, counted_memory
 from tools.bench.quantizer import quantize_by_distance
 from tools.bench.sample import REUSE, HeadPositions, count_samplers, samplers
-from tools.bench.train import count_training, mean_mask_ratio
+from tools.bench.train import SAVINGS, count_training, mean_mask_ratio
 from util.cli import run_cli
 
 CPU = torch.device("cpu")
@@ -236,6 +236,13 @@ def test_sample_table(capsys: pytest.CaptureFixture) -> None:
     rows = rows_of(capsys)
     assert rows["head positions per token"][:2] == ["10", "4"] and rows["host syncs in the loop"][:2] == ["18", "0"]
     assert rows["equal tokens"] == ["100.00%"] and float(rows["seconds per image"][0]) > 0
+
+
+def test_memory_table(capsys: pytest.CaptureFixture) -> None:
+    main(["train", *SMALL.split(), "--memory", "--repeats", "1", "--batch_size", "64"])
+    rows = {line[:40].strip(): line[40:].split() for line in capsys.readouterr().out.splitlines()}
+    whole, groups, selective = (float(rows[name][0]) for name in SAVINGS)
+    assert 0 < selective <= groups < whole
 
 
 def test_train_table(capsys: pytest.CaptureFixture) -> None:

@@ -39,6 +39,7 @@ class Options(ModelOptions):
     mask_ratio: float | None = option(None, "count at one more mask ratio", above=0, highest=1)
     layers: int | None = option(None, "limit encoder and decoder to so many blocks each (for a CPU)", lowest=1)
     compile: bool = option(False, "time our loop with compiled blocks")
+    memory: bool = option(False, "only compare peak memory and time of forward and backward with and without savings")
 
     def build(self) -> TokenBridge:
         """The model, as deep as --layers says."""
@@ -92,6 +93,8 @@ def run(options: Options) -> None:
     """FLOPs by mask ratio and bytes of the training state; then the presets (--dry) or the time of a whole step."""
     device = dist.pick_device(options.device)
     precision, images = dist.pick_precision(options.precision, device), options.batch_size
+    if options.memory:
+        return print_memory(options, device, precision)
     with fake_mode():
         model = options.build()
     lowest, mean = model.mask_ratio_min, mean_mask_ratio(model.mask_ratio_min)
@@ -132,6 +135,45 @@ def print_times(options: Options, device: torch.device, precision: str, ratio: s
     print_table(title, ["seconds", "images/s", "TFLOP/s", "faster", "host syncs"], rows)
     peak, threads = dist.peak_memory_gib(device), torch.get_num_threads()
     print(f"peak memory {peak:.2f} GiB, both loops in one process; {threads} CPU threads, torch {torch.__version__}")
+
+
+SAVINGS = {  # name: selective checkpointing, tokens of a group
+    "all tokens at once, nothing recomputed": (False, 0),
+    "groups of tokens": (False, None),
+    "groups, selective (default)": (True, None),
+}
+
+
+def print_memory(options: Options, device: torch.device, precision: str) -> None:
+    """Peak memory above that before a step, and seconds, of forward and backward with each of SAVINGS, run in turn."""
+    torch.manual_seed(options.seed)
+    model = options.build().to(device).train()
+    latents = torch.randn(options.batch_size, model.token_dim, model.grid_size, model.grid_size, device=device)
+    labels = torch.arange(options.batch_size, device=device) % model.class_num
+    masked = num_masked_tokens(mean_mask_ratio(model.mask_ratio_min), model.num_tokens)
+    peaks = {name: [] for name in SAVINGS}
+
+    def step(name: str) -> None:
+        selective, model.head_chunk = SAVINGS[name]
+        for block in (*model.encoder_blocks, *model.decoder_blocks):
+            block.selective = selective
+        before = dist.reset_peak_memory(device)
+        with dist.autocast(device, precision):
+            loss = model(latents, labels, num_masked=masked)
+        loss.backward()
+        peaks[name].append(dist.peak_memory_gib(device) - before)
+        model.zero_grad(set_to_none=True)
+
+    seconds = timed([partial(step, name) for name in SAVINGS], options.repeats, device)
+    rows = [
+        (name, [f"{max(peaks[name]):.2f}", f"{s:.3f}", f"{s / seconds[0]:.3f} x"])
+        for name, s in zip(SAVINGS, seconds, strict=True)
+    ]
+    setting = (
+        f"{options.model}, {options.batch_size} image(s), {precision} on {device}, {torch.get_num_threads()} threads"
+    )
+    columns = ["peak GiB added", "seconds", "time"]
+    print_table(f"Forward and backward: {setting}, median of {options.repeats}", columns, rows, first_width=40)
 
 
 def timed_loops(options: Options, device: torch.device, precision: str) -> tuple[float, float, int]:
