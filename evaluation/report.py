@@ -179,7 +179,7 @@ def draw_rate_distortion(path: Path, rows: Sequence[dict]) -> None:
             for x, y, bits in points:
                 axes.annotate(f"{bits}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
         axes.axhline(alone[key], color="gray", linestyle="--", label="VAE alone")
-        axes.set(xlabel="entropy of the indices, bits per image (labels: bits per dimension)", ylabel=title)
+        axes.set(xlabel="entropy, bits per image (labels: bits per dimension)", ylabel=title)
         axes.legend(fontsize=8)
     with replacing(path) as file:
         figure.savefig(file, dpi=120, format="png")

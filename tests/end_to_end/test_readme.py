@@ -37,7 +37,8 @@ from tests.helpers import REPO, photographs, tiny_vae, write_image_folder
 from tests.stand_ins import Colours, FewColours, small_reference
 from tools import fid_stats
 
-DOCUMENTS = {path: path.read_text() for path in (REPO / "README.md", *sorted((REPO / "docs").glob("*.md")))}
+FIRST = (REPO / "README.md", REPO / "docs" / "own_data.md")  # what they write, others read
+DOCUMENTS = {path: path.read_text() for path in (*FIRST, *sorted((REPO / "docs").glob("*.md")))}
 README = DOCUMENTS[REPO / "README.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.M | re.S)  # (language, content)
 # What makes a command small; appended, so that the last word is this one's. None: run as it stands.
@@ -135,6 +136,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"model": digits.state_dict(), "model_ema": dict(digits.named_parameters()), "config": config},
         root / "demo" / "out" / "model" / "checkpoint-last.pth",
     )
+    lines = [{"step": step, "loss": 3.2, "lr": 1e-3, "grad_norm": 0.5} for step in range(1, 40)]
+    (root / "demo" / "out" / "model" / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    shutil.copy(REPO / "demo" / "expected_loss.json", root / "demo")
+    shutil.copytree(root / "DIR", root / "demo" / "out" / "digits")
     (root / "fid_stats").mkdir()
     np.savez(
         root / "fid_stats" / "adm_in256_stats.npz", mu=np.zeros(2048, np.float32), sigma=np.eye(2048, dtype=np.float32)
@@ -255,10 +260,13 @@ def test_every_command_runs(run: Callable[[str], None], place: Path, monkeypatch
         "OUT/large/eval.jsonl",
         "OUT/huge/eval.jsonl",
         "OUT/train/checkpoint-last.pth",
-        "demo/out/sweep/sweep.png",
+        "OUT/guidance/sweep.png",
+        "OUT/steps/steps/grid.png",
+        "OUT/bits/rate_distortion.png",
+        "demo/out/model/curves.png",
         "quantization_results/results.json",
         "OUT/node/checkpoint-last.pth",
-        "OUT/curves.png",
+        "OUT/train/curves.png",
         "OUT/eval/eval_sweep.csv",
         "fid_stats/mine_64.npz",
         "NEW/cache.json",
@@ -301,8 +309,9 @@ def test_files_that_they_name_exist() -> None:
 
 
 def test_flags_that_they_name_exist() -> None:
-    """Every --flag is one of some script's parser, or torchrun's, docker's, scripts/gpu_check.sh's."""
-    known = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port", "--shm", "--wheels"}
+    """Every --flag is one of some script's parser, or torchrun's, docker's, pip's, scripts/gpu_check.sh's."""
+    known = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
+    known |= {"--shm", "--wheels", "--dest", "--no"}  # docker's --shm-size, pip's --no-deps
     for flags in json.loads((REPO / "tests" / "flags.json").read_text()).values():
         known |= {flag for name, value in flags.items() for flag in (value if isinstance(value, dict) else (name,))}
     for path, text in DOCUMENTS.items():
