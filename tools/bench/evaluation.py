@@ -50,8 +50,9 @@ def write_random_inception(path: Path) -> Path:
             """The constructor insists on a file; this one is about to make it."""
 
     torch.save({}, path)
-    network = Unfilled("inception-v3-compat", ["2048"], str(path))
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = Unfilled("inception-v3-compat", ["2048"], str(path))
         torch.manual_seed(0)
         for module in network.modules():
             if isinstance(module, nn.Conv2d):
