@@ -130,11 +130,7 @@ class ChannelAR(nn.Module):
         return [module.modulation(activated) for module in (*self.channel_blocks, self.channel_final)]
 
     def head_forward(
-        self,
-        x: Tensor,
-        modulations: Sequence[Modulation],
-        caches: list[LayerCache] | None = None,
-        start: int | Tensor = 0,
+        self, x: Tensor, modulations: Sequence[Modulation], caches: list[LayerCache] | None = None, start: int = 0
     ) -> Tensor:
         """The one forward pass of the head: inputs x (N, P, H) at positions start.. -> features (N, P, H).
 

@@ -212,6 +212,6 @@ class LatentSpace:
 def per_channel(value: Number, like: Tensor) -> float | Tensor:
     """A number as it is, or one per channel as (C, 1, 1) on the device of `like`."""
     if isinstance(value, Sequence):
-        numbers = torch.tensor(list(value), dtype=like.dtype, device="cpu").view(-1, 1, 1)  # (C, 1, 1)
-        return numbers.to(like.device, non_blocking=True)  # the host does not wait
+        numbers = torch.tensor(list(value), dtype=like.dtype, device="cpu")
+        return numbers.to(like.device, non_blocking=True).view(-1, 1, 1)  # (C, 1, 1); the host does not wait
     return value

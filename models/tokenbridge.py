@@ -27,7 +27,7 @@ from models.layers import LAYER_NORM_EPS, take
 from models.sampling.loop import SamplerState, sample_steps
 from models.sampling.options import SamplerOptions
 from models.sampling.orders import random_orders
-from models.vit_blocks import TrainedBlock, masked_block, partial_block, recomputed
+from models.vit_blocks import TrainedBlock, partial_block, recomputed
 from util.options import ArgumentError
 
 
@@ -177,20 +177,13 @@ class TokenBridge(ChannelAR):
         """z (B, M, D) from the last block's output x (B, M, D) for the tokens at grid positions targets (B, M)."""
         return self.decoder_norm(x) + F.embedding(targets, self.output_pos_embed[0])
 
-    def run_encoder(
-        self, values: Tensor, visible: Tensor, class_embedding: Tensor, attended: Tensor | None = None
-    ) -> Tensor:
+    def run_encoder(self, values: Tensor, visible: Tensor, class_embedding: Tensor) -> Tensor:
         """Encoder over S buffer slots and the visible tokens only (docs/spec.md 4.2): (B, S+V, D).
 
-        values (B, V, C) dequantized, visible (B, V) their grid positions, class_embedding (B, D). attended (S+V,) bool:
-        positions that are attended to, all when None.
+        values (B, V, C) dequantized, visible (B, V) their grid positions, class_embedding (B, D).
         """
         x = self.encoder_inputs(values, visible, class_embedding)  # (B, S+V, D)
-        if attended is None:
-            return self.encoder_norm(self._run_blocks(self.encoder_blocks, x))
-        for block in self.encoder_blocks:
-            x = masked_block(block, x, attended)
-        return self.encoder_norm(x)
+        return self.encoder_norm(self._run_blocks(self.encoder_blocks, x))
 
     def run_decoder(self, x: Tensor, visible: Tensor, targets: Tensor | None = None) -> Tensor:
         """Decoder over the whole grid with `mask_token` at masked positions (docs/spec.md 4.3): z (B, M or L, D).

@@ -1,4 +1,4 @@
-"""A timm transformer block in parts, for callers that bring their own keys, values or attention mask, or that keep less
+"""A timm transformer block in parts, for callers that bring their own keys and values, or that keep less
 of it for the backward pass. No dropout but in `TrainedBlock`.
 
 Letters: N sequences, P positions, M of them, D width.
@@ -35,12 +35,6 @@ def block_rest(block: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
     """What follows the attention of a block: x (N, P, D), attended (N, heads, P, head_dim) -> (N, P, D)."""
     x = x + block.attn.proj(attended.transpose(1, 2).flatten(2))
     return x + block.mlp(block.norm2(x))
-
-
-def masked_block(block: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
-    """A block in which only the positions `attended` (P,) bool are attended to: x (N, P, D) -> (N, P, D)."""
-    q, k, v = block_qkv(block, x)
-    return block_rest(block, x, F.scaled_dot_product_attention(q, k, v, attn_mask=attended.unsqueeze(0)))
 
 
 def partial_block(block: nn.Module, x: Tensor, places: Tensor) -> Tensor:
