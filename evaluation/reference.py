@@ -217,10 +217,13 @@ def _read_arrays(path: Path) -> dict[str, object]:
             raise ValueError(f"it has no array {' or '.join(missing)}, only {', '.join(arrays.files[:6])}")
         if ("mu_s" in arrays) != ("sigma_s" in arrays):
             raise ValueError("it has only one of mu_s and sigma_s")
-        statistics = [key for key in ("mu", "sigma", "mu_s", "sigma_s") if key in arrays]
-        found = {key: np.asarray(arrays[key], dtype=np.float64) for key in statistics}
-        if "features" in arrays:
-            found["features"] = torch.from_numpy(np.asarray(arrays["features"], dtype=np.float32))
+        found = {key: arrays[key] for key in ("mu", "sigma", "mu_s", "sigma_s", "features") if key in arrays}
+        for key, values in found.items():
+            if values.dtype.kind not in "fiu":
+                raise ValueError(f"{key} holds {values.dtype} instead of real numbers")
+            found[key] = values.astype(np.float32 if key == "features" else np.float64)
+        if "features" in found:
+            found["features"] = torch.from_numpy(found["features"])
         return found | {key: arrays[key].item() for key in ABOUT if key in arrays}
 
 

@@ -274,7 +274,7 @@ def read_vae_file(path: str | Path) -> dict:
     weights = weights if isinstance(weights, dict) else {}
     inner = {str(key).removeprefix(LDM): value for key, value in weights.items() if str(key).startswith(LDM)}
     weights = plain_keys(inner or weights)
-    if OF_DIFFUSERS in weights:
+    if OF_DIFFUSERS in weights and not (named and "config" in content):  # with one, tools.export wrote it
         raise ArgumentError(
             "vae_path", f"{path} holds the weights of a VAE of diffusers: give its folder, {path.parent}"
         )

@@ -71,7 +71,7 @@ def describe(path: Path) -> dict:
 def holds_vae(content: dict) -> bool:
     """Whether a checkpoint is a VAE's: its config names a class of VAE_CLASSES, or it has AutoencoderKL's weights."""
     config = content.get("config")
-    named = isinstance(config, dict) and config.get("class") in VAE_CLASSES
+    named = isinstance(config, dict) and (config.get("class") in VAE_CLASSES or "diffusers" in config)
     return named or "encoder.conv_in.weight" in content["model"]
 
 

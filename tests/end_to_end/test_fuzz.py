@@ -197,9 +197,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     get_logger().setLevel(level)
 
 
+def load_statistics(_: list[str]) -> None:
+    """As --evaluate does, of few dimensions."""
+    load_reference_stats("case/stats.npz", "--fid_stats", SMALL, SMALL)
+
+
 def run(command: Command) -> str:
     """What went wrong, "" if the command ended well or with an error in words."""
     name, argv = command
+    main = importlib.import_module(name).main if name != "statistics" else load_statistics
 
     def hang(*_: object) -> None:
         raise Hang
@@ -209,10 +215,7 @@ def run(command: Command) -> str:
     signal.alarm(10 * SECONDS)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            if name == "statistics":
-                load_reference_stats("case/stats.npz", "--fid_stats", SMALL, SMALL)
-            else:
-                importlib.import_module(name).main(argv)
+            main(argv)
     except (ValueError, OSError) as error:
         return "" if str(error).strip() and "\n" not in str(error).strip() else f"not one line: {error!r:.200}"
     except Hang:

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import generation
 from models.latent_space import KL16, VaeDescription, description_path, find_description, read_description
 from models.vae import AutoencoderKL
 from models.vae_loading import load_vae
-from tests.helpers import tiny_vae
+from tests.helpers import tiny_model, tiny_vae
+from tools import export, inspect
 
 TINY = dict(embed_dim=4, ch_mult=(1, 2), ch=8, num_res_blocks=1, norm_groups=4)
 
@@ -205,3 +207,22 @@ def test_a_diffusers_folder_has_its_description_inside(folders: dict[str, Path],
         and vae.channel_order == [1, 0, 3, 2]
         and read_description(folder / "tokenbridge.json").stride == 4
     )
+
+
+@pytest.mark.parametrize("kind", ["kl", "dc"])
+def test_an_export_with_a_vae_of_diffusers_loads_again(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """As a folder of safetensors, and as a checkpoint made of that."""
+    vae = load_vae(folders[kind])
+    model = tiny_model(img_size=4 * vae.stride, vae_stride=vae.stride, vae_embed_dim=vae.embed_dim)
+    config = {"model_name": "tokenbridge_tiny", "model": model.config.to_dict(), "vae": vae.config}
+    config |= {"vae_fingerprint": vae.latent_fingerprint(), "args": {"vae_path": str(folders[kind])}}
+    ema = {name: value.detach() for name, value in model.named_parameters()}
+    torch.save({"model": model.state_dict(), "model_ema": ema, "step": 3, "config": config}, tmp_path / "x.pth")
+    export.main([str(tmp_path / "x.pth"), "--output_dir", str(tmp_path / "export")])
+    export.main([str(tmp_path / "export"), "--output_dir", str(tmp_path / "again")])
+    images = generation.load(tmp_path / "x.pth").generate([1], num_iter=2)
+    for path, file in (("export", "vae.safetensors"), ("again", "vae.pth")):
+        again = load_vae(tmp_path / path / file)
+        inspect.main([str(tmp_path / path / file)])
+        assert again.config == vae.config and again.latent_fingerprint() == vae.latent_fingerprint()
+        assert generation.load(tmp_path / path).generate([1], num_iter=2) == images
