@@ -19,6 +19,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from demo.studio import Studio
+from util.files import check_schema, parse_json
 from util.log import first_line, get_logger
 
 logger = get_logger()
@@ -219,11 +220,9 @@ class Handler(BaseHTTPRequestHandler):
     def generate(self, body: bytes) -> None:
         """Wait for a turn, then a line per step. ValueError for bad settings; PageClosed when nobody reads on."""
         try:
-            request = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise ValueError("the request is no JSON") from error
-        if not isinstance(request, dict):
-            raise ValueError("the request is no JSON object")
+            check_schema(request := parse_json(body), dict)
+        except ValueError as error:
+            raise ValueError(f"the request is no JSON object: {error}") from error
         with self.server.turns.turn(lambda before: self.line({"waiting": before})):
             for event in self.server.studio.generate(request):
                 self.line(event)

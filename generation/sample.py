@@ -20,13 +20,14 @@ from generation.editing import Edit, make_edit
 from generation.pipeline import GenerationSettings, GenerationStep, Pipeline, generate_batches
 from util import dist
 from util.cli import check_writable
-from util.files import write_json
+from util.files import read_json, write_json
 from util.log import get_logger
 from util.options import ArgumentError, check_options, option
 from util.seeds import mixed_seed
 
 logger = get_logger()
 
+LARGEST_RECORD = 2**28  # bytes of samples.json, which lists a class for each image
 SHOWN_STEPS_IMAGES = 16  # show_steps writes the unmasking of so many images; each frame is decoded by the VAE
 GRID_IMAGES = 400  # most images in grid.png
 SWEEP_COLUMNS = 20
@@ -123,8 +124,8 @@ def claim_folder(
     found = [path.name for path in output.iterdir() if written.fullmatch(path.name)] if output.is_dir() else []
     record = json.loads(json.dumps(record)) | {"complete": False}
     try:
-        same = json.loads((output / name).read_text()) | {"complete": False} == record
-    except (OSError, ValueError, TypeError, RecursionError):
+        same = read_json(output / name, largest=LARGEST_RECORD) | {"complete": False} == record
+    except (OSError, ValueError, TypeError):
         same = False
     what = f"holds images of another run ({', '.join(sorted(found)[:3])}{', ...' if len(found) > 3 else ''})"
     advice = "choose another folder, or delete them first"

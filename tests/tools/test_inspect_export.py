@@ -205,6 +205,12 @@ def test_what_export_refuses(folder: Path, tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before and not (
         tmp_path / "new"
     ).exists()
+    for name in ("model.safetensors", "vae.safetensors"):
+        path = tmp_path / "out" / name
+        path.write_bytes(before[path][:-1] + bytes([before[path][-1] ^ 1]))
+        with pytest.raises(ValueError, match=rf"{name} has another SHA-256 than .*json says"):
+            generation.load(tmp_path / "out")
+        path.write_bytes(before[path])
     (tmp_path / "out" / "config.json").write_text("{")
     with pytest.raises(
         ValueError, match=r"config\.json, the description of .*model\.safetensors, is no JSON of tools\.export"
