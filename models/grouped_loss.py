@@ -35,7 +35,9 @@ class _GroupedSum(torch.autograd.Function):
     """Its inputs are the parameters themselves, so that hooks on their gradients run as usual (DDP)."""
 
     @staticmethod
-    def forward(ctx, function: Summed, groups: int, x: Tensor, targets: Tensor, *parameters: Tensor):
+    def forward(
+        ctx: object, function: Summed, groups: int, x: Tensor, targets: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
         sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
         x_gradients, parts = [], []
         for rows, own_targets in zip(x.tensor_split(groups), targets.tensor_split(groups), strict=True):
@@ -54,7 +56,7 @@ class _GroupedSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, scale: Tensor, _: Tensor):
+    def backward(ctx: object, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("a second backward pass through a loss computed in groups; set head_chunk to 0 for that")
         gradients, ctx.gradients = ctx.gradients, None

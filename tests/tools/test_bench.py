@@ -250,6 +250,10 @@ def test_train_table(capsys: pytest.CaptureFixture) -> None:
     assert "0.8" in out and "13/16" in out and "Whole step" in out and "M parameters" in out
     ours = next(line for line in out.splitlines() if line.startswith("ours "))
     assert ours.split()[-1] == ("-" if no_fake_gpu() else "0")
+
+
+@pytest.mark.slow
+def test_training_counts_of_the_presets(capsys: pytest.CaptureFixture) -> None:
     main(["train", *SMALL.split(), "--flops_only"])
     out = capsys.readouterr().out
     assert "Whole step" not in out and "nothing was computed" in out and "mean 0.867" in out

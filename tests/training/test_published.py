@@ -1,9 +1,13 @@
 """training/published.py: every setting in which a run of a preset differs from the published training is named."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import main_tokenbridge
+from checkpoints.build import StructureOptions
+from checkpoints.start import Start
 from tests.helpers import tiny_model, tiny_vae
 from training.published import training_differences
 from util import dist
@@ -105,12 +109,13 @@ def test_a_preset_with_nothing_published_is_compared_with_nothing() -> None:
     assert differences("digits", device=CPU) == []
 
 
-def test_the_command_says_it_before_and_after_training(monkeypatch: pytest.MonkeyPatch, messages: list[str]) -> None:
-    monkeypatch.setattr(main_tokenbridge, "read_checkpoint", lambda *args, **kwargs: (None, None))
-    monkeypatch.setattr(main_tokenbridge, "load_vae", lambda *args: tiny_vae())
-    monkeypatch.setattr(main_tokenbridge, "build_model", lambda options, *args, **kwargs: (tiny_model(), options))
+def test_the_command_says_it_before_and_after_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]
+) -> None:
+    start = Start(tiny_model(), tiny_vae(), None, None, StructureOptions(model="tokenbridge_large"), "", CPU)
+    monkeypatch.setattr(main_tokenbridge, "load_start", lambda *args, **kwargs: start)
     monkeypatch.setattr(main_tokenbridge, "train", lambda *args, **more: messages.append("TRAINING"))
-    main_tokenbridge.main(["--preset", "large", "--device", "cpu"])
+    main_tokenbridge.main(["--preset", "large", "--device", "cpu", "--output_dir", str(tmp_path)])
     words = "precision fp32 instead of fp16; device cpu instead of cuda"
     said = f"--preset large differs from the published training: {words}"
     assert [line for line in messages if line in (said, "TRAINING")] == [said, "TRAINING", said]
