@@ -26,7 +26,7 @@ from models.layers import LAYER_NORM_EPS, AdaLNBlock, FinalModulation, LayerCach
 DECODE_CHUNK_BYTES = 2**30  # tokens are decoded in groups whose adaLN terms fit in this much memory
 # The head's loss is computed in groups of tokens whose activations take about this much memory in float32, on a CPU and
 # elsewhere: 45 % less in half precision. 160 bytes for each position, width and block are counted (tools.bench train).
-GROUP_BYTES, GROUP_BYTES_ON_CPU = 2**33, 2**29
+GROUP_BYTES, GROUP_BYTES_ON_CPU = 2**32, 2**29
 GROUP_BYTES_EACH = 160
 
 

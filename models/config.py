@@ -12,7 +12,7 @@ from util.options import ArgumentError, check_options, option
 logger = logging.getLogger("tokenbridge")
 
 HEADS = ("autoregressive", "parallel")
-CHECKPOINTING = ("selective", "full", "none")
+CHECKPOINTING = ("none", "selective", "full")
 HEAD_STARTS = ("official", "trained")
 # Larger sizes are a damaged file's, or a slip: huge has 1280 and 20, and 256 tokens.
 MOST = {"width": 2**14, "depth": 256, "tokens": 2**16}

@@ -139,8 +139,8 @@ def print_times(options: Options, device: torch.device, precision: str, ratio: s
 
 SAVINGS = {  # name: selective checkpointing, tokens of a group
     "all tokens at once, nothing recomputed": (False, 0),
-    "groups of tokens": (False, None),
-    "groups, selective (default)": (True, None),
+    "groups of tokens (default)": (False, None),
+    "groups, selective": (True, None),
 }
 
 
