@@ -56,6 +56,7 @@ def test_the_weights_come_back_after_an_error() -> None:
 
 
 @pytest.mark.skipif(bool(no_fake_gpu()), reason=no_fake_gpu())
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", [True, False])
 def test_no_weight_is_cast_in_the_loop_and_no_modulation_is_copied(trainable: bool) -> None:
     """On a fake GPU with its autocast: kernels that a step launches, whether or not the weights require a gradient."""

@@ -346,6 +346,7 @@ def test_reasons_are_numbered_once() -> None:
 # ---- cost
 
 
+@pytest.mark.slow
 def test_sampling_flops_are_what_torch_counts() -> None:
     images, steps = 32, 3
     with fake_mode(), torch.no_grad():

@@ -103,7 +103,7 @@ def test_accumulation_and_checkpointing_under_ddp(alone_with_dropout: dict, tmp_
     assert_same_training(found, alone_with_dropout)
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize("fsdp", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_processes_drop_what_one_drops(tmp_path: Path, fsdp: bool) -> None:
     one = train_scaled.run(tmp_path / "one.pth", batch_size=8, accum_iter=2, **DROPOUT)
     assert_same_training(two_processes(tmp_path / "two.pth", batch_size=8, fsdp=fsdp, **DROPOUT), one)
