@@ -1,8 +1,6 @@
 """A model and its VAE as a folder in the layout of a hub repository: safetensors, their descriptions, a model card."""
 
-import contextlib
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from checkpoints.published import BUFFERS, WEIGHTS
 from models.latent_space import LatentSpace
 from models.tokenbridge import TokenBridge
 from util.checkpoint import SAFE, fingerprint
-from util.files import replacing, write_json
+from util.files import read_lines, replacing, write_json
 from util.options import ArgumentError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -55,13 +53,9 @@ def read_scores(model: TokenBridge, about: Mapping) -> dict | None:
     if "source" not in about or not lines.is_file():
         return None
     digest = fingerprint(model.state_dict())
-    for line in lines.read_text(errors="replace").splitlines():
-        with contextlib.suppress(
-            ValueError, KeyError, TypeError, RecursionError
-        ):  # a record of another kind, or a damaged line
-            record = json.loads(line)
-            if record["weights_sha256"] == digest and (best is None or record["fid"] < best["fid"]):
-                best = record | {"fid": float(record["fid"])}
+    for record in read_lines(lines, {"weights_sha256": str, "fid": float}):
+        if record["weights_sha256"] == digest and (best is None or record["fid"] < best["fid"]):
+            best = record | {"fid": float(record["fid"])}
     return best
 
 

@@ -4,8 +4,10 @@ atomically.
 
 import errno
 import functools
+import math
 import re
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -47,14 +49,21 @@ def read_image(path: str | Path, background: str = "white") -> Image.Image:
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise ValueError("it is not a regular file")
-        with Image.open(path, formats=readable_formats()) as image:
-            check_ratio(image)
-            return to_rgb(image, background)
+        return decode(path, background)
     except Exception as error:  # each decoder has its own, AVIF's is RuntimeError
         if of_the_machine(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"image {printable(path)} cannot be read ({reason}); mend or remove it") from error
+
+
+def decode(file: str | Path | BinaryIO, background: str = "white", most_pixels: float = math.inf) -> Image.Image:
+    """As `read_image`, also of an open file, with the decoders' own errors. ValueError for more than `most_pixels`."""
+    with Image.open(file, formats=readable_formats()) as image:
+        check_ratio(image)
+        if image.width * image.height > most_pixels:
+            raise ValueError(f"{image.width} x {image.height} pixels are too many")
+        return to_rgb(image, background)
 
 
 def of_the_machine(error: Exception) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.classes import class_label
-from dataset.images import center_crop_adm, check_ratio, readable_formats, to_rgb
+from dataset.images import center_crop_adm, decode
 from generation import Pipeline
 from generation.pipeline import GenerationStep
 from models.sampling.orders import ORDERS
@@ -69,11 +69,7 @@ def data_url(image: Image.Image) -> str:
 def read_picture(content: bytes) -> Image.Image:
     """The RGB picture in an uploaded file. ValueError that says what is wrong with it."""
     try:
-        with Image.open(io.BytesIO(content), formats=readable_formats()) as image:
-            check_ratio(image)
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are too many")
-            return to_rgb(image)
+        return decode(io.BytesIO(content), most_pixels=MAX_PIXELS)
     except Exception as error:  # each decoder has its own
         reason = "it is no picture" if isinstance(error, Image.UnidentifiedImageError) else " ".join(str(error).split())
         raise ValueError(f"the file cannot be read as a picture: {reason or type(error).__name__}") from error

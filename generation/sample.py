@@ -141,10 +141,10 @@ def sampled_files(folder: Path, flag: str) -> list[Path] | None:
     ValueError if they are not complete, or in a folder for each guidance scale.
     """
     try:
-        record = json.loads((folder / SAMPLES).read_text())
-        count, scale, complete = len(record["labels"]), record["cfg"], record.get("complete", True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        record = read_json(folder / SAMPLES, {"labels": list, "cfg": object}, LARGEST_RECORD)
+    except (OSError, ValueError):
         return None
+    count, scale, complete = len(record["labels"]), record["cfg"], record.get("complete", True)
     if isinstance(scale, list):
         raise ValueError(f"{folder} ({flag}) has a folder of images for each guidance scale: name one of them, cfg_...")
     files = [folder / f"{i:06d}.png" for i in range(count)]

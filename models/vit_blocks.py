@@ -74,7 +74,7 @@ class TrainedBlock(Block):
     """timm's block. With `selective`, training keeps the outputs of matmuls and of attention for the backward pass, and
     recomputes norms, GELU and the MLP's inner dropout: the same numbers, the same random draws.
 
-    A compiled block is the compiler's to plan, which recomputes as much by itself.
+    A compiled block is left as it is: the compiler decides what it recomputes.
     """
 
     def __init__(self, *arguments: object, selective: bool = False, **more: object):

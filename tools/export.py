@@ -23,7 +23,7 @@ from checkpoints.folder import DTYPES, NAMES, check_free, write_folder
 from checkpoints.published import WEIGHTS
 from util.checkpoint import LAST, SAFE, atomic_save, find_file, read_file
 from util.cli import check_writable, make_parser, run_cli
-from util.log import doing, get_logger
+from util.log import doing, first_line, get_logger
 from util.options import ArgumentError, add_options, check_options, flag_names, option, read_options
 
 logger = get_logger()
@@ -75,9 +75,8 @@ def push(folder: Path, repository: str) -> str:
             repo_id=repository, folder_path=folder, allow_patterns=names, commit_message="TokenBridge weights"
         )
     except hub.hub_errors() as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         advice = f"the folder {folder} is complete, push it again once HF_TOKEN and the connection are right"
-        raise OSError(f"cannot push to {repository} (--push): {reason}; {advice}") from error
+        raise OSError(f"cannot push to {repository} (--push): {first_line(error)}; {advice}") from error
     return commit.commit_url
 
 

@@ -4,7 +4,6 @@
 demo/expected_loss.json.
 """
 
-import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from util.cli import at_least, make_parser, run_cli
-from util.files import check_schema, parse_json, read_json, replacing
+from util.files import conforms, read_json, read_lines, replacing
 from util.log import doing
 
 # A line of a step that was not skipped; others of a log are of other commands, or damaged.
@@ -32,11 +31,9 @@ def read_columns(folder: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"no log at {path}; give the --output_dir of a training run")
     lines, skipped = [], 0
-    for text in path.read_bytes().splitlines():
-        with contextlib.suppress(ValueError):
-            check_schema(line := parse_json(text), dict)
-            skipped += line.get("skipped") is True
-            check_schema(line, LINE)
+    for line in read_lines(path):
+        skipped += line.get("skipped") is True
+        if conforms(line, LINE):
             lines.append(line)
     if not lines:
         raise ValueError(f"{path} has no step with a loss yet")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from training.sharding import like
+from util.checkpoint import shape_of
 from util.log import get_logger
 
 logger = get_logger()
@@ -81,11 +82,6 @@ def saved_groups(saved: object) -> list[dict]:
     if not isinstance(groups, list) or not groups or not all(isinstance(group, dict) for group in groups):
         raise ValueError("it has no parameter groups")
     return groups
-
-
-def shape_of(value: object) -> tuple[int, ...] | str:
-    """A tensor's shape, or words for what is no tensor."""
-    return tuple(value.shape) if isinstance(value, Tensor) else f"no tensor but {type(value).__name__}"
 
 
 def _list(value: object) -> list:

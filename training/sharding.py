@@ -1,5 +1,5 @@
-"""Weights cut over the processes (--fsdp, torch's fully_shard), and whole again for checkpoints, which keep the
-published layout.
+"""Parameters sharded across ranks (--fsdp, torch's fully_shard), and gathered for checkpoints, which keep the published
+layout.
 
 A sharded parameter is a DTensor: it has the whole shape, and this process's part of the numbers. Plain tensors pass
 through unchanged.

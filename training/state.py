@@ -60,7 +60,7 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def compile_blocks(model: TokenBridge) -> None:
-    """Compile every block of the backbone by itself, and the head's loss of a group of tokens, in place: few shapes,
+    """Compile each block of the backbone separately, and the head's loss of a group of tokens, in place: few shapes,
     short compilation, and keys and hooks stay as they are.
 
     The number of visible tokens changes from step to step, so sizes are symbols.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from util import dist
 from util.files import file_sha256, read_json, replacing, second_name, set_aside, write_json
-from util.log import get_logger
+from util.log import first_line, get_logger
 from util.options import ArgumentError, MissingFile
 
 logger = get_logger()
@@ -138,8 +138,7 @@ def _why_unreadable(error: Exception) -> str:
             f"holds code ({code[1] or code[2]}), which is never run: weights need none; get it from its "
             "author as safetensors or a plain state dict"
         )
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return f"cannot be read as a checkpoint; it is cut short, or another kind of file: {reason}"
+    return f"cannot be read as a checkpoint; it is cut short, or another kind of file: {first_line(error)}"
 
 
 def _detached(value: object) -> object:
@@ -233,11 +232,15 @@ def plain_keys(state: dict) -> dict:
     return {key[len(prefix) :]: value for key, value in state.items()} if prefix else state
 
 
+def shape_of(value: object) -> tuple[int, ...] | str:
+    """A tensor's shape, or words for what is no tensor."""
+    return tuple(value.shape) if isinstance(value, Tensor) else f"no tensor but {type(value).__name__}"
+
+
 def _shape_in_words(value: object) -> str:
-    """Shape, and dtype if it is no floating one; words for what is no tensor."""
-    if not isinstance(value, Tensor):
-        return f"no tensor but {type(value).__name__}"
-    return f"{tuple(value.shape)}" + (f" {value.dtype}" if not value.is_floating_point() else "")
+    """`shape_of`, and dtype if it is no floating one."""
+    other = isinstance(value, Tensor) and not value.is_floating_point()
+    return f"{shape_of(value)}" + (f" {value.dtype}" if other else "")
 
 
 def check_shapes(

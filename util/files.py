@@ -366,6 +366,14 @@ def read_json(path: str | Path, schema: object = dict, largest: int = LARGEST_JS
     return content
 
 
+def read_lines(path: str | Path, schema: object = dict) -> Iterator[typing.Any]:
+    """The lines of a .jsonl file that are as `schema` says; others, such as the last one after a kill, are left out."""
+    for line in Path(path).read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            check_schema(content := parse_json(line), schema)
+            yield content
+
+
 def check_schema(value: object, schema: object, name: str = "it") -> None:
     """ValueError, which says what is wrong, unless a value from a file is as `schema` says.
 

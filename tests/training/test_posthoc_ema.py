@@ -229,7 +229,7 @@ def test_a_run_without_averages_cannot_take_them_up(
 
 
 def test_snapshots_of_another_run_are_refused(trained: Path, flags: Argv, tmp_path: Path) -> None:
-    """By a new training in their folder, whose name is not theirs; but the same command, begun anew before its first
+    """By a new training in their folder, whose name is not theirs; but the same command, started again before its first
     checkpoint, goes on.
     """
     out = tmp_path / "run"

@@ -109,7 +109,7 @@ def moved_bytes(name: str, arguments: object, result: object) -> int:
 
 
 class GpuAttention(TorchFunctionMode):
-    """Attention as a GPU with fused kernels runs it (sm80 or later), which no CPU build of torch selects by itself.
+    """Attention as a GPU with fused kernels runs it (sm80 or later), which no CPU build of torch selects.
 
     Flash attention for half precision without a mask, otherwise the memory-efficient kernel.
     """

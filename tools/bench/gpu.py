@@ -6,6 +6,7 @@ at once.
 """
 
 import gc
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine_tokenbridge import train_one_epoch
+from evaluation.inception import InceptionFeatures
 from models import MODELS
 from models.sampling.loop import Sampler, sampling_noise
 from models.sampling.options import SamplerOptions
@@ -24,6 +26,7 @@ from models.tokenbridge import TokenBridge, num_masked_tokens
 from models.vae import AutoencoderKL
 from tools.bench.baselines import baseline_head, baseline_sampling_step, baseline_step
 from tools.bench.counting import OpCounter, count, on_fake_gpu, print_table, timed
+from tools.bench.evaluation import smooth_images, write_random_inception
 from tools.bench.options import REPEATS, ModelOptions
 from tools.bench.train import GIB, mean_mask_ratio, step_gib
 from tools.bench.train import Options as TrainOptions
@@ -33,6 +36,7 @@ from training.step import masked_counts
 from util import dist
 from util.cli import check_writable
 from util.files import write_json
+from util.log import first_line
 from util.options import option
 
 # Share of the budget, in order of worth.
@@ -112,7 +116,7 @@ class Bench:
                 case()
                 reason = ""
             except Exception as error:  # the cases after it are worth their time
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+                reason = f"{type(error).__name__}: {first_line(str(error))}"
         if reason:
             self.results["skipped"].append({"name": name, "reason": reason})
             write_json(self.options.json, self.results)
@@ -515,11 +519,6 @@ def images(bench: Bench) -> None:
         measured("VAE decode, float32", lambda: network.decode(latents))
 
     def inception() -> None:
-        import tempfile
-
-        from evaluation.inception import InceptionFeatures
-        from tools.bench.evaluation import smooth_images, write_random_inception
-
         with tempfile.TemporaryDirectory() as folder:
             extractor = InceptionFeatures(str(write_random_inception(Path(folder) / "inception.pth")), device)
         pixels = smooth_images(batch, o.img_size, 0).to(device)

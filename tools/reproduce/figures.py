@@ -1,6 +1,5 @@
 """The paper's figures, how far a repetition may be from them and why, and how ours are read from what stages wrote."""
 
-import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from evaluation.report import FIDS_BY_BITS, FIDS_BY_RANGE
 from models.tokenbridge import TokenBridge
 from tools.bench.gpu import PAPER_HEAD
 from util.checkpoint import find_file, read_file
-from util.files import check_schema, parse_json, read_json
+from util.files import read_json, read_lines
 from util.presets import differences, load_preset
 
 SEEDS = "another seed moves FID of 50,000 images by about 2 % (as EDM's authors report); rounding of the published one"
@@ -138,12 +137,7 @@ def read_reconstruction(folder: Path, script: bool = True) -> dict[str, object]:
 
 def read_records(folder: Path) -> list[dict]:
     """The lines of eval.jsonl; the last one may be incomplete after a kill."""
-    found = []
-    for text in (folder / "eval.jsonl").read_bytes().splitlines():
-        with contextlib.suppress(ValueError):
-            check_schema(line := parse_json(text), {"fid": float, "cfg": float, "num_iter": int})
-            found.append(line)
-    return found
+    return list(read_lines(folder / "eval.jsonl", {"fid": float, "cfg": float, "num_iter": int}))
 
 
 def read_evaluation(folder: Path, preset: str, cfg: float) -> dict[str, object]:

@@ -1,6 +1,5 @@
 """The first steps of the published training beside a recorded loss (a band), or recorded as one."""
 
-import contextlib
 import hashlib
 import json
 import math
@@ -18,7 +17,7 @@ from tools.reproduce.stages import describe_machine
 from training.published import cache_in_words
 from util import dist
 from util.checkpoint import LAST, read_file
-from util.files import check_schema, parse_json, write_json
+from util.files import read_lines, write_json
 from util.presets import Preset, differences
 
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # of the run, where the loss is compared
@@ -58,11 +57,7 @@ def band_of(steps: np.ndarray, losses: np.ndarray, about: Mapping[str, object], 
 
 def read_speed(log: Path) -> dict[str, float | None]:
     """Median images/s and MFU of the steps after the first tenth; None where the log has none."""
-    lines = []
-    for text in log.read_bytes().splitlines():
-        with contextlib.suppress(ValueError):
-            check_schema(line := parse_json(text), {"images_per_s": float, "mfu?": float})
-            lines.append(line)
+    lines = list(read_lines(log, {"images_per_s": float, "mfu?": float}))
     late = lines[len(lines) // 10 :]
     values = {name: [line[name] for line in late if name in line] for name in ("images_per_s", "mfu")}
     return {name: statistics.median(numbers) if numbers else None for name, numbers in values.items()}
