@@ -119,3 +119,23 @@ class InceptionFeatures:
                 pool, logits = self.network(chunk.to(self.device))
                 parts.append((pool, self._spatial, logits))
         return dict(zip(FEATURE_KEYS, map(torch.cat, zip(*parts, strict=True)), strict=True))
+
+
+def write_random_inception(path: Path) -> Path:
+    """Weights in torch-fidelity's format, drawn from seed 0 so that activations keep their size; for tests, benches."""
+
+    class Unfilled(torch_fidelity().FeatureExtractorInceptionV3):
+        def load_state_dict(self, *args: object, **kwargs: object) -> None:
+            """The constructor insists on a file; this one is about to make it."""
+
+    torch.save({}, path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = Unfilled("inception-v3-compat", ["2048"], str(path))
+        torch.manual_seed(0)
+        for module in network.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(module.weight)
+        torch.nn.init.normal_(network.fc.weight, std=0.05)
+    torch.save(network.state_dict(), path)
+    return path

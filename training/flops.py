@@ -5,7 +5,12 @@ Norms, activations and everything else that is no matrix product are left out, a
 checkpointing computes a second time.
 """
 
+from statistics import NormalDist
+
 from models.config import TokenBridgeConfig
+from models.tokenbridge import num_masked_tokens
+
+IMAGENET = 1_281_167  # training images
 
 # Dense peak, TFLOP/s, from the makers' data sheets: (half precision with float32 sums, float32 as TF32 where the device
 # has it).
@@ -41,6 +46,17 @@ def peak_tflops(device_name: str, precision: str) -> float | None:
         if name in device_name:
             return single if precision == "fp32" else half
     return None
+
+
+def mean_mask_ratio(mask_ratio_min: float) -> float:
+    """Expected mask ratio of a training step: mean of a normal (loc 1, scale 0.25) truncated to [mask_ratio_min, 1]."""
+    normal, lowest = NormalDist(), (mask_ratio_min - 1) / 0.25
+    return 1 - 0.25 * (normal.pdf(0) - normal.pdf(lowest)) / (normal.cdf(0) - normal.cdf(lowest))
+
+
+def mean_masked(config: TokenBridgeConfig) -> int:
+    """Number of masked tokens at the expected mask ratio."""
+    return num_masked_tokens(mean_mask_ratio(config.mask_ratio_min), config.num_tokens)
 
 
 def block_flops(tokens: int, width: int, mlp_ratio: float) -> float:

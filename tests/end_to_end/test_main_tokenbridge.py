@@ -18,12 +18,12 @@ import main_cache
 from checkpoints.build import load_generator_weights
 from dataset.images import read_image
 from evaluation.evaluator import Evaluator
+from evaluation.inception import write_random_inception
 from main_tokenbridge import main
 from models.config import TokenBridgeConfig
 from models.tokenbridge import TokenBridge
 from models.vae_loading import load_vae
 from tests.helpers import REPO, Argv, argv_of, assert_same, log_of, run_processes
-from tools.bench.evaluation import write_random_inception
 from training.recipe import RECIPE
 from training.sharding import cannot_shard
 from util import checkpoint, dist

@@ -19,6 +19,7 @@ from dataset.images import center_crop_adm, read_image, to_tensor, to_uint8
 from dataset.latent_statistics import latent_scale
 from evaluation import reconstruction_options
 from evaluation.image_metrics import psnr, ssim
+from evaluation.inception import write_random_inception
 from evaluation.metrics import Reference, fid
 from evaluation.reconstruction import (
     Variant,
@@ -38,7 +39,6 @@ from models.vae_loading import load_vae
 from reconstruction import build_parser, load_inputs, main
 from tests.helpers import GOLDEN, photographs, run_processes
 from tests.stand_ins import FewColours, offline, stats_of
-from tools.bench.evaluation import write_random_inception
 from util.cli import run_cli
 from util.options import read_options
 

@@ -20,13 +20,12 @@ import main_tokenbridge
 from checkpoints import download
 from dataset.images import read_image
 from evaluation import evaluator, metrics
-from evaluation.inception import FEATURE_DIM
+from evaluation.inception import FEATURE_DIM, write_random_inception
 from generation.sweep import SweepOptions
 from main_tokenbridge import main
 from tests.helpers import REPO, run_processes, tiny_model, tiny_vae, write_image_folder
 from tests.stand_ins import Colours, FewColours, adm_arrays, crops, small_reference, write_folder, write_stats
 from tools import fid_stats
-from tools.bench.evaluation import write_random_inception
 from util.options import read_options
 from util.presets import load_preset
 

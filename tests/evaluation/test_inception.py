@@ -12,10 +12,10 @@ from evaluation.inception import (
     InceptionFeatures,
     fetch_inception_weights,
     find_inception_weights,
+    write_random_inception,
 )
 from tests.helpers import Explosive
 from tests.stand_ins import as_tensor, crops, offline
-from tools.bench.evaluation import write_random_inception
 from util.options import ArgumentError
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from torch_fidelity import metric_fid, metric_kid, metric_prc
 from torch_fidelity.metric_isc import isc_features_to_metric
 
 from evaluation import metrics
-from evaluation.inception import InceptionFeatures
+from evaluation.inception import InceptionFeatures, write_random_inception
 from evaluation.metrics import (
     FeatureStatistics,
     InceptionScoreSums,
@@ -24,7 +24,6 @@ from evaluation.metrics import (
     precision_recall,
 )
 from tests.stand_ins import as_tensor, crops, damaged, stats_of, write_folder
-from tools.bench.evaluation import write_random_inception
 from util.dist import float32_precision
 
 CPU = torch.device("cpu")

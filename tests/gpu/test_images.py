@@ -31,8 +31,8 @@ def test_vae_by_batch(device: torch.device, report: Callable) -> None:
 def test_inception(device: torch.device, report: Callable, tmp_path: Path) -> None:
     """Random weights in the real format: features, logits and the spatial features of sFID."""
     pytest.importorskip("torch_fidelity", reason=FIDELITY)
-    from evaluation.inception import InceptionFeatures
-    from tools.bench.evaluation import smooth_images, write_random_inception
+    from evaluation.inception import InceptionFeatures, write_random_inception
+    from tools.bench.evaluation import smooth_images
 
     weights, images = str(write_random_inception(tmp_path / "inception.pth")), smooth_images(5, 64, 0)
     expected, found = (InceptionFeatures(weights, where)(images) for where in (CPU, device))

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from evaluation.inception import write_random_inception
 from models import MODELS
 from models.quantizer import GaussianQuantizer, quantize
 from models.sampling.orders import random_orders
-from models.tokenbridge import TokenBridge, draw_mask_ratio, mask_from_orders
+from models.tokenbridge import TokenBridge, mask_from_orders
 from tests.helpers import tiny_batch, tiny_config, tiny_model
 from tools.bench import evaluation as bench_eval
 from tools.bench.__main__ import build_parser, main
@@ -20,7 +21,8 @@ from tools.bench.counting import OpCounter, count, fake_mode, no_fake_gpu
 from tools.bench.gpu import counted_memory
 from tools.bench.quantizer import quantize_by_distance
 from tools.bench.sample import REUSE, HeadPositions, count_samplers, samplers
-from tools.bench.train import SAVINGS, count_training, mean_mask_ratio
+from tools.bench.train import SAVINGS, count_training
+from training.flops import mean_mask_ratio
 from util.cli import run_cli
 
 CPU = torch.device("cpu")
@@ -186,12 +188,6 @@ def test_more_iterations_cost_the_backbone_only() -> None:
         positions.handle.remove()
     (few_positions, few), (many_positions, many) = counted
     assert few_positions == many_positions == 16 * model.num_tokens and few < many
-
-
-@pytest.mark.parametrize("lowest", [0.7, 0.5, 0.95])
-def test_mean_mask_ratio_is_the_mean_of_the_draws(lowest: float) -> None:
-    uniform = (np.arange(20000) + 0.5) / 20000
-    assert mean_mask_ratio(lowest) == pytest.approx(np.mean([draw_mask_ratio(lowest, u) for u in uniform]), abs=1e-5)
 
 
 def test_training_counts() -> None:
@@ -372,7 +368,7 @@ def test_what_is_reused_is_not_computed(capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.slow
 def test_both_ways_of_evaluating_agree(tmp_path: Path) -> None:
     """In memory and through torch-fidelity's reading of PNGs; scores of features in one and in two processes."""
-    weights = bench_eval.write_random_inception(tmp_path / "inception.pth")
+    weights = write_random_inception(tmp_path / "inception.pth")
     found = bench_eval.compare_paths(bench_eval.Options(num_images=10, img_size=32, batch_size=5), weights, CPU)
     for score in ("fid", "is"):
         assert found[score] == pytest.approx(found[f"baseline {score}"], rel=1e-3)

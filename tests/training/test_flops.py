@@ -1,13 +1,14 @@
 """training/flops.py: closed formulas against torch's counter; peaks by device name."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.tokenbridge import TokenBridge
+from models.tokenbridge import TokenBridge, draw_mask_ratio
 from tests.helpers import tiny_batch, tiny_config
 from tools.bench.counting import fake_mode
-from training.flops import forward_flops, peak_tflops, step_flops
+from training.flops import forward_flops, mean_mask_ratio, peak_tflops, step_flops
 
 WIDE = dict(
     encoder_embed_dim=48,
@@ -43,6 +44,12 @@ def test_a_step_is_three_forward_passes_but_for_the_inputs() -> None:
     with FlopCounterMode(display=False) as counter:
         model(*tiny_batch(2), num_masked=14).backward()
     assert counter.get_total_flops() / 2 == pytest.approx(step_flops(model.config, 14), rel=0.03)
+
+
+@pytest.mark.parametrize("lowest", [0.7, 0.5, 0.95])
+def test_mean_mask_ratio_is_the_mean_of_the_draws(lowest: float) -> None:
+    uniform = (np.arange(20000) + 0.5) / 20000
+    assert mean_mask_ratio(lowest) == pytest.approx(np.mean([draw_mask_ratio(lowest, u) for u in uniform]), abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset.images import save_png
-from evaluation.inception import FEATURE_DIM, LOGITS_DIM, SPATIAL_DIM, InceptionFeatures
+from evaluation.inception import FEATURE_DIM, LOGITS_DIM, SPATIAL_DIM, InceptionFeatures, write_random_inception
 from evaluation.metrics import FeatureStatistics, Reference, fid, inception_score
 from evaluation.reference import KEEP_FEATURES
 from evaluation.scores import Scores
@@ -39,27 +39,6 @@ class Options(BenchOptions):
     batch_size: int = option(64, lowest=1)
     scored_images: int = option(50_000, "images whose scores are computed from random features", lowest=10)
     pairs: bool = option(True, "precision, recall and KID too, minutes on a CPU")
-
-
-def write_random_inception(path: Path) -> Path:
-    """Weights in torch-fidelity's format, drawn from seed 0 so that activations keep their size."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    class Unfilled(FeatureExtractorInceptionV3):
-        def load_state_dict(self, *args: object, **kwargs: object) -> None:
-            """The constructor insists on a file; this one is about to make it."""
-
-    torch.save({}, path)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = Unfilled("inception-v3-compat", ["2048"], str(path))
-        torch.manual_seed(0)
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
-        nn.init.normal_(network.fc.weight, std=0.05)
-    torch.save(network.state_dict(), path)
-    return path
 
 
 def smooth_images(count: int, size: int, seed: int) -> Tensor:

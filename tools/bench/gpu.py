@@ -17,20 +17,20 @@ import torch
 from torch import Tensor
 
 from engine_tokenbridge import train_one_epoch
-from evaluation.inception import InceptionFeatures
+from evaluation.inception import InceptionFeatures, write_random_inception
 from models import MODELS
 from models.sampling.loop import Sampler, sampling_noise
 from models.sampling.options import SamplerOptions
 from models.sampling.schedules import guidance_scale, unmasking_plan
-from models.tokenbridge import TokenBridge, num_masked_tokens
+from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from tools.bench.baselines import baseline_head, baseline_sampling_step, baseline_step
 from tools.bench.counting import OpCounter, count, on_fake_gpu, print_table, timed
-from tools.bench.evaluation import smooth_images, write_random_inception
+from tools.bench.evaluation import smooth_images
 from tools.bench.options import REPEATS, ModelOptions
-from tools.bench.train import GIB, mean_mask_ratio, step_gib
+from tools.bench.train import GIB, step_gib
 from tools.bench.train import Options as TrainOptions
-from training.flops import peak_tflops, step_flops
+from training.flops import mean_masked, peak_tflops, step_flops
 from training.state import TrainState
 from training.step import masked_counts
 from util import dist
@@ -557,7 +557,7 @@ def count_steps(options: Options) -> None:
         model = train.build().train()
         latents = torch.zeros(options.batch_size, model.token_dim, model.grid_size, model.grid_size)
         labels = torch.zeros(options.batch_size, dtype=torch.long)
-        masked = num_masked_tokens(mean_mask_ratio(model.mask_ratio_min), model.num_tokens)
+        masked = mean_masked(model.config)
         forward = count(lambda: model(latents, labels, num_masked=masked))
         rows.append((f"training, batch {options.batch_size}, forward", forward))
     cells = [(name, [f"{c.launches}", f"{c.bytes / 1e9:.2f}", f"{c.flops / 1e12:.3f}"]) for name, c in rows]

@@ -1,6 +1,5 @@
 """`python -m tools.bench train`: FLOPs, bytes and time of a training step; what the presets need, computed."""
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from models.vae import AutoencoderKL
 from tools.bench.baselines import baseline_step
 from tools.bench.counting import OpCounter, count, fake_mode, no_fake_gpu, print_table, timed
 from tools.bench.options import REPEATS, ModelOptions
-from training.flops import peak_tflops, step_flops
+from training.flops import IMAGENET, mean_mask_ratio, mean_masked, peak_tflops, step_flops
 from training.settings import TrainSettings
 from training.state import TrainState
 from training.step import batch_latents, draw_step, nan_gradients_if_not_finite, optimizer_step
@@ -25,7 +24,6 @@ from util.options import option
 from util.presets import Preset, load_preset, preset_names
 
 STEPS_PER_CALL = 3  # timed together, so that the one logging step among ours weighs little
-IMAGENET = 1_281_167  # training images
 ASSUMED_MFU = 0.4  # of the peak; what well-tuned transformers of this size reach, not measured here
 DEVICES = {"A100": "NVIDIA A100-SXM4-80GB", "H100": "NVIDIA H100 80GB HBM3"}
 GIB = 2**30
@@ -54,12 +52,6 @@ class Options(ModelOptions):
     def small_vae(self) -> AutoencoderKL:
         """Only its scale is used: the batches are moments."""
         return AutoencoderKL(embed_dim=self.vae_embed_dim, ch_mult=(1,), ch=8, num_res_blocks=1, norm_groups=4)
-
-
-def mean_mask_ratio(mask_ratio_min: float) -> float:
-    """Expected mask ratio of a training step: mean of a normal (loc 1, scale 0.25) truncated to [mask_ratio_min, 1]."""
-    normal, lowest = statistics.NormalDist(), (mask_ratio_min - 1) / 0.25
-    return 1 - 0.25 * (normal.pdf(0) - normal.pdf(lowest)) / (normal.cdf(0) - normal.cdf(lowest))
 
 
 def count_training(
@@ -150,7 +142,7 @@ def print_memory(options: Options, device: torch.device, precision: str) -> None
     model = options.build().to(device).train()
     latents = torch.randn(options.batch_size, model.token_dim, model.grid_size, model.grid_size, device=device)
     labels = torch.arange(options.batch_size, device=device) % model.class_num
-    masked = num_masked_tokens(mean_mask_ratio(model.mask_ratio_min), model.num_tokens)
+    masked = mean_masked(model.config)
     peaks = {name: [] for name in SAVINGS}
 
     def step(name: str) -> None:
@@ -250,7 +242,7 @@ def step_gib(
         model = MODELS[name](**({"attn_dropout": 0.0} | settings)).train()
         model.head_chunk = model.group_size(device_type)
         latents = torch.zeros(batch_size, model.token_dim, model.grid_size, model.grid_size)
-        masked = num_masked_tokens(mean_mask_ratio(model.mask_ratio_min), model.num_tokens)
+        masked = mean_masked(model.config)
         with OpCounter() as counter:
             with dist.autocast(torch.device("cpu"), precision):
                 loss = model(latents, torch.zeros(batch_size, dtype=torch.long), num_masked=masked)
@@ -263,7 +255,7 @@ def preset_cells(preset: Preset) -> dict[str, str]:
     name, batch = preset.flags["model"], preset.global_batch
     with fake_mode():
         model = MODELS[name]()
-    masked = num_masked_tokens(mean_mask_ratio(model.mask_ratio_min), model.num_tokens)
+    masked = mean_masked(model.config)
     numbers = sum(p.numel() for p in model.parameters())
     sizes = [sum(p.numel() for p in block.parameters()) for block in (*model.encoder_blocks, *model.decoder_blocks)]
     gathered = 2 * 4 * (numbers - sum(sizes) + max(sizes)) / GIB  # weights and gradients of head, embeddings, one block

@@ -7,19 +7,16 @@ from pathlib import Path
 import torch
 
 from checkpoints.download import PUBLISHED as FILES
-from evaluation.inception import InceptionFeatures, download_target, fetch_inception_weights
+from evaluation.inception import InceptionFeatures, download_target, fetch_inception_weights, write_random_inception
 from evaluation.reference import make_reference, save_reference
 from models import MODELS
 from models.config import TokenBridgeConfig
-from models.tokenbridge import num_masked_tokens
-from tools.bench.evaluation import write_random_inception
-from tools.bench.train import IMAGENET, mean_mask_ratio
 from tools.reproduce import figures
 from tools.reproduce.commands import Command, published
 from tools.reproduce.cost import DOWNLOAD_BYTES, INCEPTION_FLOPS, Work, sampling_flops, vae_flops
 from tools.reproduce.stages import Stage
 from tools.reproduce.training import read_training
-from training.flops import step_flops
+from training.flops import IMAGENET, mean_masked, step_flops
 from util.checkpoint import LAST
 from util.options import ArgumentError, check_options, option
 from util.presets import load_preset
@@ -279,7 +276,7 @@ class Plan:
             message = f"gpus {o.processes} x 64 images do not divide the published batch of {preset.global_batch}"
             raise ArgumentError("gpus", message)
         command = command if o.demo or each == 1 else command.changed(accum_iter=each)
-        masked = num_masked_tokens(mean_mask_ratio(config.mask_ratio_min), config.num_tokens)
+        masked = mean_masked(config)
         work = Work(o.steps * preset.global_batch * step_flops(config, masked), written=2.2 * DOWNLOAD_BYTES[name])
         where = folder, Path(changes["cached_path"]), Path(o.bands)
         measure = partial(read_training, *where, preset, o.processes, self.device)
