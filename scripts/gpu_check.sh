@@ -7,7 +7,7 @@
 # temporary folder. Checks whose package is missing are skipped and named. DIR gets tests.log, bench.log and bench.json.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3} out=gpu_check wheels= tests=240 budget=270 parts="tests bench"
+python=${PYTHON:-python3} out=gpu_check wheels= tests=230 budget=260 parts="tests bench"
 while [ $# -gt 0 ]; do
     case $1 in
         --out) out=$2; shift 2 ;;
@@ -29,11 +29,11 @@ export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 failed=0
 if [[ $parts == *tests* ]]; then
-    timeout --signal=INT "$tests" "$python" -m pytest -m gpu -p no:cacheprovider -p no:xdist -v --durations=15 --tb=short tests/gpu 2>&1 | tee "$out/tests.log"
+    timeout --signal=INT --kill-after=10 "$tests" "$python" -m pytest -m gpu -p no:cacheprovider -p no:xdist -v --durations=15 --tb=short tests/gpu 2>&1 | tee "$out/tests.log"
     failed=${PIPESTATUS[0]}
 fi
 if [[ $parts == *bench* ]]; then
-    timeout --signal=INT $((budget + 80)) "$python" -m tools.bench gpu --budget "$budget" --json "$out/bench.json" 2>&1 | tee "$out/bench.log"
+    timeout --signal=INT --kill-after=10 $((budget + 70)) "$python" -m tools.bench gpu --budget "$budget" --json "$out/bench.json" 2>&1 | tee "$out/bench.log"
     code=${PIPESTATUS[0]}
     [ "$failed" -ne 0 ] || failed=$code
 fi

@@ -129,8 +129,7 @@ def read_snapshot(path: Path, run: str | None, whole: bool = False) -> dict[str,
     if content.get("run") != run:
         raise ValueError(
             f"{path} belongs to another run (named {content.get('run')}, this one is {run}): move that run's {FOLDER} "
-            "away, or use "
-            "another folder (--output_dir)"
+            "away, or use another folder (--output_dir)"
         )
     return averages
 
@@ -219,8 +218,7 @@ def reconstruct(source: Path, sigma_rel: float, step: int | None = None) -> dict
     if not files:
         raise ValueError(
             f"{source.parent / FOLDER} holds no snapshots up to step {last} of {source}: they are written by training "
-            "with "
-            "--posthoc_ema_freq N, from its first step on"
+            "with --posthoc_ema_freq N, from its first step on"
         )
     for path in files.values():
         read_snapshot(path, config.get("run"))
@@ -235,9 +233,8 @@ def reconstruct(source: Path, sigma_rel: float, step: int | None = None) -> dict
     if residual > MAX_RESIDUAL:
         raise ValueError(
             f"--sigma_rel {sigma_rel:g} cannot be fitted with the {len(files)} snapshots up to step {step}: the "
-            "profile would be off by "
-            f"{100 * residual:.0f} %; choose {possible(steps, sigma_rels, step)}, or train with a smaller "
-            "--posthoc_ema_freq"
+            f"profile would be off by {100 * residual:.0f} %; choose {possible(steps, sigma_rels, step)}, or train "
+            "with a smaller --posthoc_ema_freq"
         )
     average = add_up(
         list(files.values()), config["run"], weights.reshape(len(files), len(SIGMA_RELS)), content["model_ema"]

@@ -124,8 +124,7 @@ def log_older_recipe(arguments: Mapping, content: dict, source: Path) -> None:
     if content.get("config") and "recipe" not in content["config"]:
         logger.info(
             "%s was begun without dropout in the head and with one mask ratio for all processes; it continues as "
-            "published: "
-            "attn_dropout %g and proj_dropout %g in the head too, a mask ratio for each micro-batch",
+            "published: attn_dropout %g and proj_dropout %g in the head too, a mask ratio for each micro-batch",
             source,
             arguments["attn_dropout"],
             arguments["proj_dropout"],

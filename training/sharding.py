@@ -31,8 +31,7 @@ def check_sharding(fsdp: bool, device: torch.device) -> None:
         raise ArgumentError(
             "fsdp",
             "fsdp shards the weights over several processes, and there is one: start it with torchrun "
-            "--nproc_per_node, or "
-            "leave it out",
+            "--nproc_per_node, or leave it out",
         )
     if fsdp and (reason := cannot_shard(device)):
         raise ArgumentError("fsdp", reason)

@@ -195,8 +195,7 @@ class TrainState:
         if step is not None and not same:
             logger.warning(
                 "%s was written with %s steps per epoch, now there are %d (batch size or data changed): continuing "
-                "after "
-                "its last full epoch",
+                "after its last full epoch",
                 source,
                 saved_steps,
                 steps_per_epoch,
@@ -206,8 +205,7 @@ class TrainState:
             raise ArgumentError(
                 "resume",
                 f"the processes read different checkpoints of {source}: they are at steps {steps}; is it on a disk "
-                "that all "
-                "nodes share?",
+                "that all nodes share?",
             )
 
     def _load_power_emas(self, content: dict, source: str) -> None:
@@ -246,8 +244,7 @@ class TrainState:
         elif rng:
             logger.info(
                 "%s is of %d processes, now there are %d: data, token orders and noise stay those of their step; mask "
-                "ratios "
-                "and dropout do where batch_size is the same",
+                "ratios and dropout do where batch_size is the same",
                 source,
                 len(rng),
                 dist.world_size(),

@@ -85,9 +85,8 @@ class VaeSettings(LoopSettings):
         if wrong:
             raise ArgumentError(
                 "norm_groups",
-                f"norm_groups {self.norm_groups} does not divide a level's width, {wrong[0]} (width {self.width} "
-                "times 1 or "
-                "ch_mult); give another width or norm_groups",
+                f"norm_groups {self.norm_groups} does not divide a level's width, {wrong[0]} (width {self.width} times "
+                "1 or ch_mult); give another width or norm_groups",
             )
 
     @property

@@ -164,8 +164,7 @@ def resume(state: VaeState, settings: VaeSettings, content: dict, source: Path) 
     if content["steps_per_epoch"] != settings.steps_per_epoch:
         logger.warning(
             "%s was written with %s steps per epoch, now there are %d (batch size or data changed): the order of "
-            "images is "
-            "not that of an uninterrupted run",
+            "images is not that of an uninterrupted run",
             source,
             content["steps_per_epoch"],
             settings.steps_per_epoch,
@@ -177,8 +176,7 @@ def announce(state: VaeState, settings: VaeSettings, images: int) -> None:
     vae, side = state.vae, settings.img_size // state.vae.stride
     logger.info(
         "VAE: %.2f M parameters, %d px -> %d x %d x %d latents; %d images, global batch %d, lr %.3g, %d steps, %d per "
-        "epoch, "
-        "%s on %s",
+        "epoch, %s on %s",
         sum(p.numel() for p in vae.parameters()) / 1e6,
         *(settings.img_size, vae.embed_dim, side, side, images, settings.images_per_step, settings.lr),
         *(settings.total_steps, settings.steps_per_epoch, settings.precision, state.device),

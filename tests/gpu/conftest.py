@@ -14,7 +14,6 @@ from util import dist
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts: what deterministic products need
 
 OVERRIDE = "TOKENBRIDGE_TEST_DEVICE"
-LINES: list[str] = []
 
 
 @pytest.fixture(scope="session")
@@ -34,18 +33,12 @@ def exact(device: torch.device) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def report() -> Callable[[str], None]:
-    """report(line): printed at the end of the run."""
-    return LINES.append
+def report(pytestconfig: pytest.Config) -> Callable[[str], None]:
+    """report(line): printed at once, so that a run which is stopped has it."""
+    terminal = pytestconfig.pluginmanager.get_plugin("terminalreporter")  # pytest-xdist's workers have none
+    return (lambda line: terminal.write_line(f"\n  {line}")) if terminal else print
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow checks (compilation, processes) last, so that a time limit costs those alone."""
     items.sort(key=lambda item: {"gpu", "slow"} <= {mark.name for mark in item.iter_markers()})
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if LINES:
-        terminalreporter.section("figures of the GPU checks")
-        for line in LINES:
-            terminalreporter.write_line(line)

@@ -5,7 +5,9 @@ is expected to take longer than its section has left is skipped and named. One t
 at once.
 """
 
+import contextlib
 import gc
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -14,9 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from engine_tokenbridge import train_one_epoch
 from evaluation.inception import InceptionFeatures, write_random_inception
 from models import MODELS
 from models.sampling.loop import Sampler, sampling_noise
@@ -28,10 +28,9 @@ from tools.bench.baselines import baseline_head, baseline_sampling_step, baselin
 from tools.bench.counting import OpCounter, count, on_fake_gpu, print_table, timed
 from tools.bench.evaluation import smooth_images
 from tools.bench.options import REPEATS, ModelOptions
-from tools.bench.train import GIB, step_gib
+from tools.bench.train import GIB, STEPS_PER_CALL, forward_pass, our_loop, step_gib
 from tools.bench.train import Options as TrainOptions
 from training.flops import mean_masked, peak_tflops, step_flops
-from training.state import TrainState
 from training.step import masked_counts
 from util import dist
 from util.cli import check_writable
@@ -51,7 +50,6 @@ SECTIONS = {
     "reuse": 0.05,
     "others": 0.05,
 }
-STEPS = 4  # training steps timed together
 SAMPLED_STEPS = 6  # of the sampler's, evenly spaced; the rest is extrapolated
 PAPER_HEAD = "paper, A100, batch not stated: 52.42 ms; a diffusion head 311.25 ms"
 CFG = 3.1
@@ -122,7 +120,8 @@ class Bench:
             write_json(self.options.json, self.results)
             print(f"        skipped {name}: {reason}", flush=True)
         gc.collect()
-        dist.free_memory(self.device)
+        with contextlib.suppress(RuntimeError):  # after an error that the device keeps
+            dist.free_memory(self.device)
 
     @property
     def ceiling(self) -> float | None:
@@ -147,10 +146,12 @@ def run(options: Options) -> None:
     bench.results |= about | {"budget": options.budget, "model": options.model, "rows": [], "skipped": []}
     chosen = [name for name in SECTIONS if name in (options.only or SECTIONS)]
     total = sum(SECTIONS[name] for name in chosen)
-    for name in chosen:
-        bench.deadline += options.budget * SECTIONS[name] / total
-        RUN[name](bench)
-    print_results(bench)
+    try:
+        for name in chosen:
+            bench.deadline += options.budget * SECTIONS[name] / total
+            bench.attempt(name, -math.inf, partial(RUN[name], bench))  # its cases have times of their own
+    finally:  # also when it is stopped
+        print_results(bench)
 
 
 def print_results(bench: Bench) -> None:
@@ -197,44 +198,15 @@ def ceilings(bench: Bench) -> None:
 # ---- training
 
 
-def build(options: TrainOptions, device: torch.device) -> TokenBridge:
-    """The model of a training bench, made on the device."""
-    torch.manual_seed(options.seed)
-    with torch.device(device):
-        return options.build()
-
-
-def our_loop(options: TrainOptions, device: torch.device, precision: str) -> tuple[TrainState, Callable[[], None]]:
-    """State, and a function that does STEPS steps of the real loop on moments in memory."""
-    settings, vae = options.settings(precision), options.small_vae().to(device)
-    state, batch = TrainState(build(options, device).train(), settings), batch_of(options, device)
-
-    def steps() -> None:
-        begun = state.step
-        batches = [batch] * (STEPS + 1)
-        train_one_epoch(state, vae, batches, settings, device, should_stop=lambda: state.step >= begun + STEPS)
-
-    return state, steps
-
-
-def batch_of(options: TrainOptions, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Random moments and labels on the device."""
-    grid, generator = options.img_size // options.vae_stride, torch.Generator().manual_seed(options.seed)
-    moments = torch.randn(options.batch_size, 2 * options.vae_embed_dim, grid, grid, generator=generator)
-    return moments.to(device), torch.arange(options.batch_size, device=device) % 1000
-
-
 def time_training(bench: Bench, name: str, batch_size: int, compile: bool, baseline: float | None = None) -> float:
     """Record images/s of our loop; FLOPs are those of the mask ratios that were drawn."""
     options = bench.options.of_model(name, batch_size, compile)
     state, steps = our_loop(options, bench.device, bench.precision)
-    steps()
-    first = state.step
-    (seconds,) = timed([steps], bench.options.repeats, bench.device, warm_up=0)
-    counts = [masked_counts(state.model, options.seed, step, 1)[0] for step in range(first, state.step)]
+    (seconds,) = timed([steps], bench.options.repeats, bench.device)
+    counts = [masked_counts(state.model, options.seed, step, 1)[0] for step in range(STEPS_PER_CALL, state.step)]
     tflop = sum(step_flops(state.model.config, count) for count in counts) / len(counts) * batch_size / 1e12
-    rate = STEPS * batch_size / seconds
-    more = bench.speed(tflop * STEPS, seconds) | {"peak_gib": dist.peak_memory_gib(bench.device)}
+    rate = STEPS_PER_CALL * batch_size / seconds
+    more = bench.speed(tflop * STEPS_PER_CALL, seconds) | {"peak_gib": dist.peak_memory_gib(bench.device)}
     title = f"training {short(name)}, batch {batch_size}, {'compiled' if compile else 'eager'}"
     bench.record(title, rate, "images/s", baseline=baseline, **more)
     return rate
@@ -245,11 +217,10 @@ def time_training_baseline(bench: Bench, name: str, batch_size: int) -> float:
     while True:
         options = bench.options.of_model(name, batch_size)
         try:
-            vae, batch = options.small_vae().to(bench.device), batch_of(options, bench.device)
-            model = build(options, bench.device).train()
+            vae, batch = options.small_vae().to(bench.device), options.batch(bench.device)
+            model = options.built(bench.device).train()
             step = baseline_step(model, vae, batch, options.seed, bench.precision, OpCounter())
-            step()
-            (seconds,) = timed([step], 3 * bench.options.repeats, bench.device, warm_up=1)
+            (seconds,) = timed([step], 3 * bench.options.repeats, bench.device, warm_up=2)
             break
         except torch.OutOfMemoryError:
             if batch_size == 1:
@@ -334,6 +305,8 @@ class Steps:
         self.sampler = Sampler(model, self.class_embedding, options, noise)
         plan = unmasking_plan(options.num_iter, model.num_tokens)
         self.steps = [(step, *plan[step]) for step in steps if plan[step][0] > plan[step][1]]
+        if not self.steps:
+            raise ValueError(f"none of the steps {list(steps)} of {options.num_iter} reveals a token")
 
     def scale(self, keep: int) -> float:
         """Guidance of a step."""
@@ -359,7 +332,7 @@ class Steps:
 
 def sampling_model(bench: Bench) -> TokenBridge:
     """The main model in eval mode."""
-    return build(bench.options.of_model(bench.options.model, 1), bench.device).eval().requires_grad_(False)
+    return bench.options.built(bench.device).eval().requires_grad_(False)
 
 
 def spaced(num_iter: int, count: int = SAMPLED_STEPS) -> list[int]:
@@ -451,6 +424,7 @@ def profile(bench: Bench) -> None:
             dist.synchronize(device)
         on_gpu = device.type == "cuda"
         events = [e for e in found.key_averages() if not on_gpu or "cuda" in str(e.device_type).lower()]
+        events = [e for e in events if not e.is_user_annotation]  # they span kernels
         times = {
             e.key: ((e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1e3, e.count) for e in events
         }
@@ -462,7 +436,8 @@ def profile(bench: Bench) -> None:
         print_table(f"{name}: the 15 kernels that take longest", ["ms", "calls", "share"], rows, 90, 10)
 
     def trained() -> None:
-        top(f"{STEPS} training steps", our_loop(o.of_model(o.model, o.batch_size), device, bench.precision)[1])
+        _, steps = our_loop(o.of_model(o.model, o.batch_size), device, bench.precision)
+        top(f"{STEPS_PER_CALL} training steps", steps)
 
     def sampled() -> None:
         with dist.autocast(device, bench.precision):
@@ -551,14 +526,11 @@ def count_steps(options: Options) -> None:
     with on_fake_gpu(precision), torch.no_grad():
         train = options.of_model(options.model, options.batch_size)
         for images, num_iter in ((1, options.num_iter[-1]), *((options.sampling_batch, n) for n in options.num_iter)):
-            model = train.build().eval().requires_grad_(False)
+            model = train.build_model().eval().requires_grad_(False)
             steps = Steps(model, images, SamplerOptions(num_iter=num_iter, cfg=CFG), [num_iter // 2])
             rows.append((f"step {num_iter // 2} of {num_iter}, {images} image(s), cfg {CFG}", count(steps)))
-        model = train.build().train()
-        latents = torch.zeros(options.batch_size, model.token_dim, model.grid_size, model.grid_size)
-        labels = torch.zeros(options.batch_size, dtype=torch.long)
-        masked = mean_masked(model.config)
-        forward = count(lambda: model(latents, labels, num_masked=masked))
+        model, masked = train.build_model().train(), mean_masked(model.config)
+        forward = count(partial(forward_pass, model, options.batch_size, masked, None))
         rows.append((f"training, batch {options.batch_size}, forward", forward))
     cells = [(name, [f"{c.launches}", f"{c.bytes / 1e9:.2f}", f"{c.flops / 1e12:.3f}"]) for name, c in rows]
     title = f"{options.model}, {precision}, eager; counted on fake GPU tensors, nothing was computed (--dry)"
@@ -566,13 +538,6 @@ def count_steps(options: Options) -> None:
 
 
 RUN = {
-    "ceilings": ceilings,
-    "training": training,
-    "sampling": sampling,
-    "interactive": interactive,
-    "profile": profile,
-    "head": head,
-    "images": images,
-    "reuse": reuse,
-    "others": others,
+    section.__name__: section
+    for section in (ceilings, training, sampling, interactive, profile, head, images, reuse, others)
 }

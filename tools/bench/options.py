@@ -51,3 +51,9 @@ class ModelOptions(BenchOptions):
         for layer in model.modulation_layers:
             torch.nn.init.xavier_uniform_(layer[1].weight)
         return model
+
+    def built(self, device: torch.device, **changes: int) -> TokenBridge:
+        """The model of --seed, made on the device."""
+        torch.manual_seed(self.seed)
+        with device:
+            return self.build_model(**changes)

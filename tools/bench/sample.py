@@ -89,8 +89,7 @@ def count_samplers(
 
 def seeded(options: Options, images: int, device: torch.device) -> tuple[TokenBridge, Tensor, Tensor]:
     """The model in eval mode, orders (B, L) and labels (B,) of the seed."""
-    torch.manual_seed(options.seed)
-    model = options.build_model().to(device).eval()
+    model = options.built(device).eval()
     orders = random_orders(images, model.num_tokens, torch.Generator().manual_seed(options.seed)).to(device)
     return model, orders, torch.arange(images, device=device) % model.class_num
 
@@ -178,12 +177,11 @@ def study_deep(options: Options, device: torch.device) -> None:
 
 def study_growth(options: Options, device: torch.device) -> None:
     """Median seconds of one batch as one setting grows and the others stay."""
-    torch.manual_seed(options.seed)
     for name, values in {"iterations": (4, 8, 16, 32), "batch": (1, 2, 4), "tokens": (64, 144, 256)}.items():
         seconds = []
         for value in values:
             side = math.isqrt(value) if name == "tokens" else 8
-            model = options.build_model(img_size=options.vae_stride * side).to(device).eval()
+            model = options.built(device, img_size=options.vae_stride * side).eval()
             images, steps = value if name == "batch" else 1, value if name == "iterations" else 8
             labels = torch.zeros(images, dtype=torch.long)
             way = partial(model.sample_tokens, images, steps, options.cfg, options.cfg_schedule, labels, 0.0)

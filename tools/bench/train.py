@@ -1,5 +1,6 @@
 """`python -m tools.bench train`: FLOPs, bytes and time of a training step; what the presets need, computed."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,9 +40,16 @@ class Options(ModelOptions):
     compile: bool = option(False, "time our loop with compiled blocks")
     memory: bool = option(False, "only compare peak memory and time of forward and backward with and without savings")
 
-    def build(self) -> TokenBridge:
+    def build_model(self, **changes: int) -> TokenBridge:
         """The model, as deep as --layers says."""
-        return self.build_model(**dict.fromkeys(("encoder_depth", "decoder_depth"), self.layers) if self.layers else {})
+        depth = dict.fromkeys(("encoder_depth", "decoder_depth"), self.layers) if self.layers else {}
+        return super().build_model(**depth | changes)
+
+    def batch(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Random moments (B, 2C, h, w) and labels (B,) on the device."""
+        side, generator = self.img_size // self.vae_stride, torch.Generator().manual_seed(self.seed)
+        moments = torch.randn(self.batch_size, 2 * self.vae_embed_dim, side, side, generator=generator)
+        return moments.to(device), torch.arange(self.batch_size, device=device) % 1000
 
     def settings(self, precision: str) -> TrainSettings:
         """Settings of a run that never ends and never logs by itself."""
@@ -52,6 +60,29 @@ class Options(ModelOptions):
     def small_vae(self) -> AutoencoderKL:
         """Only its scale is used: the batches are moments."""
         return AutoencoderKL(embed_dim=self.vae_embed_dim, ch_mult=(1,), ch=8, num_res_blocks=1, norm_groups=4)
+
+
+def our_loop(options: Options, device: torch.device, precision: str) -> tuple[TrainState, Callable[[], None]]:
+    """State, and a function that does STEPS_PER_CALL steps of the real loop on moments in memory; the last one logs."""
+    settings, vae, batch = options.settings(precision), options.small_vae().to(device), options.batch(device)
+    state = TrainState(options.built(device).train(), settings)
+
+    def stopped() -> bool:
+        return state.step % STEPS_PER_CALL == 0
+
+    def steps() -> None:
+        train_one_epoch(state, vae, [batch] * (STEPS_PER_CALL + 1), settings, device, should_stop=stopped)
+
+    return state, steps
+
+
+def forward_pass(model: TokenBridge, batch_size: int, masked: int, precision: str | None) -> Tensor:
+    """Loss of random latents with `masked` tokens of each image masked. precision None: as it is around."""
+    device = model.mask_token.device
+    latents = torch.randn(batch_size, model.token_dim, model.grid_size, model.grid_size, device=device)
+    labels = torch.arange(batch_size, device=device) % model.class_num
+    with dist.autocast(device, precision) if precision else contextlib.nullcontext():
+        return model(latents, labels, num_masked=masked)
 
 
 def count_training(
@@ -65,18 +96,11 @@ def count_training(
     counted = []
     with fake_mode(), device:
         model = build().train()
-        latents = torch.zeros(batch_size, model.token_dim, model.grid_size, model.grid_size, device=device)
-        labels = torch.zeros(batch_size, dtype=torch.long, device=device)
-
-        def forward(masked: int) -> Tensor:
-            with dist.autocast(device, precision):
-                return model(latents, labels, num_masked=masked)
-
         for ratio in mask_ratios:
-            masked = num_masked_tokens(ratio, model.num_tokens)
+            forward = partial(forward_pass, model, batch_size, num_masked_tokens(ratio, model.num_tokens), precision)
             with torch.no_grad():  # otherwise the head's part of the backward pass is among it
-                forwards = count(partial(forward, masked))
-            counted.append((forwards, count(lambda m=masked: forward(m).backward())))
+                forwards = count(forward)
+            counted.append((forwards, count(lambda forward=forward: forward().backward())))
             model.zero_grad(set_to_none=True)
     return counted
 
@@ -88,11 +112,11 @@ def run(options: Options) -> None:
     if options.memory:
         return print_memory(options, device, precision)
     with fake_mode():
-        model = options.build()
+        model = options.build_model()
     lowest, mean = model.mask_ratio_min, mean_mask_ratio(model.mask_ratio_min)
     ratios = {} if options.mask_ratio is None else {f"{options.mask_ratio:g}": options.mask_ratio}
     ratios |= {f"mean {mean:.3f}": mean, f"{lowest:g}": lowest, "1": 1.0}
-    counted = count_training(options.build, images, list(ratios.values()), device, precision)
+    counted = count_training(options.build_model, images, list(ratios.values()), device, precision)
     forward, both = ([counter.flops / images / 1e12 for counter in counters] for counters in zip(*counted, strict=True))
     masked = [num_masked_tokens(ratio, model.num_tokens) for ratio in ratios.values()]
     setting = f"{images} image(s) as latents, {precision} on {device}; columns are mask ratios"
@@ -138,10 +162,7 @@ SAVINGS = {  # name: selective checkpointing, tokens of a group
 
 def print_memory(options: Options, device: torch.device, precision: str) -> None:
     """Peak memory above that before a step, and seconds, of forward and backward with each of SAVINGS, run in turn."""
-    torch.manual_seed(options.seed)
-    model = options.build().to(device).train()
-    latents = torch.randn(options.batch_size, model.token_dim, model.grid_size, model.grid_size, device=device)
-    labels = torch.arange(options.batch_size, device=device) % model.class_num
+    model = options.built(device).train()
     masked = mean_masked(model.config)
     peaks = {name: [] for name in SAVINGS}
 
@@ -150,9 +171,7 @@ def print_memory(options: Options, device: torch.device, precision: str) -> None
         for block in (*model.encoder_blocks, *model.decoder_blocks):
             block.selective = selective
         before = dist.reset_peak_memory(device)
-        with dist.autocast(device, precision):
-            loss = model(latents, labels, num_masked=masked)
-        loss.backward()
+        forward_pass(model, options.batch_size, masked, precision).backward()
         peaks[name].append(dist.peak_memory_gib(device) - before)
         model.zero_grad(set_to_none=True)
 
@@ -173,25 +192,9 @@ def timed_loops(options: Options, device: torch.device, precision: str) -> tuple
 
     STEPS_PER_CALL steps of each in turn, on the same moments with the same mask ratios.
     """
-    grid, counter = options.img_size // options.vae_stride, OpCounter()
-    generator = torch.Generator().manual_seed(options.seed)
-    moments = torch.randn(options.batch_size, 2 * options.vae_embed_dim, grid, grid, generator=generator).to(device)
-    batch = moments, torch.arange(options.batch_size, device=device) % 1000
-    vae = options.small_vae().to(device)
-    models = []
-    for _ in range(2):
-        torch.manual_seed(options.seed)
-        models.append(options.build().to(device).train())
-    step = baseline_step(models[0], vae, batch, options.seed, precision, counter)
-    settings = options.settings(precision)
-    state = TrainState(models[1], settings)
-
-    def stopped() -> bool:
-        return state.step % STEPS_PER_CALL == 0  # and logs then, as it does whenever it stops
-
-    def our_steps() -> None:
-        train_one_epoch(state, vae, [batch] * (STEPS_PER_CALL + 1), settings, device, None, should_stop=stopped)
-
+    vae, batch, counter = options.small_vae().to(device), options.batch(device), OpCounter()
+    step = baseline_step(options.built(device).train(), vae, batch, options.seed, precision, counter)
+    _, our_steps = our_loop(options, device, precision)
     ways = [our_steps, lambda: [step() for _ in range(STEPS_PER_CALL)]]
     ours, baseline = (seconds / STEPS_PER_CALL for seconds in timed(ways, options.repeats, device, ours=0))
     return ours, baseline, counter.num_syncs
@@ -207,11 +210,11 @@ def count_step_syncs(options: Options) -> int | str:
         return "-"
     counter = OpCounter()
     with FakeTensorMode():
-        model = options.build()
+        model = options.build_model()
     with counter:
         draw_step(model, options.settings("bf16"), 0, torch.device("cpu"))
     with FakeTensorMode(), torch.device("cuda"):
-        model, vae, b = options.build().train(), options.small_vae(), options.batch_size
+        model, vae, b = options.build_model().train(), options.small_vae(), options.batch_size
         model.head_chunk = 0  # groups have a backward pass
         state = TrainState(model, options.settings("bf16"))
         c, side = model.token_dim, model.grid_size
@@ -241,12 +244,8 @@ def step_gib(
     with fake_mode():
         model = MODELS[name](**({"attn_dropout": 0.0} | settings)).train()
         model.head_chunk = model.group_size(device_type)
-        latents = torch.zeros(batch_size, model.token_dim, model.grid_size, model.grid_size)
-        masked = mean_masked(model.config)
         with OpCounter() as counter:
-            with dist.autocast(torch.device("cpu"), precision):
-                loss = model(latents, torch.zeros(batch_size, dtype=torch.long), num_masked=masked)
-            loss.backward()
+            forward_pass(model, batch_size, mean_masked(model.config), precision).backward()
     return counter.peak_bytes / GIB
 
 
@@ -270,9 +269,9 @@ def preset_cells(preset: Preset) -> dict[str, str]:
         "  the same with --fsdp on 8 GPUs": f"{state / 8 + gathered:.2f}",
         "  the same with --fsdp on 32 GPUs": f"{state / 32 + gathered:.2f}",
         "GiB of forward and backward, bf16, batch 64": f"{step_gib(name, 64):.1f}",
-        "  with --grad_checkpointing none": f"{step_gib(name, 64, grad_checkpointing='none'):.1f}",
+        "  with --head_chunk 0": f"{step_gib(name, 64, head_chunk=0):.1f}",
+        "  with --grad_checkpointing selective": f"{step_gib(name, 64, grad_checkpointing='selective'):.1f}",
         "  with --grad_checkpointing (full)": f"{step_gib(name, 64, grad_checkpointing='full'):.1f}",
-        "  with none, and --head_chunk 0": f"{step_gib(name, 64, grad_checkpointing='none', head_chunk=0):.1f}",
         "TFLOP per image (forward, backward)": f"{per_image / 1e12:.3f}",
         "training, 10^21 FLOP": f"{total / 1e21:.3g}",
         **{f"GPU-hours, {name}": f"{total / speed / 3600:,.0f}" for name, speed in speeds.items()},
