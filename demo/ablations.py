@@ -27,8 +27,7 @@ import main_tokenbridge
 from dataset.folders import ImageFolderDataset
 from dataset.images import atomic_write
 from demo.digits import DIGITS
-from demo.run import TRAINING, build_stages
-from demo.stages import STAMP, run_stages
+from demo.run import TRAINING, build_stages, run_stages
 from generation import Pipeline, load
 from models.sampling.orders import random_orders
 from models.tokenbridge import TokenBridge, draw_mask_ratio, mask_from_orders, num_masked_tokens
@@ -38,6 +37,7 @@ from util.cli import at_least, check_writable, make_parser, run_cli
 from util.files import folder_lock, write_json
 from util.log import get_logger
 from util.presets import load_preset
+from util.stages import STAMP
 
 logger = get_logger()
 

@@ -12,7 +12,8 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -22,11 +23,11 @@ from dataset.images import atomic_write, read_image
 from demo.definition import Classifier, Demo, list_images
 from demo.digits import DIGITS
 from demo.photos import PHOTOS
-from demo.stages import Stage, check_folders, run_stages
 from tools.plot import read_columns, smooth
 from util.cli import check_writable, make_parser, run_cli
 from util.files import folder_lock, record_own, refuse_others, replacing
 from util.presets import command_line, load_preset
+from util.stages import Stage, StageRunner
 
 DEMOS = {demo.name: demo for demo in (DIGITS, PHOTOS)}
 TOY = dict(vae_steps=4, steps=6, samples=10, reconstructed=20, num_iter=2)  # shows only that the stages fit together
@@ -36,17 +37,17 @@ TRAINING = "main_tokenbridge.py --preset {name} --use_cached" + ON_CPU
 # Name -> command, with {out}, a demo's fields and its sizes filled in.
 COMMANDS = {
     "images": "",  # done in this process
-    "train VAE": "main_vae.py --data_path {out}/{name} --img_size {img_size} --no_flip {vae}"
+    "train VAE": "python main_vae.py --data_path {out}/{name} --img_size {img_size} --no_flip {vae}"
     " --max_steps {vae_steps} --save_freq 200 --log_freq 50 --output_dir {out}/vae --resume {out}/vae" + ON_CPU,
-    "reconstruct": "reconstruction.py --vae_path {out}/vae/vae.pth --image_dir {out}/{name}/val --img_size {img_size}"
-    " {quantizers} --images_per_class all --num_images {reconstructed} --no_rfid --save_images --grid_images 10"
-    " --output_dir {out}/reconstruction" + ON_CPU,
-    "cache": "main_cache.py --vae_path {out}/vae/vae.pth --data_path {out}/{name} --img_size {img_size} --no_flip"
-    " --cached_path {out}/cache" + ON_CPU,
-    "train TokenBridge": "-m torch.distributed.run --standalone --nproc_per_node=2 " + TRAINING + " --max_steps {steps}"
+    "reconstruct": "python reconstruction.py --vae_path {out}/vae/vae.pth --image_dir {out}/{name}/val"
+    " --img_size {img_size} {quantizers} --images_per_class all --num_images {reconstructed} --no_rfid --save_images"
+    " --grid_images 10 --output_dir {out}/reconstruction" + ON_CPU,
+    "cache": "python main_cache.py --vae_path {out}/vae/vae.pth --data_path {out}/{name} --img_size {img_size}"
+    " --no_flip --cached_path {out}/cache" + ON_CPU,
+    "train TokenBridge": "torchrun --standalone --nproc_per_node=2 " + TRAINING + " --max_steps {steps}"
     " --vae_path {out}/vae/vae.pth --cached_path {out}/cache --output_dir {out}/model --resume {out}/model",
-    "sample": "main_tokenbridge.py --sample --resume {out}/model --vae_path {out}/vae/vae.pth --classes all --seed 0"
-    " --num_images {samples} {sampling} --output_dir {out}/samples" + ON_CPU,
+    "sample": "python main_tokenbridge.py --sample --resume {out}/model --vae_path {out}/vae/vae.pth --classes all"
+    " --seed 0 --num_images {samples} {sampling} --output_dir {out}/samples" + ON_CPU,
 }
 
 
@@ -125,7 +126,14 @@ class Results:
         return f"{text}, Fréchet distance {distance:.2f}"
 
 
-def build_stages(demo: Demo, out: Path, pictures: Path, sizes: Mapping[str, int]) -> list[Stage]:
+@dataclass(frozen=True, kw_only=True)
+class DemoStage(Stage):
+    """expected: its result on a healthy run."""
+
+    expected: str
+
+
+def build_stages(demo: Demo, out: Path, pictures: Path, sizes: Mapping[str, int]) -> list[DemoStage]:
     """The pipeline; sizes: the demo's or TOY."""
     results, figures, more = Results(demo, out, pictures), load_preset(demo.name).expected, demo.sampling | sizes
     values = vars(demo) | sizes | dict(out=out, sampling=command_line({name: more[name] for name in demo.sampling}))
@@ -133,13 +141,23 @@ def build_stages(demo: Demo, out: Path, pictures: Path, sizes: Mapping[str, int]
     accuracy = figures["class accuracy of 100 generated images (SVM)"]
     expected = demo.expected | {"train TokenBridge": loss, "sample": accuracy}
     folders = (demo.name, "vae", "reconstruction", "cache", "model", "samples")
-    stages = []
+    stages: list[DemoStage] = []
     for (name, text), folder in zip(COMMANDS.items(), folders, strict=True):
-        words = [part for word in text.split() for part in fill(word, values)]
+        about = dict(name=name, folder=out / folder, expected=expected[name], needs=[s.name for s in stages[-1:]])
+        command = [part for word in text.split() for part in fill(word, values)]
+        work = (lambda: None) if command else partial(demo.write_images, out / demo.name)
         result = getattr(results, name.lower().replace(" ", "_"))
-        stages.append(Stage(name, [sys.executable, *words] if words else None, out / folder, result, expected[name]))
-    stages[0].work = lambda: demo.write_images(out / demo.name)
+        stages.append(DemoStage(**about, command=command, work=work, result=result))
     return stages
+
+
+def run_stages(stages: Sequence[Stage], out: Path) -> list[dict]:
+    """The stages' records; ValueError if one failed."""
+    rows = StageRunner(stages, out).run()
+    for row in rows:
+        if "error" in row:
+            raise ValueError(f"{row['name']} failed: {row['error']}; rerun to continue from here")
+    return rows
 
 
 def fill(word: str, values: Mapping[str, object]) -> list[str]:
@@ -165,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stages, own = build_stages(demo, out, pictures, TOY if args.toy else demo.sizes), out / ".pictures.json"
     paths = [pictures / name for name in demo.pictures]
     with folder_lock(out, "--output_dir"):
-        check_folders(stages, out)
+        StageRunner(stages, out).check_folders()
         refuse_others(paths, own, "--pictures")
         try:
             rows = run_stages(stages, out)
@@ -175,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("pictures: " + ", ".join(map(str, paths)))
 
 
-def print_table(stages: Sequence[Stage], rows: Sequence[Mapping], toy: bool) -> None:
+def print_table(stages: Sequence[DemoStage], rows: Sequence[Mapping], toy: bool) -> None:
     """Stage, time, result, and what to expect unless it is toy size."""
     print(f"\n{'stage':<18}{'time':>7}   result")
     for stage, row in zip(stages, rows, strict=True):

@@ -12,24 +12,25 @@ its tolerance.
 """
 
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tools.reproduce.commands import PUBLISHED
-from tools.reproduce.cost import DOWNLOAD_BYTES, Rates, full_disks, rates_here
+from tools.reproduce.commands import PUBLISHED, PlannedStage
+from tools.reproduce.cost import DOWNLOAD_BYTES, Rates, describe_machine, full_disks, rates_here
 from tools.reproduce.plan import CLASSES, Options, Plan
 from tools.reproduce.report import build_report, problems, write_report
-from tools.reproduce.stages import ROOT, Records, Stage
 from training.progress import duration
 from util import dist
-from util.cli import check_writable, make_parser, run_cli
+from util.cli import ROOT, check_writable, make_parser, run_cli
 from util.files import folder_lock
 from util.options import ArgumentError, add_options, flag_names, read_options
+from util.stages import StageRunner
 
 
-def print_commands(stages: Sequence[Stage]) -> None:
+def print_commands(stages: Sequence[PlannedStage]) -> None:
     """The commands as a shell script; comments say what is published and what is added."""
     for stage in stages:
         print(f"# {stage.name}: {stage.about}")
@@ -37,7 +38,7 @@ def print_commands(stages: Sequence[Stage]) -> None:
             print(f"#   published: {PUBLISHED[stage.published]}")
         if stage.added:
             print(f"#   added or changed: {'; '.join(stage.added)}")
-        print(stage.command or "#   (no command: computed by tools.reproduce)")
+        print(shlex.join(stage.command) or "#   (no command: computed by tools.reproduce)")
 
 
 def check_images(folder: Path, classes: int) -> None:
@@ -49,7 +50,7 @@ def check_images(folder: Path, classes: int) -> None:
         raise ArgumentError("data_path", f"{folder} has {found} class folders, ImageNet has {classes}")
 
 
-def check_before_work(options: Options, plan: Plan, stages: Sequence[Stage], records: Records) -> None:
+def check_before_work(options: Options, plan: Plan, stages: Sequence[PlannedStage], finished: Collection[str]) -> None:
     """ValueError for what would fail later: data, GPUs, space. Nothing is written."""
     if options.demo:
         return
@@ -62,22 +63,21 @@ def check_before_work(options: Options, plan: Plan, stages: Sequence[Stage], rec
     if dist.device_count() < options.processes:
         found = f"{options.processes} GPUs are wanted, this machine has {dist.device_count()}"
         raise ArgumentError("gpus", f"gpus: {found}; the figures are the same with fewer, which only take longer")
-    rest = [stage for stage in stages if records.finished(stage) is None and stage.name != "download"]
-    needed = [(options.out, stage.work.written) for stage in rest]
+    rest = [stage for stage in stages if stage.name not in finished and stage.name != "download"]
+    needed = [(options.out, stage.cost.written) for stage in rest]
     needed += [(plan.inception if name == "inception" else Path(), DOWNLOAD_BYTES[name]) for name in plan.missing()]
     if full := full_disks(needed):
         raise ArgumentError("output_dir", f"output_dir: not enough space: {'; '.join(full)}")
 
 
-def print_plan(options: Options, stages: Sequence[Stage], records: Records, rates: Rates) -> None:
+def print_plan(options: Options, stages: Sequence[PlannedStage], finished: Collection[str], rates: Rates) -> None:
     """The stages with their state and estimated time."""
     total, count = 0.0, options.processes if not options.demo else 1
     print(f"{'stage':<18}{'TFLOP':>14}{'estimated time':>16}   (h:mm:ss on {count} x {rates.device})")
     for stage in stages:
-        done = records.finished(stage) is not None
-        seconds = stage.work.seconds(count * rates.half, count * rates.single)
+        done, seconds = stage.name in finished, stage.cost.seconds(count * rates.half, count * rates.single)
         total += 0 if done else seconds
-        flops = (stage.work.half + stage.work.single) / 1e12
+        flops = (stage.cost.half + stage.cost.single) / 1e12
         state = "finished" if done else duration(seconds) if flops else "-"
         print(f"{stage.name:<18}{flops:>14,.1f}{state:>16}   {stage.about}")
     measured = f"{rates.half / 1e12:.3g} TFLOP/s of a transformer block, {rates.single / 1e12:.3g} of a convolution"
@@ -86,17 +86,19 @@ def print_plan(options: Options, stages: Sequence[Stage], records: Records, rate
 
 def reproduce(options: Options) -> None:
     """Check, print the plan, run the stages, write the report. ValueError at the end if anything is wrong."""
-    plan, records = Plan(options), Records(options.out)
+    plan = Plan(options)
     stages = plan.stages()
-    check_before_work(options, plan, stages, records)
+    finished = StageRunner(stages, options.out).finished()
+    check_before_work(options, plan, stages, finished)
     check_writable(options.out, "--output_dir")
     config = plan.config(options.train or "large")
     with folder_lock(options.out, "--output_dir"):
-        if any(records.finished(stage) is None for stage in stages):
+        runner = StageRunner(stages, options.out)
+        runner.check_folders()
+        if len(finished) < len(stages):
             rates = rates_here(plan.device, config.decoder_embed_dim, config.decoder_num_heads, plan.precision)
-            print_plan(options, stages, records, rates)
-        done = records.run(stages, plan.device)
-        report = build_report(options, plan, stages, done)
+            print_plan(options, stages, finished, rates)
+        report = build_report(options, plan, stages, runner.run(machine=describe_machine(plan.device)))
         write_report(report, options.out)
     print(f"\nwrote {options.out / 'reproduction.md'} and .json", flush=True)
     if wrong := problems(report):

@@ -1,10 +1,12 @@
 """The published commands of docs/spec.md 10, and what is changed in them to run them on one machine."""
 
 import shlex
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from checkpoints.download import PUBLISHED as FILES
+from tools.reproduce.cost import Work
+from util.stages import Stage
 
 # As docs/spec.md 10 has them (tested): DIR and OUT are the reader's folders, … is left open there.
 PUBLISHED = {
@@ -30,7 +32,6 @@ REASONS = {  # of what is added to a published command or changed in it
     "accum_iter": "the published global batch of 2,048 on fewer GPUs",
     "max_steps": "the first steps only",
 }
-LAUNCHERS = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,27 @@ class Command:
     def typed(self) -> list[str]:
         """The words as one would type them."""
         flags = [word for name, values in self.flags.items() for word in (f"--{name}", *values)]
-        launcher = ["python"]
-        if self.processes > 1:
-            launcher = ["torchrun", f"--nproc_per_node={self.processes}", "--standalone"]
+        several = ["torchrun", f"--nproc_per_node={self.processes}", "--standalone"]
+        launcher = several if self.processes > 1 else ["python"]
         return [*launcher, *self.script, *flags]
 
-    def executed(self) -> list[str]:
-        """The words for subprocess."""
-        program, *words = self.typed()
-        return [*LAUNCHERS[program], *words]
 
-    def __str__(self) -> str:
-        return shlex.join(self.typed())
+@dataclass(frozen=True, kw_only=True)
+class PlannedStage(Stage):
+    """A stage whose result is {key of a figure: value}, None where it could not be computed.
+
+    published: name of the published command that it is; added: what differs from that. cost: computed beforehand.
+    """
+
+    published: str = ""
+    added: Sequence[str] = ()
+    cost: Work = field(default_factory=Work)
+
+    @classmethod
+    def of(cls, command: Command, published: str = "", **fields: object) -> "PlannedStage":
+        """The stage of a command."""
+        more = added(command, published) if published else ()
+        return cls(command=command.typed(), published=published, added=more, **fields)
 
 
 def _words(value: object) -> list[str]:

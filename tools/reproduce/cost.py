@@ -1,4 +1,4 @@
-"""What a stage costs: FLOPs by closed formulas, seconds at the rate of this card (measured), bytes on the disk.
+"""What a stage costs: FLOPs by closed formulas, seconds at the measured rate of this machine, bytes on the disk.
 
 Letters: L tokens, S buffer slots, V visible tokens, M tokens predicted at a step.
 """
@@ -6,11 +6,14 @@ Letters: L tokens, S buffer slots, V visible tokens, M tokens predicted at a ste
 import functools
 import multiprocessing
 import os
+import platform
 import shutil
+import subprocess
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -22,11 +25,14 @@ from models.vae import AutoencoderKL
 from tools.bench.counting import count, fake_mode, timed
 from training.flops import block_flops, head_flops
 from util import dist
+from util.checkpoint import versions
+from util.cli import ROOT
 
 INCEPTION_FLOPS = 11.4e9  # of one image at 299 x 299: 5.7 G multiply-adds
 # Bytes of a download; of a checkpoint at most: weights, EMA and both of AdamW's averages in float32.
 DOWNLOAD_BYTES = {"vae": 0.3e9, "large": 16 * 487e6, "huge": 16 * 911e6, "stats": 4e7, "adm_batch": 2.1e9}
 DOWNLOAD_BYTES["inception"] = 1e8
+PACKAGES = ("torchvision", "torch-fidelity", "timm", "scipy", "pillow")  # that decide figures, besides torch's own
 RATE_IMAGES = 16  # images whose tokens pass through the block that is timed
 
 
@@ -129,3 +135,17 @@ def full_disks(needed: Iterable[tuple[Path, float]]) -> list[str]:
         if size > free:
             sentences.append(f"{folder} has {free / 1e9:.1f} GB of free space, {size / 1e9:.1f} GB are needed")
     return sentences
+
+
+def describe_machine(device: str) -> dict[str, object]:
+    """The card ("cpu": the processor's architecture and cores), the versions of what decides figures, and the code."""
+    name, cards = f"{platform.machine()}, {os.cpu_count()} cores", 0
+    if device != "cpu":
+        name, cards = dist.device_name(dist.pick_device(device)), dist.device_count()
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
+        commit = "unknown"
+    found = {package: metadata.version(package) for package in PACKAGES}
+    return {"device": name, "devices": cards, "commit": commit} | versions() | found

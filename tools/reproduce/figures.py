@@ -146,12 +146,17 @@ def read_evaluation(folder: Path, preset: str, cfg: float) -> dict[str, object]:
     if not records:
         raise ValueError(f"{folder / 'eval.jsonl'} has no record with cfg {cfg:g}")
     record, published = records[-1], load_preset(preset)
-    same = [r["images_per_s"] for r in records if r["folder"] == record["folder"] and r.get("images_per_s")]
+    machine = ("folder", "world_size")  # a run that resumes a finished one generates nothing, and has no rate
+    same = [r for r in records if r.get("images_per_s") and all(r.get(name) == record.get(name) for name in machine)]
     settings = run_settings(record)
     differs = differences(settings, published.decisive | published.neutral) + reference_differences(record)
     keys = ("fid", "inception_score", "inception_score_std", "precision", "recall", "fid_infinity")
     scores = {key: record.get(key) for key in keys}
-    return scores | {"images_per_s": same[-1] if same else None, "num_iter": record["num_iter"], "differs": differs}
+    return scores | {
+        "images_per_s": same[-1]["images_per_s"] if same else None,
+        "num_iter": record["num_iter"],
+        "differs": differs,
+    }
 
 
 def read_guidance(folder: Path, scales: Iterable[float]) -> dict[str, object]:

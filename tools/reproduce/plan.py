@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 
 from checkpoints.download import PUBLISHED as FILES
+from dataset.record import RECORD as CACHE_RECORD
 from evaluation.inception import InceptionFeatures, download_target, fetch_inception_weights, write_random_inception
 from evaluation.reference import make_reference, save_reference
 from models import MODELS
 from models.config import TokenBridgeConfig
 from tools.reproduce import figures
-from tools.reproduce.commands import Command, published
+from tools.reproduce.commands import Command, PlannedStage, parse, published
 from tools.reproduce.cost import DOWNLOAD_BYTES, INCEPTION_FLOPS, Work, sampling_flops, vae_flops
-from tools.reproduce.stages import Stage
 from tools.reproduce.training import read_training
 from training.flops import IMAGENET, mean_masked, step_flops
 from util.checkpoint import LAST
@@ -109,7 +109,7 @@ class Plan:
         # Sampling iterations of the evaluation, and of the stage that times another number.
         self.iterations = (8, 4) if o.demo else (64, 256) if o.quick else (256, 64)
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[PlannedStage]:
         """All of them, in the order in which they run."""
         o, found = self.options, self.preparation()
         if o.train:
@@ -158,30 +158,34 @@ class Plan:
         lacking = [name for name in self.needed() if not Path(FILES[name].target).is_file()]
         return lacking + (["inception"] if not self.options.train and not self.inception.is_file() else [])
 
-    def preparation(self) -> list[Stage]:
+    def preparation(self) -> list[PlannedStage]:
         """The stages that get the files."""
         o, inception = self.options, () if self.options.train else (self.inception,)
         if not o.demo:
             command, targets = Command(("-m", "tools.download", *self.needed())), map(FILES.get, self.needed())
-            inputs = (*(Path(file.target) for file in targets), *inception)
-            measure = partial(fetch_inception, bool(inception))
-            return [Stage("download", "published files that are missing", measure, command, inputs=inputs)]
+            products = (*(Path(file.target) for file in targets), *inception)
+            work, about = (
+                partial(fetch_inception_weights, None) if inception else dict,
+                "published files that are missing",
+            )
+            return [PlannedStage.of(command, name="download", about=about, work=work, result=dict, products=products)]
         found = []
         if o.root == o.out / "toy":
             flags = {"toy": [], "output_dir": [str(o.root)], "pictures": [str(o.root / "pictures")]}
             about = "the demo at toy size: no model of make demo was found"
-            inputs = (self.vae, self.checkpoint("large"))  # they are what it makes
-            found = [Stage("toy", about, dict, Command(("-m", "demo.run"), flags), inputs=inputs)]
+            products, command = (self.vae, self.checkpoint("large")), Command(("-m", "demo.run"), flags)
+            found = [PlannedStage.of(command, name="toy", about=about, result=dict, products=products)]
         if o.train:
             return found
-        work = Work(single=DEMO_REFERENCE * INCEPTION_FLOPS)
-        measure = partial(write_stand_ins, self.inception, self.stats, Path(self.data) / "train")
-        about = "random Inception weights, statistics of some digits"
-        return [*found, Stage("stand-ins", about, measure, inputs=(*inception, self.stats), work=work)]
+        work = partial(write_stand_ins, self.inception, self.stats, Path(self.data) / "train")
+        about = dict(name="stand-ins", about="random Inception weights, statistics of some digits")
+        needs, cost = [stage.name for stage in found], Work(single=DEMO_REFERENCE * INCEPTION_FLOPS)
+        products = (self.inception, self.stats)
+        return [*found, PlannedStage(**about, work=work, result=dict, needs=needs, products=products, cost=cost)]
 
     # ---- reconstruction
 
-    def reconstruction(self) -> list[Stage]:
+    def reconstruction(self) -> list[PlannedStage]:
         """The published command, the other bits, the other ranges, and the validation images."""
         val = dict(image_dir=Path(self.data) / "val", images_per_class="all", fid_stats="none")
         rows = (
@@ -192,7 +196,7 @@ class Plan:
         )
         return [self._reconstruction(*row) for row in rows]
 
-    def _reconstruction(self, name: str, about: str, changes: dict[str, object]) -> Stage:
+    def _reconstruction(self, name: str, about: str, changes: dict[str, object]) -> PlannedStage:
         o, on_val, folder = self.options, name == "validation", self.options.out / name
         images = DEMO_RECONSTRUCTED if o.demo else QUICK_PER_CLASS * CLASSES if o.quick else IMAGES_RECONSTRUCTED
         changes = dict(output_dir=folder) | changes | (dict(images_per_class=QUICK_PER_CLASS) if o.quick else {})
@@ -202,26 +206,26 @@ class Plan:
         command = self.command("reconstruction", **changes)
         variants = 1 + len(command.flags["bits"]) * len(command.flags["range"])
         encode, decode = self.vae_work()
-        work = Work(single=images * (encode + variants * decode + (1 + variants) * INCEPTION_FLOPS), written=5e6)
+        cost = Work(single=images * (encode + variants * decode + (1 + variants) * INCEPTION_FLOPS), written=5e6)
+        about = dict(name=name, about=about, folder=folder, cost=cost)
         inputs = (self.vae, self.inception, *(() if on_val else (self.stats,)))
-        measure = partial(figures.read_reconstruction, folder, not on_val)
-        return Stage(name, about, measure, command, "" if on_val else "reconstruction", inputs, work)
+        result = partial(figures.read_reconstruction, folder, not on_val)
+        return PlannedStage.of(command, "" if on_val else "reconstruction", **about, inputs=inputs, result=result)
 
     # ---- evaluation
 
-    def evaluation(self, name: str) -> list[Stage]:
+    def evaluation(self, name: str) -> list[PlannedStage]:
         """FID, IS, precision and recall of a model; FID at other guidance scales if asked for; its parameters."""
         o, checkpoint = self.options, self.checkpoint(name)
         found = [self._evaluation(name, name, "FID, IS, precision, recall")]
-        scales = sorted({*o.guidance, float(found[0].command.flags["cfg"][0])})
+        scales = sorted({*o.guidance, float(parse(name)[1]["cfg"][0])})
         if len(scales) > 1:
             stage = self._evaluation(f"guidance-{name}", name, "FID against guidance", cfg=[f"{x:g}" for x in scales])
-            measure = partial(figures.read_guidance, o.out / name, scales)
-            found.append(replace(stage, measure=measure))
-        measure = partial(figures.count_parameters, checkpoint)
-        return [*found, Stage(f"parameters-{name}", "size of the checkpoint's model", measure, inputs=(checkpoint,))]
+            found.append(replace(stage, result=partial(figures.read_guidance, o.out / name, scales)))
+        about = dict(name=f"parameters-{name}", about="size of the checkpoint's model", inputs=(checkpoint,))
+        return [*found, PlannedStage(**about, result=partial(figures.count_parameters, checkpoint))]
 
-    def _evaluation(self, stage: str, model: str, about: str, **changes: object) -> Stage:
+    def _evaluation(self, stage: str, model: str, about: str, **changes: object) -> PlannedStage:
         o = self.options
         batch = () if o.demo else (Path(FILES["adm_batch"].target),)
         changes = (QUICK if o.quick else {}) | changes
@@ -235,36 +239,39 @@ class Plan:
         flags, scales = command.flags, [float(x) for x in command.flags["cfg"]]
         steps, images = int(flags["num_iter"][0]), int(flags["num_images"][0]) * max(1, len(scales) - 1)
         sampling = images * sampling_flops(self.config(model), steps, scales[-1] != 1)
-        work = Work(sampling, images * (self.vae_work()[1] + INCEPTION_FLOPS), images * FEATURE_BYTES)
+        cost = Work(sampling, images * (self.vae_work()[1] + INCEPTION_FLOPS), images * FEATURE_BYTES)
         inputs = (self.checkpoint(model), self.vae, self.stats, *batch, self.inception)
-        measure = partial(figures.read_evaluation, Path(flags["output_dir"][0]), f"{model}_eval", scales[0])
+        result = partial(figures.read_evaluation, Path(flags["output_dir"][0]), f"{model}_eval", scales[0])
         about = f"{flags['num_images'][0]} images of {model} at {steps} iterations: {about}"
-        return Stage(stage, about, measure, command, model, inputs, work)
+        return PlannedStage.of(command, model, name=stage, about=about, result=result, inputs=inputs, cost=cost)
 
-    def speed(self) -> list[Stage]:
+    def speed(self) -> list[PlannedStage]:
         """Images per second of large at another number of iterations, and the time of its head."""
-        changes = dict(output_dir=self.options.out / "speed", num_iter=self.iterations[1])
-        found = self._evaluation("speed", "large", "images/s", num_images=SPEED_IMAGES[self.options.demo], **changes)
+        folder, images = self.options.out / "speed", SPEED_IMAGES[self.options.demo]
+        changes = dict(output_dir=folder, num_iter=self.iterations[1], num_images=images)
+        found = replace(self._evaluation("speed", "large", "images/s", **changes), folder=folder)
         results = self.options.out / "head.json"
         flags = dict(only="head", budget=60, json=results, model="tokenbridge_large", precision=self.precision)
         if self.options.demo:
             sizes = dict(img_size=32, vae_stride=8, vae_embed_dim=4, buffer_size=8)
             flags |= dict(model="tokenbridge_digits", device="cpu") | sizes
         command = Command(("-m", "tools.bench", "gpu")).changed(**flags)
-        return [found, Stage("head", "time of large's head", partial(figures.read_head, results), command)]
+        about = dict(name="head", about="time of large's head", result=partial(figures.read_head, results))
+        return [found, PlannedStage.of(command, **about)]
 
     # ---- training
 
-    def training(self, name: str) -> list[Stage]:
+    def training(self, name: str) -> list[PlannedStage]:
         """The published cache command, and the first steps of the published training."""
         o, preset, config = self.options, load_preset(name), self.config(name)
         digits = {key: value for key, value in load_preset("digits").flags.items() if key != "max_steps"}
         sizes = dict(img_size=32, vae_embed_dim=4) if o.demo else {}
         cache = self.command("cache", **sizes)
-        work = Work(single=2 * IMAGENET * self.vae_work()[0], written=IMAGENET * CACHED_BYTES)
-        about = "latents of the training images, with their mirror images"
-        found = [Stage("cache", about, dict, cache, "cache", (self.vae,), Work() if o.demo else work)]
-        folder = o.out / f"train-{name}"
+        cost = Work(single=2 * IMAGENET * self.vae_work()[0], written=IMAGENET * CACHED_BYTES)
+        about = dict(name="cache", about="latents of the training images, with their mirror images")
+        about |= dict(inputs=(self.vae,), cost=Work() if o.demo else cost)
+        found = [] if o.cached_path else [PlannedStage.of(cache, "cache", **about, result=dict)]
+        folder = o.out / f"train-{name}-{o.steps}"
         other = {} if name == "large" else {key: preset.flags[key] for key in ("model", "epochs", "warmup_epochs")}
         changes = other | dict(output_dir=folder, resume=folder, use_cached=True, precision=self.precision)
         changes |= dict(cached_path=cache.flags["cached_path"][0], max_steps=o.steps)
@@ -276,25 +283,18 @@ class Plan:
             message = f"gpus {o.processes} x 64 images do not divide the published batch of {preset.global_batch}"
             raise ArgumentError("gpus", message)
         command = command if o.demo or each == 1 else command.changed(accum_iter=each)
-        masked = mean_masked(config)
-        work = Work(o.steps * preset.global_batch * step_flops(config, masked), written=2.2 * DOWNLOAD_BYTES[name])
+        steps = o.steps * preset.global_batch * step_flops(config, mean_masked(config))
+        cost = Work(steps, written=2.2 * DOWNLOAD_BYTES[name])
         where = folder, Path(changes["cached_path"]), Path(o.bands)
-        measure = partial(read_training, *where, preset, o.processes, self.device)
-        about = f"{o.steps} steps of the published training of {name}"
-        train = Stage(f"train-{name}", about, measure, command, "train", (), Work() if o.demo else work)
-        return [*([] if o.cached_path else found), train]
+        about = dict(name=f"train-{name}", about=f"{o.steps} steps of the published training of {name}", folder=folder)
+        about |= dict(needs=[stage.name for stage in found], cost=Work() if o.demo else cost)
+        about |= dict(inputs=(self.vae, where[1] / CACHE_RECORD))
+        result = partial(read_training, *where, preset, o.processes, self.device)
+        return [*found, PlannedStage.of(command, "train", **about, result=result)]
 
 
-def fetch_inception(wanted: bool) -> dict[str, object]:
-    """torch-fidelity's weights, downloaded if they are missing."""
-    if wanted:
-        fetch_inception_weights(None)
-    return {}
-
-
-def write_stand_ins(weights: Path, stats: Path, images: Path) -> dict[str, object]:
+def write_stand_ins(weights: Path, stats: Path, images: Path) -> None:
     """Random Inception weights, and the statistics and features of some images by them."""
     weights.parent.mkdir(parents=True, exist_ok=True)
     extractor = InceptionFeatures(str(write_random_inception(weights)), torch.device("cpu"))
     save_reference(stats, make_reference(images, extractor, img_size=32, num_images=DEMO_REFERENCE))
-    return {}

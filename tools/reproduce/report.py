@@ -1,12 +1,13 @@
 """reproduction.json and reproduction.md: every figure beside the published one, and all that they depend on."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tools.reproduce import figures
+from tools.reproduce.commands import PlannedStage
 from tools.reproduce.figures import Figure
 from tools.reproduce.plan import STAND_IN, Options, Plan
-from tools.reproduce.stages import Stage
 from tools.reproduce.training import training_figures
 from util.files import replacing, write_json
 
@@ -20,7 +21,7 @@ NOT_COMPARED = {
 
 def collect_figures(options: Options, plan: Plan, records: Sequence[dict]) -> list[Figure]:
     """The lines of the report, from the records of the stages."""
-    measured = {record["name"]: record.get("measured", {}) for record in records}
+    measured = {record["name"]: record.get("result", {}) for record in records}
     if options.train:
         found = measured[f"train-{options.train}"]
         return training_figures(options.train, found) if found else []
@@ -32,7 +33,9 @@ def collect_figures(options: Options, plan: Plan, records: Sequence[dict]) -> li
     return lines
 
 
-def build_report(options: Options, plan: Plan, stages: Sequence[Stage], records: Sequence[dict]) -> dict[str, object]:
+def build_report(
+    options: Options, plan: Plan, stages: Sequence[PlannedStage], records: Sequence[dict]
+) -> dict[str, object]:
     """The content of reproduction.json."""
     named = list(zip(stages, records, strict=True))
     what = f"the first {options.steps} steps of the published training of {options.train}" if options.train else ""
@@ -44,21 +47,21 @@ def build_report(options: Options, plan: Plan, stages: Sequence[Stage], records:
         "not_compared": NOT_COMPARED.get(kind, ""),
         "figures": [figure.to_dict() for figure in collect_figures(options, plan, records)],
         "stages": [stage_entry(stage, record) for stage, record in named],
-        "differs": {s.name: r["measured"]["differs"] for s, r in named if r.get("measured", {}).get("differs")},
-        "files": {path: about for record in records for path, about in record["files"].items()},
+        "differs": {s.name: r["result"]["differs"] for s, r in named if r.get("result", {}).get("differs")},
+        "files": {one["path"]: {key: one[key] for key in ("bytes", "sha256")} for r in records for one in r["inputs"]},
         "machines": [machine for i, machine in enumerate(machines) if machine not in machines[:i]],
-        "plots": [f"{stage.name.removeprefix(SWEEP)}/eval_sweep.png" for stage, r in named if _is_sweep(stage, r)],
+        "plots": [
+            f"{stage.name.removeprefix(SWEEP)}/eval_sweep.png"
+            for stage, record in named
+            if stage.name.startswith(SWEEP) and "result" in record
+        ],
     }
 
 
-def _is_sweep(stage: Stage, record: Mapping[str, object]) -> bool:
-    return stage.name.startswith(SWEEP) and "measured" in record
-
-
-def stage_entry(stage: Stage, record: Mapping[str, object]) -> dict[str, object]:
+def stage_entry(stage: PlannedStage, record: Mapping[str, object]) -> dict[str, object]:
     """What the report says of a stage besides its figures."""
-    about = {"name": stage.name, "command": str(stage.command or ""), "published": stage.published}
-    return about | {"added": stage.added} | {key: record[key] for key in ("error", "seconds") if key in record}
+    about = {"name": stage.name, "command": shlex.join(stage.command), "published": stage.published}
+    return about | {"added": list(stage.added)} | {key: record[key] for key in ("error", "seconds") if key in record}
 
 
 def problems(report: Mapping[str, object]) -> list[str]:
