@@ -8,6 +8,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# The modules of torch and the like are compiled once and kept; otherwise each process of a test spends seconds on it.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: toy demo demo-photos test test-all test-gpu lint extras clean
 

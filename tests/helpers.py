@@ -1,4 +1,4 @@
-"""What several test files share: the golden arrays, tiny models, real pictures, and a way to start two processes.
+"""What several test files share: the golden arrays, tiny models, real pictures, torchrun.
 
 What is slow to make is a session fixture (tests/conftest.py), to be read and never changed.
 """
@@ -191,7 +191,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ---- log, processes, operations
 
 
-def run_processes(
+def torchrun(
     arguments: Sequence[str | Path], nproc: int, timeout: float = 120, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess:
     """`torchrun --nproc_per_node=nproc ARGUMENTS` on a free port, in the repository, one thread each; output captured

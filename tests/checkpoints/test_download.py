@@ -26,8 +26,9 @@ from huggingface_hub import constants, utils
 
 from checkpoints import download, transfer
 from checkpoints.hub import local_path, safe_name
-from tests.helpers import REPO, run_processes
+from tests.helpers import REPO
 from tests.hub import COMMIT, Hub
+from tests.processes.forked import run_processes
 from tools import download as command
 from util.cli import run_cli
 
@@ -667,8 +668,10 @@ from dataclasses import replace
 from util.cli import run_cli
 from util import dist
 from checkpoints import download
+from huggingface_hub import constants
 dist.init("cpu")
 os.chdir(sys.argv[1])
+constants.HF_HUB_CACHE = os.path.join(sys.argv[1], "home", "hub")  # read from HF_HOME when the package is imported
 download.PUBLISHED["vae"] = replace(download.PUBLISHED["vae"], url=os.environ["HF_ENDPOINT"] + "/plain/none.bin")
 try:
     download.provide("pretrained_models/vae/kl16.ckpt", "--vae_path")
@@ -685,9 +688,7 @@ def test_one_process_downloads_and_the_others_wait(hub: Hub, tmp_path: Path, the
     (tmp_path / "provide.py").write_text(PROVIDE)
     if not there:
         del hub.files["kl16.ckpt"]
-    result = run_processes(
-        [tmp_path / "provide.py", tmp_path], 2, env={"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
-    )
+    result = run_processes([tmp_path / "provide.py", tmp_path], nproc=2, env={"HF_ENDPOINT": hub.url})
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.count("size 300000" if there else "refused True") == 2
     got = [path for method, path, _ in hub.requests if method == "GET" and ("resolve" in path or "plain" in path)]

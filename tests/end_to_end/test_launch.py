@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import REPO, run_processes, tiny_vae
+from tests.helpers import REPO, tiny_vae, torchrun
 from util.checkpoint import load_latest
 
 SCRIPTS = sorted((REPO / "scripts").glob("*.sh"))
@@ -134,7 +134,7 @@ def test_torchrun_restarts_after_a_kill_and_the_run_resumes(flags: Callable[...,
     """kill -9 of rank 1: torchrun starts both again, and they resume from the checkpoint by themselves."""
     out, script = tmp_path / "run", REPO / "tests" / "processes" / "run_elastic.py"
     changes = dict(batch_size=2, max_steps=24, save_last_freq=2, save_every_steps=2, output_dir=out, resume=out)
-    result = run_processes(["--max_restarts=2", script, *flags(**changes)], nproc=2, timeout=600)
+    result = torchrun(["--max_restarts=2", script, *flags(**changes)], nproc=2, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "resumed from" in result.stderr and load_latest(str(out))[1]["step"] == 24
     steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]

@@ -31,7 +31,8 @@ from main_cache import main
 from models.quantizer_tables import build_quantizer
 from models.vae import AutoencoderKL
 from models.vae_loading import load_vae
-from tests.helpers import CACHE_SHAPE, CACHE_SIZE, REPO, Argv, contents, run_processes, save_cache_vae
+from tests.helpers import CACHE_SHAPE, CACHE_SIZE, REPO, Argv, contents, save_cache_vae
+from tests.processes.forked import run_processes
 from util.cli import run_cli
 from util.files import LOCK, _host_digest
 from util.seeds import coin

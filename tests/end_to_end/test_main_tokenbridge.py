@@ -23,7 +23,7 @@ from main_tokenbridge import main
 from models.config import TokenBridgeConfig
 from models.tokenbridge import TokenBridge
 from models.vae_loading import load_vae
-from tests.helpers import REPO, Argv, argv_of, assert_same, log_of, run_processes
+from tests.helpers import REPO, Argv, argv_of, assert_same, log_of, torchrun
 from training.recipe import RECIPE
 from training.sharding import cannot_shard
 from util import checkpoint, dist
@@ -422,7 +422,7 @@ def test_checkpoints_and_evaluations_are_due_as_published(
 
 
 def test_two_processes_train_and_sample(flags: Argv, toy_vae: Path, tmp_path: Path) -> None:
-    result = run_processes([REPO / "main_tokenbridge.py", *flags(tmp_path / "run", batch_size=2)], nproc=2)
+    result = torchrun([REPO / "main_tokenbridge.py", *flags(tmp_path / "run", batch_size=2)], nproc=2)
     assert result.returncode == 0, result.stderr[-2000:]
     assert checkpoint.read_file(tmp_path / "run" / "checkpoint-last.pth")["step"] == 6
     assert len(log_of(tmp_path / "run")) == 6

@@ -17,7 +17,8 @@ from main_vae import main
 from models.latent_space import DiagonalGaussian
 from models.vae import AutoencoderKL
 from models.vae_loading import load_vae
-from tests.helpers import argv_of, assert_same, contents, log_of, run_processes, write_image_folder
+from tests.helpers import argv_of, assert_same, contents, log_of, write_image_folder
+from tests.processes.forked import run_processes
 from training.vae import Objective, VaeSettings, edge_distance
 from training.vae_run import measure
 from util.cli import run_cli

@@ -37,7 +37,8 @@ from models.quantizer_tables import build_quantizer
 from models.vae import AutoencoderKL
 from models.vae_loading import load_vae
 from reconstruction import build_parser, load_inputs, main
-from tests.helpers import GOLDEN, photographs, run_processes
+from tests.helpers import GOLDEN, photographs
+from tests.processes.forked import run_processes
 from tests.stand_ins import FewColours, offline, stats_of
 from util.cli import run_cli
 from util.options import read_options

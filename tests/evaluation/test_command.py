@@ -23,7 +23,8 @@ from evaluation import evaluator, metrics
 from evaluation.inception import FEATURE_DIM, write_random_inception
 from generation.sweep import SweepOptions
 from main_tokenbridge import main
-from tests.helpers import REPO, run_processes, tiny_model, tiny_vae, write_image_folder
+from tests.helpers import REPO, tiny_model, tiny_vae, torchrun, write_image_folder
+from tests.processes.forked import run_processes
 from tests.stand_ins import Colours, FewColours, adm_arrays, crops, small_reference, write_folder, write_stats
 from tools import fid_stats
 from util.options import read_options
@@ -305,16 +306,13 @@ def test_processes(files: dict[str, Path], tmp_path: Path) -> None:
     two processes have given what one gives, to 1e-6. A process that meets an error ends the job too."""
     batches, flags = 7, dict(num_images=26, cfg=2)
 
-    def two(**environment: str) -> subprocess.CompletedProcess:
-        arguments = [SCRIPT, *command(files, tmp_path / "two", **flags)]
-        return run_processes(arguments, nproc=2, env=environment, timeout=240)
-
-    killed = two(DIE="1")
+    arguments = [SCRIPT, *command(files, tmp_path / "two", **flags)]
+    killed = torchrun(arguments, nproc=2, env={"DIE": "1"}, timeout=240)
     ended = time.time()
     shards = list((tmp_path / "two").glob("eval/*/features/*.npz"))
     assert killed.returncode != 0 and 2 <= len(shards) < batches
     assert ended - max(path.stat().st_mtime for path in shards) < 60
-    resumed = two()
+    resumed = run_processes(arguments, nproc=2, timeout=240)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert resumed.stdout.count("made a batch") == batches - len(shards)
     one = in_a_process(command(files, tmp_path / "one", **flags))
@@ -323,7 +321,7 @@ def test_processes(files: dict[str, Path], tmp_path: Path) -> None:
     for key in ("fid", "inception_score", "inception_score_std", "precision", "recall", "kid"):
         assert together[key] == pytest.approx(alone[key], rel=1e-6), key
     arguments = [SCRIPT, *command(files, tmp_path / "three", num_images=26)]
-    failed = run_processes(arguments, nproc=2, env={"FAIL": "0"}, timeout=240)
+    failed = torchrun(arguments, nproc=2, env={"FAIL": "0"}, timeout=240)
     assert failed.returncode != 0 and "error: this process has failed" in failed.stderr
     assert not (tmp_path / "three" / "eval.jsonl").exists()
 

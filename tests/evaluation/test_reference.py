@@ -20,7 +20,8 @@ from evaluation.reference import (
     open_images,
     save_reference,
 )
-from tests.helpers import REPO, Explosive, run_processes
+from tests.helpers import REPO, Explosive
+from tests.processes.forked import run_processes
 from tests.stand_ins import Colours, adm_arrays, crops, write_folder, write_stats
 from tools.fid_stats import main
 

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models import MODELS
 from tests.gpu.checks import deterministic, largest, tiny_trainer, train_to, trainer_settings, wait_for_host
-from tests.helpers import REPO, assert_same, run_processes, tiny_batch, tiny_model
+from tests.helpers import REPO, assert_same, tiny_batch, tiny_model, torchrun
 from tests.processes import train_scaled
 from training.sharding import cannot_shard
 from training.state import compile_blocks
@@ -135,7 +135,7 @@ def processes(device: torch.device, out: Path, count: int, **options: object) ->
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(dist.device_count()))))
     }
     script = REPO / "tests" / "processes" / "train_scaled.py"
-    result = run_processes([script, out, json.dumps(options)], nproc=count, timeout=200, env=env)
+    result = torchrun([script, out, json.dumps(options)], nproc=count, timeout=200, env=env)
     assert result.returncode == 0, result.stderr[-3000:]
     return torch.load(out, weights_only=True)
 

@@ -16,8 +16,9 @@ import engine_tokenbridge
 from generation.pipeline import GenerationSettings, generate_batches
 from generation.sample import balanced_labels
 from models.tokenbridge import TokenBridge
-from tests.helpers import REPO, run_processes, tiny_model, tiny_vae
+from tests.helpers import REPO, tiny_model, tiny_vae
 from tests.processes import train_tiny
+from tests.processes.forked import run_processes
 from training import step as training_step
 from training.lr_sched import learning_rate
 from training.settings import TrainSettings
@@ -259,9 +260,7 @@ def test_accumulated_micro_batches_are_the_big_batch(monkeypatch: pytest.MonkeyP
 
 def two_processes(tmp_path: Path, *arguments: object) -> tuple[object, Path]:
     out = tmp_path / "two.pth"
-    result = run_processes(
-        [REPO / "tests" / "processes" / "train_tiny.py", out, *arguments], nproc=2, env={"PYTHONPATH": str(REPO)}
-    )
+    result = run_processes([REPO / "tests" / "processes" / "train_tiny.py", out, *arguments], nproc=2)
     return result, out
 
 

@@ -16,7 +16,8 @@ from torch import nn
 import engine_tokenbridge
 import generation
 import main_tokenbridge
-from tests.helpers import REPO, Argv, argv_of, run_processes, skip_unless_shardable
+from tests.helpers import REPO, Argv, argv_of, skip_unless_shardable
+from tests.processes.forked import run_processes
 from tools import inspect
 from tools.posthoc_ema import main
 from training.ema import SIGMA_RELS, PowerEma, power_exponent

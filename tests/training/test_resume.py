@@ -7,13 +7,14 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers import REPO, Argv, assert_same, log_of, run_processes
-from tests.processes import run_killed
+from tests.helpers import REPO, Argv, assert_same, log_of
+from tests.processes.forked import run_processes, start
 from util.checkpoint import LAST, load_latest, numbered
 
 STEPS = 24  # 3 per epoch
@@ -28,10 +29,16 @@ def flags(toy_flags: Argv) -> Callable[..., list[str]]:
     )
 
 
+def train(flags: list[str], log: Path, die_in_save: int | None = None) -> BaseProcess:
+    """A training, started, its messages in the file `log`. die_in_save: the checkpoint in which it kills itself."""
+    dying = [REPO / "tests" / "processes" / "run_killed.py", str(die_in_save)]
+    return start([*(dying if die_in_save else [REPO / "main_tokenbridge.py"]), *flags], log, log)
+
+
 def finish(flags: list[str], log: Path, code: int = 0, **more: int) -> float:
     """Run to the end; seconds it took."""
     started = time.perf_counter()
-    process = run_killed.start(flags, log, **more)
+    process = train(flags, log, **more)
     process.join(120)
     assert process.exitcode == code, log.read_text()[-2000:]
     return time.perf_counter() - started
@@ -60,7 +67,7 @@ def test_killed_at_ten_random_points(flags: Argv, whole: tuple[Path, float], tmp
     out, rng, kills = tmp_path / "run", random.Random(0), 0
     steps = []
     while kills < 10:
-        process = run_killed.start(flags(out), tmp_path / "log.txt")
+        process = train(flags(out), tmp_path / "log.txt")
         process.join(rng.uniform(0.2, 0.7) * seconds)
         if process.exitcode is not None:  # it was quicker than the kill; begin again
             assert process.exitcode == 0, (tmp_path / "log.txt").read_text()[-2000:]
@@ -102,7 +109,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
 ) -> None:
     """In the middle of an epoch, where no checkpoint is due: exit code 0, a message, and the rest of the run equal."""
     out, log = tmp_path / "run", tmp_path / "log.txt"
-    process = run_killed.start(flags(out, save_every_steps=1000, save_last_freq=1000, log_freq=1), log)
+    process = train(flags(out, save_every_steps=1000, save_last_freq=1000, log_freq=1), log)
     while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 4:
         assert process.is_alive() or process.exitcode == 0, log.read_text()[-2000:]
         time.sleep(0.005)
@@ -144,9 +151,7 @@ def test_one_process_continues_as_two(flags: Argv, tmp_path: Path) -> None:
     same = dict(max_steps=16, batch_size=2)
     finish(flags(tmp_path / "one", accum_iter=2, **same), tmp_path / "log.txt")
     out = tmp_path / "two"
-    process = run_killed.start(
-        flags(out, accum_iter=2, save_every_steps=7, save_last_freq=1000, **same), tmp_path / "log.txt"
-    )
+    process = train(flags(out, accum_iter=2, save_every_steps=7, save_last_freq=1000, **same), tmp_path / "log.txt")
     while not (out / LAST).exists():
         time.sleep(0.005)
     process.kill()

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from models.tokenbridge import TokenBridge
-from tests.helpers import REPO, fake_gpu, run_processes, skip_unless_shardable, tiny_batch, tiny_config, tiny_model
+from tests.helpers import REPO, fake_gpu, skip_unless_shardable, tiny_batch, tiny_config, tiny_model
 from tests.processes import train_scaled
+from tests.processes.forked import run_processes
 from tools.bench.counting import OpCounter, count, fake_mode
 from training.settings import TrainSettings
 from training.state import TrainState, compile_blocks, weight_decay_groups
@@ -29,10 +30,7 @@ def two_processes(out: Path, timeout: float = 240, **options: object) -> dict:
     if options.get("fsdp"):
         skip_unless_shardable()
     result = run_processes(
-        [REPO / "tests" / "processes" / "train_scaled.py", out, json.dumps(options)],
-        nproc=2,
-        timeout=timeout,
-        env={"PYTHONPATH": str(REPO)},
+        [REPO / "tests" / "processes" / "train_scaled.py", out, json.dumps(options)], nproc=2, timeout=timeout
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return torch.load(out, weights_only=True)
@@ -162,7 +160,6 @@ def test_nan_on_one_of_two_stops_both_when_sharded(tmp_path: Path) -> None:
             json.dumps(dict(batch_size=8, steps=20, fsdp=True, spoil_from=16)),
         ],
         nproc=2,
-        env={"PYTHONPATH": str(REPO)},
     )
     assert result.returncode != 0 and not (tmp_path / "a.pth").exists()
     assert (

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from tests.helpers import run_processes
+from tests.processes.forked import run_processes
 from util import dist
 
 WORKER = """
