@@ -192,7 +192,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def torchrun(
-    arguments: Sequence[str | Path], nproc: int, timeout: float = 120, env: dict[str, str] | None = None
+    arguments: Sequence[str | Path], nproc: int, timeout: float = 300, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess:
     """`torchrun --nproc_per_node=nproc ARGUMENTS` on a free port, in the repository, one thread each; output captured
     as text.

@@ -67,7 +67,7 @@ def wait(processes: list[BaseProcess], timeout: float) -> None:
 
 
 def run_processes(
-    arguments: Sequence[str | Path], nproc: int, timeout: float = 120, env: dict[str, str] | None = None
+    arguments: Sequence[str | Path], nproc: int, timeout: float = 300, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess:
     """`torchrun --nproc_per_node=nproc ARGUMENTS` without torchrun: in the repository, one thread each; output captured
     as text. The exit code is that of the first rank that failed. TimeoutError after `timeout` seconds.
