@@ -52,14 +52,14 @@ class TokenBridgeConfig:
     buffer_size: int = option(64, "class-token slots before the image tokens", lowest=1, highest=2**14)
     grad_checkpointing: str = option(
         CHECKPOINTING[0],
-        "recompute in the backward pass: full (given without a value, as published) whole blocks, selective norms and "
-        "activation functions only; numbers stay the same",
+        "what encoder and decoder recompute in the backward pass: nothing, norms and activation functions (selective), "
+        "or whole blocks (full; also given without a value, as published); numbers stay the same",
         choices=CHECKPOINTING,
         nargs="?",
         const="full",
     )
     head_chunk: int | None = option(
-        None, "tokens whose loss the head computes together; 0 for all; default: by its size and the device", lowest=0
+        None, "tokens whose loss the head computes together, 0 for all; default: by its size and the device", lowest=0
     )
     quant_min: float = option(-5.0, "lowest latent value of the quantizer", check=False)
     quant_max: float = option(5.0, "highest latent value of the quantizer", check=False)

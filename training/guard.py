@@ -38,9 +38,7 @@ def stop_message(step: int, total: int, saved: int | None, folder: object) -> st
 
 
 def check_finite(weights: Mapping[str, Tensor], step: int, lr: float) -> None:
-    """ArgumentError, on every process, if a value is NaN or infinite. One host sync; of sharded tensors each process
-    looks at its part.
-    """
+    """ArgumentError, on every process, if a value is NaN or infinite. One host sync."""
     finite = torch.stack([torch.isfinite(local(value.detach())).all() for value in weights.values()]).tolist()
     own = [name for name, good in zip(weights, finite, strict=True) if not good]
     broken = list(dict.fromkeys(name for names in dist.gather_objects(own) for name in names))

@@ -30,18 +30,9 @@ logger = get_logger()
 FOLDER = "posthoc_ema"  # of the snapshots, in the run's folder
 MAX_RESIDUAL = 0.1  # a profile that is off by more is another average than the one asked for
 NOT_THE_COURSE = (
-    *(
-        "resume",
-        "start_epoch",
-        "batch_size",
-        "accum_iter",
-        "log_freq",
-        "save_last_freq",
-        "save_every_steps",
-        "keep_last",
-    ),
-    *("sample_freq", "online_eval", "eval_freq", "eval_bsz", "posthoc_ema_freq", "device", "num_workers", "pin_mem"),
-    *("world_size", "local_rank", "dist_on_itp", "dist_url"),
+    *("resume", "start_epoch", "batch_size", "accum_iter", "log_freq", "save_last_freq", "save_every_steps"),
+    *("keep_last", "sample_freq", "online_eval", "eval_freq", "eval_bsz", "posthoc_ema_freq", "device"),
+    *("num_workers", "pin_mem", "world_size", "local_rank", "dist_on_itp", "dist_url"),
 )
 
 
@@ -49,9 +40,7 @@ NOT_THE_COURSE = (
 
 
 def inner_product(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
-    """Integral of p_a p_b, where p(tau) = (gamma + 1) tau^gamma / t^(gamma+1) on [0, t]; the arguments broadcast
-    (appendix C).
-    """
+    """Integral of p_a p_b, where p(tau) = (gamma + 1) tau^gamma / t^(gamma+1) on [0, t] (appendix C); broadcasts."""
     earlier, later = np.minimum(t_a, t_b), np.maximum(t_a, t_b)
     both = (gamma_a + 1) * (gamma_b + 1) / ((gamma_a + gamma_b + 1) * later)
     return both * (earlier / later) ** np.where(t_a < t_b, gamma_b, gamma_a)
@@ -60,23 +49,17 @@ def inner_product(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b
 def fit(
     steps: Sequence[int], sigma_rels: Sequence[float], step: int, wanted: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (K, N) that add the averages of `sigma_rels` at `steps` (K each) up to those of length `wanted` (N) at
-    `step`, and residuals (N,).
+    """Weights (K, N) that add averages of `sigma_rels` at `steps` (K) up to lengths `wanted` (N) at `step`; residuals.
 
     Least squares over the profiles. The weights of each sum add up to 1, as every profile's integral does (the paper
     leaves that free). Residual: ||sum - wanted profile|| / ||wanted profile||, in L2.
     """
-    # (K, 1)
-    t, gamma = np.array(steps, dtype=np.float64)[:, None], np.array([power_exponent(s) for s in sigma_rels])[:, None]
+    t, gamma = np.array(steps, dtype=np.float64)[:, None], np.array([[power_exponent(s)] for s in sigma_rels])  # (K, 1)
     end, target = np.full((1, len(wanted)), float(step)), np.array([[power_exponent(s) for s in wanted]])  # (1, N)
-    a, b, c = (
-        inner_product(t, gamma, t.T, gamma.T),
-        inner_product(t, gamma, end, target),
-        inner_product(end, target, end, target),
-    )
+    a, b = inner_product(t, gamma, t.T, gamma.T), inner_product(t, gamma, end, target)  # (K, K), (K, N)
+    c = inner_product(end, target, end, target)  # (1, N)
     scale = 1 / np.sqrt(np.diag(a))[:, None]  # to profiles of norm 1, better conditioned
-    # (K + 1, K + 1), with Lagrange's multiplier
-    system = np.block([[a * scale * scale.T, scale], [scale.T, np.zeros((1, 1))]])
+    system = np.block([[a * scale * scale.T, scale], [scale.T, np.zeros((1, 1))]])  # with Lagrange's multiplier
     weights = np.linalg.lstsq(system, np.vstack([b * scale, np.ones_like(c)]), rcond=1e-13)[0][:-1] * scale  # (K, N)
     squared = (weights * (a @ weights - 2 * b)).sum(0) + c[0]
     return weights, np.sqrt(np.maximum(squared, 0) / c[0])
@@ -146,9 +129,7 @@ def check_run(run_folder: Path, run: str) -> None:
 
 
 class SnapshotWriter(CheckpointWriter):
-    """Writes snapshots in the background. Those later than `step`, where the run (again) begins, are of a course that
-    it left, and go.
-    """
+    """Writes snapshots in the background; removes those later than `step`, where the run begins again."""
 
     def __init__(self, run_folder: Path, run: str, step: int):
         super().__init__(run_folder / FOLDER)
@@ -180,9 +161,7 @@ class SnapshotWriter(CheckpointWriter):
 
 
 def add_up(files: Sequence[Path], run: str, weights: np.ndarray, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sum of weights (len(files), len(SIGMA_RELS)) x averages, float32, with the names and shapes of `like`; one file
-    after the other is read.
-    """
+    """Sum of weights (len(files), len(SIGMA_RELS)) x averages, float32, with the names and shapes of `like`."""
     total = {name: torch.zeros(value.shape) for name, value in like.items()}
     for path, row in zip(files, weights, strict=True):
         averages = read_snapshot(path, run, whole=True)

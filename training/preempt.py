@@ -1,6 +1,4 @@
-"""Being told to stop: SIGTERM and SIGUSR1 end a run after its step, with a checkpoint, on all processes at the same
-step.
-"""
+"""Stop requests: SIGTERM and SIGUSR1 end a run after its step, with a checkpoint, on all processes alike."""
 
 import contextlib
 import signal
@@ -26,9 +24,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within the block the signals set the flag; afterwards they do what they did before. Only the main thread can
-        listen.
-        """
+        """Within the block the signals set the flag, afterwards they do what they did before. Main thread only."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

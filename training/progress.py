@@ -70,9 +70,7 @@ class Progress:
         self.window = Window()
 
     def due(self, step: int, norm: Tensor) -> bool:
-        """Whether to flush after `step` steps: every log_freq steps, and at once after a bad step where that costs
-        nothing.
-        """
+        """Whether to flush after `step` steps: every log_freq steps, and on a CPU at once after a bad step."""
         return step % self.settings.log_freq == 0 or self.device.type == "cpu" and not math.isfinite(norm)
 
     def flush(self, step: int, bad_in_row: int) -> int:

@@ -1,6 +1,4 @@
-"""The recipe of a resumed training: what it takes from its checkpoint, and which settings differ from it (docs/spec.md
-7).
-"""
+"""What a resumed training takes from its checkpoint, and which settings differ from it (docs/spec.md 7)."""
 
 import argparse
 import math

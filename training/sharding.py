@@ -15,9 +15,7 @@ from util.options import ArgumentError
 
 
 def cannot_shard(device: torch.device) -> str:
-    """Why sharding does not work on the device with this torch, "" if it does: on a CPU 2.6 fails, and 2.7 sums
-    gradients.
-    """
+    """Why sharding does not work here, "" if it does: on a CPU torch 2.6 fails, and 2.7 sums gradients."""
     from torch.distributed.fsdp import FSDPModule
 
     if device.type == "cpu" and not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
@@ -70,9 +68,7 @@ def full(value: Tensor) -> Tensor:
 
 
 def like(value: Tensor, reference: Tensor) -> Tensor:
-    """This process's part of the whole tensor `value`, if `reference` is cut and has its shape; every process brings
-    the same numbers.
-    """
+    """This process's shard of the whole tensor `value`, if `reference` is sharded and has its shape."""
     if not is_sharded(reference) or value.shape != reference.shape:
         return value
     from torch.distributed.tensor import distribute_tensor

@@ -232,9 +232,7 @@ class TrainState:
                 average.load_state_dict(saved[key], source)
 
     def _load_random_state(self, content: dict, source: str) -> None:
-        """The loop seeds its draws by step; this is for whatever else draws. Left as it is if the number of processes
-        changed.
-        """
+        """For draws outside the loop, which seeds its own by step. Skipped if the number of processes changed."""
         rng, saved_versions = content.get("rng"), content.get("versions")
         if isinstance(rng, list) and len(rng) == dist.world_size():
             try:

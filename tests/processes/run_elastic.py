@@ -1,6 +1,4 @@
-"""main_tokenbridge.py whose rank 1 is killed once, when the first checkpoint is there and torchrun has not restarted
-anything yet.
-"""
+"""main_tokenbridge.py whose rank 1 is killed once, after the first checkpoint and before any restart."""
 
 import os
 import signal

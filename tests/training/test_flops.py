@@ -37,9 +37,7 @@ def test_the_formula_is_what_torch_counts(changes: dict, masked: int) -> None:
 
 
 def test_a_step_is_three_forward_passes_but_for_the_inputs() -> None:
-    """Backward: two products for each of forward's, less those whose input needs no gradient (z_proj); attention's too,
-    as torch counts it.
-    """
+    """Backward: two products for each of forward's, less those whose input needs no gradient (z_proj)."""
     model = TokenBridge(**tiny_config())
     with FlopCounterMode(display=False) as counter:
         model(*tiny_batch(2), num_masked=14).backward()

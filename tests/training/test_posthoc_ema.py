@@ -1,9 +1,8 @@
-"""training/posthoc_ema.py: the fit against numbers computed otherwise, snapshots of runs that are stopped and resumed,
-the command.
-"""
+"""training/posthoc_ema.py: the fit against numbers computed otherwise, snapshots of stopped runs, the command."""
 
 import json
 import shutil
+import subprocess
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import nn
 import engine_tokenbridge
 import generation
 import main_tokenbridge
-from tests.helpers import REPO, Argv, argv_of, skip_unless_shardable
+from tests.helpers import REPO, Argv, argv_of, assert_same, skip_unless_shardable
 from tests.processes.forked import run_processes
 from tools import inspect
 from tools.posthoc_ema import main
@@ -65,9 +64,7 @@ def test_what_was_kept_is_found_again() -> None:
 
 @pytest.mark.parametrize("sigma_rel", [0.04, 0.07, 0.15])
 def test_a_length_that_was_also_tracked(tmp_path: Path, sigma_rel: float) -> None:
-    """A random walk of 1,000 steps, snapshots in float16 every 50: the sum is off the tracked average by under 2 % of
-    what the nearest one is.
-    """
+    """A random walk of 1,000 steps, snapshots in float16 every 50: the error is under 2 % of the nearest average's."""
     torch.manual_seed(0)
     model = nn.Linear(20, 20)
     kept, tracked = [PowerEma(model, s) for s in SIGMA_RELS], PowerEma(model, sigma_rel)
@@ -86,13 +83,12 @@ def test_a_length_that_was_also_tracked(tmp_path: Path, sigma_rel: float) -> Non
     found = add_up(list(files.values()), "walk", weights.reshape(20, 2), dict(model.named_parameters()))
     wanted, nearest = tracked.state_dict(), kept[0].state_dict()
 
-    def distance(a: dict, b: dict) -> float:
-        return float(torch.cat([(a[name] - b[name]).flatten() for name in a]).norm())
+    def flat(average: dict) -> torch.Tensor:
+        return torch.cat([average[name].flatten() for name in wanted])
 
-    norm = distance(wanted, {name: torch.zeros_like(value) for name, value in wanted.items()})
-    print(f"sigma_rel {sigma_rel}: residual {residual:.2g}, relative error {distance(found, wanted) / norm:.2g}")
-    assert residual < 0.01 and distance(found, wanted) < 1e-3 * norm
-    assert distance(found, wanted) < 0.02 * distance(nearest, wanted)
+    error = (flat(found) - flat(wanted)).norm()
+    assert residual < 0.01 and error < 1e-3 * flat(wanted).norm()
+    assert error < 0.02 * (flat(nearest) - flat(wanted)).norm()
 
 
 # ---- toy runs
@@ -115,44 +111,33 @@ def load(path: Path) -> dict:
     return torch.load(path, weights_only=True)
 
 
-def assert_same_averages(mine: dict, other: dict) -> None:
-    assert mine.keys() == other.keys() == {"0.05", "0.1"}
-    for sigma_rel, average in mine.items():
-        assert all(torch.equal(value, other[sigma_rel][name]) for name, value in average.items())
-
-
 def test_snapshots_and_checkpoint_of_a_run(trained: Path) -> None:
-    """Every second step and the last; float16 of the checkpoint's averages, which are float32; the rest of the
-    checkpoint as ever.
-    """
+    """Every second step and the last; float16 of the checkpoint's averages, which are float32."""
     files, content = snapshot_files(trained), load(trained / "checkpoint-last.pth")
     assert list(files) == [2, 4, 6, 7] and not list((trained / "posthoc_ema").glob(".*"))
     last = load(files[7])
+    assert content["posthoc_ema"].keys() == {"0.05", "0.1"}
     assert last["step"] == content["step"] == 7 and last["run"] == content["config"]["run"]
     for sigma_rel, average in content["posthoc_ema"].items():
-        assert average.keys() == content["model_ema"].keys() and {value.dtype for value in average.values()} == {
-            torch.float32
-        }
-        assert all(torch.equal(value, average[name].half()) for name, value in last["averages"][sigma_rel].items())
+        assert average.keys() == content["model_ema"].keys()
+        assert {value.dtype for value in average.values()} == {torch.float32}
+        assert_same(last["averages"][sigma_rel], {name: value.half() for name, value in average.items()})
     assert not torch.equal(content["posthoc_ema"]["0.05"]["mask_token"], content["posthoc_ema"]["0.1"]["mask_token"])
 
 
 def test_off_it_leaves_no_trace(trained: Path, flags: Argv, tmp_path: Path) -> None:
     main_tokenbridge.main(flags(tmp_path / "run", posthoc_ema_freq=0))
     plain, content = load(tmp_path / "run" / "checkpoint-last.pth"), load(trained / "checkpoint-last.pth")
-    assert content.keys() - plain.keys() == {"posthoc_ema"} and content["config"].keys() - plain["config"].keys() == {
-        "run"
-    }
+    assert content.keys() - plain.keys() == {"posthoc_ema"}
+    assert content["config"].keys() - plain["config"].keys() == {"run"}
     assert not (tmp_path / "run" / "posthoc_ema").exists()
-    assert all(torch.equal(value, content["model"][name]) for name, value in plain["model"].items())
+    assert_same(plain["model"], content["model"])
 
 
 def test_a_resumed_run_keeps_the_same_averages(
     trained: Path, flags: Argv, tmp_path: Path, messages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the step after the checkpoint of step 3 and the snapshot of step 4: that snapshot goes, and all end as
-    never stopped.
-    """
+    """Killed after checkpoint of step 3 and the snapshot of step 4: that snapshot goes, and all end alike."""
     real, out = engine_tokenbridge.train_one_epoch, tmp_path / "run"
 
     def killed(state, vae, loader, settings, device, log, **more) -> bool:
@@ -170,30 +155,29 @@ def test_a_resumed_run_keeps_the_same_averages(
     monkeypatch.setattr(engine_tokenbridge, "train_one_epoch", real)
     main_tokenbridge.main(flags(out, resume=out))
     assert any("step-00000004.pth is later than step 3, where training goes on: removed" in line for line in messages)
-    assert_same_averages(
-        load(out / "checkpoint-last.pth")["posthoc_ema"], load(trained / "checkpoint-last.pth")["posthoc_ema"]
-    )
+    assert_same(*(load(folder / "checkpoint-last.pth")["posthoc_ema"] for folder in (out, trained)))
     assert list(snapshot_files(out)) == [2, 4, 6, 7]
     for step, path in snapshot_files(out).items():
-        assert_same_averages(load(path)["averages"], load(snapshot_files(trained)[step])["averages"])
+        assert_same(load(path)["averages"], load(snapshot_files(trained)[step])["averages"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_write_the_same_snapshots(flags: Argv, tmp_path: Path, sharded: bool) -> None:
-    """As one process with two micro-batches; stopped after an epoch and resumed. A folder with another run's snapshots
-    ends both alike.
-    """
+    """As one process with two micro-batches; stopped and resumed. Another run's snapshots end both processes."""
     if sharded:
         skip_unless_shardable()
     same = dict(batch_size=2, lr_schedule="constant")
     one, two = tmp_path / "one", tmp_path / "two"
     main_tokenbridge.main(flags(one, accum_iter=2, **same))
     more = dict(resume=two) | ({"fsdp": True} if sharded else {})
+
+    def run(**changes: object) -> subprocess.CompletedProcess:
+        argv = flags(two, **(same | more | changes))
+        return run_processes([REPO / "main_tokenbridge.py", *argv], nproc=2, timeout=240)
+
     for steps in (3, 7):
-        result = run_processes(
-            [REPO / "main_tokenbridge.py", *flags(two, max_steps=steps, **same, **more)], nproc=2, timeout=240
-        )
+        result = run(max_steps=steps)
         assert result.returncode == 0, result.stderr[-2000:]
     assert list(snapshot_files(two)) == [2, 3, 4, 6, 7]  # 3 was the last step once
     for step, path in snapshot_files(one).items():
@@ -207,9 +191,7 @@ def test_two_processes_write_the_same_snapshots(flags: Argv, tmp_path: Path, sha
         )
     main([str(two), "--sigma_rel", "0.08"])
     (two / "checkpoint-last.pth").unlink()
-    result = run_processes(
-        [REPO / "main_tokenbridge.py", *flags(two, **same, **(more | {"seed": 4}))], nproc=2, timeout=240
-    )
+    result = run(seed=4)
     assert result.returncode != 0 and result.stderr.count("belongs to another run") >= 2, result.stderr[-2000:]
 
 
@@ -220,25 +202,20 @@ def test_a_run_without_averages_cannot_take_them_up(
     shutil.copytree(trained, out)
     main_tokenbridge.main(flags(out, resume=out, posthoc_ema_freq=0, max_steps=8))
     assert any("without it they end here and cannot be taken up again" in line for line in messages)
-    with pytest.raises(
-        ValueError,
-        match=r"posthoc_ema_freq needs averages .*checkpoint-last\.pth has none: leave it out.*--posthoc_ema_freq",
-    ):
+    words = r"posthoc_ema_freq needs averages .*checkpoint-last\.pth has none: leave it out.*--posthoc_ema_freq"
+    with pytest.raises(ValueError, match=words):
         main_tokenbridge.main(flags(out, resume=out, max_steps=9))
     with pytest.raises(ValueError, match="has those of step 7, and training continues at step 12"):
         main_tokenbridge.main(flags(tmp_path / "new", resume=trained, max_steps=20, batch_size=2))
 
 
 def test_snapshots_of_another_run_are_refused(trained: Path, flags: Argv, tmp_path: Path) -> None:
-    """By a new training in their folder, whose name is not theirs; but the same command, started again before its first
-    checkpoint, goes on.
-    """
+    """By a new training in their folder; but the same command, started again before its first checkpoint, goes on."""
     out = tmp_path / "run"
     (out / "posthoc_ema").mkdir(parents=True)
     shutil.copy(snapshot_files(trained)[4], out / "posthoc_ema")
-    with pytest.raises(
-        ValueError, match=r"step-00000004\.pth belongs to another run .*: move that run's posthoc_ema away"
-    ):
+    words = r"step-00000004\.pth belongs to another run .*: move that run's posthoc_ema away"
+    with pytest.raises(ValueError, match=words):
         main_tokenbridge.main(flags(out))
     assert list(snapshot_files(out)) == [4]
     (out / "posthoc_ema" / "step-00000004.pth").unlink()
@@ -254,30 +231,19 @@ def test_snapshots_of_another_run_are_refused(trained: Path, flags: Argv, tmp_pa
 def test_the_command_and_its_file(
     trained: Path, flags: Argv, toy_vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture, messages: list[str]
 ) -> None:
-    """The file's average is the fitted sum of the snapshots; --sample and generation.load draw with it, no training
-    goes on from it.
-    """
+    """Its average is the fitted sum of the snapshots; --sample and generation.load use it, no training does."""
     main([str(trained), "--sigma_rel", "0.08", "--output", str(tmp_path / "ema.pth")])
     said, content, files = capsys.readouterr().out, load(tmp_path / "ema.pth"), snapshot_files(trained)
-    assert (
-        said.startswith("sigma_rel 0.08 at step 7 from 4 snapshots: relative error of the profile 0.0")
-        and str(tmp_path / "ema.pth") in said
-    )
+    assert said.startswith("sigma_rel 0.08 at step 7 from 4 snapshots: relative error of the profile 0.0")
+    assert str(tmp_path / "ema.pth") in said and content["step"] == 7
     weights, (residual,) = fit(np.repeat(list(files), 2), SIGMA_RELS * 4, 7, [0.08])
-    assert (
-        content["fit"] == {"sigma_rel": 0.08, "residual": pytest.approx(residual), "snapshots": 4}
-        and content["step"] == 7
-    )
+    assert content["fit"] == {"sigma_rel": 0.08, "residual": pytest.approx(residual), "snapshots": 4}
     parts = [load(path)["averages"][key] for path in files.values() for key in ("0.05", "0.1")]
     for name, value in content["model_ema"].items():
         by_hand = sum(float(w) * part[name].double() for w, part in zip(weights[:, 0], parts, strict=True))
-        assert torch.allclose(value.double(), by_hand, rtol=1e-5, atol=1e-6) and torch.equal(
-            content["model"][name], value
-        )
+        assert torch.allclose(value.double(), by_hand, rtol=1e-5, atol=1e-6)
     last = load(trained / "checkpoint-last.pth")
-    assert content["model"].keys() == last["model"].keys() and torch.equal(
-        content["model"]["boundaries"], last["model"]["boundaries"]
-    )
+    assert_same(content["model"], last["model"] | content["model_ema"])
 
     drawn = dict(sample=True, vae_path=toy_vae, classes=0, num_images=1, num_iter=2, device="cpu")
     sample = argv_of(**drawn, output_dir=tmp_path / "out")
@@ -307,10 +273,7 @@ def test_what_the_command_refuses(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, run)
     before = sorted(path.name for path in run.rglob("*"))
     for more, words in (
-        (
-            ["--sigma_rel", "0.25"],
-            r"--sigma_rel 0\.25 cannot be fitted with the 4 snapshots up to .* from 0\.0\d+ to 0\.1\d+",
-        ),
+        (["--sigma_rel", "0.25"], r"0\.25 cannot be fitted with the 4 snapshots up to .* from 0\.0\d+ to 0\.1\d+"),
         (["--sigma_rel", "0.01"], r"the profile would be off by \d+ %"),
         (["--sigma_rel", "0.1", "--step", "5"], r"--step 5: .* has no snapshot of that step, it has 2, 4, 6, 7"),
         (["--sigma_rel", "0.1", "--output", str(run / "checkpoint-last.pth")], r"\(--output\) exists already"),
@@ -319,18 +282,12 @@ def test_what_the_command_refuses(trained: Path, tmp_path: Path) -> None:
             main([str(run), *more])
     path = snapshot_files(run)[4]
     content = load(path)
+    overflow = {key: value | {"mask_token": value["mask_token"] / 0} for key, value in content["averages"].items()}
     for changes, words in (
         ({"run": "other"}, r"step-00000004\.pth belongs to another run"),
         ({"averages": {}}, "is no snapshot of --posthoc_ema_freq"),
         ({"averages": content["averages"] | {"0.1": {}}}, r"step-00000004\.pth lacks or misshapes \d+ parameters"),
-        (
-            {
-                "averages": {
-                    key: value | {"mask_token": value["mask_token"] / 0} for key, value in content["averages"].items()
-                }
-            },
-            "NaN or values too large for float16, first in mask_token",
-        ),
+        ({"averages": overflow}, "NaN or values too large for float16, first in mask_token"),
     ):
         torch.save(content | changes, path)
         with pytest.raises(ValueError, match=words):

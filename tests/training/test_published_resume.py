@@ -13,8 +13,9 @@ from engine_tokenbridge import train_one_epoch
 from main_tokenbridge import build_parser, main
 from models import MODELS
 from models.tokenbridge import TokenBridge
-from tests.helpers import tiny_batch, tiny_model, tiny_vae
+from tests.helpers import argv_of, assert_same, tiny_batch, tiny_model, tiny_vae
 from tools import inspect
+from training.guard import check_finite
 from training.recipe import optimizer_settings, warn_of_other_recipe
 from training.settings import TrainSettings
 from training.state import TrainState, saved_hyper_parameters
@@ -47,8 +48,7 @@ def published_optimizer(
 def published_file(path: Path, model: nn.Module, layout: str = "parameters", steps: int = 2) -> Path:
     """Train `steps` steps of fp16 with an enabled scaler and write the file as the published script does.
 
-    layout: "parameters" (the EMA's values are nn.Parameter), "mar" (a whole state dict), "namespace" (with the
-    arguments beside).
+    layout of the EMA: "parameters" (nn.Parameter), "mar" (a whole state dict), "namespace" (with the arguments beside).
     """
     model = copy.deepcopy(model).train()
     optimizer, scaler = published_optimizer(model, **SAVED), torch.amp.GradScaler("cpu", enabled=True)
@@ -70,31 +70,17 @@ def published_file(path: Path, model: nn.Module, layout: str = "parameters", ste
     assert all(value.requires_grad for value in averages.values())
     if layout == "mar":
         averages = model.state_dict() | averages
-    content = {
-        "model": model.state_dict(),
-        "model_ema": averages,
-        "optimizer": optimizer.state_dict(),
-        "epoch": 0,
-        "scaler": scaler.state_dict(),
-    }
+    content = {"model": model.state_dict(), "model_ema": averages, "optimizer": optimizer.state_dict()}
+    content |= {"epoch": 0, "scaler": scaler.state_dict()}
     if layout == "namespace":
-        content["args"] = argparse.Namespace(
-            lr=1e-3,
-            weight_decay=SAVED["weight_decay"],
-            warmup_epochs=100,
-            batch_size=64,
-            attn_dropout=0.1,
-            output_dir="out",
-            distributed=True,
-        )
+        flags = dict(lr=1e-3, weight_decay=SAVED["weight_decay"], warmup_epochs=100, batch_size=64, attn_dropout=0.1)
+        content["args"] = argparse.Namespace(**flags, output_dir="out", distributed=True)
     torch.save(content, path)
     return path
 
 
 def published_resume(path: Path, model: nn.Module) -> tuple[torch.optim.AdamW, dict[str, Tensor], torch.amp.GradScaler]:
-    """Read a file as the published script does, into a model, an optimizer and a scaler of its making; (optimizer, EMA
-    by name, scaler).
-    """
+    """Read a file as the published script does, into the model and (optimizer, EMA by name, scaler)."""
     content = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(content["model"])
     ema = {name: content["model_ema"][name] for name, _ in model.named_parameters()}
@@ -123,62 +109,41 @@ def one_epoch(state: TrainState, precision: str, spoilt: bool = False) -> None:
     """One step of 2 images; spoilt: its latents are NaN."""
     moments = torch.randn(2, 32, 4, 4, generator=torch.Generator().manual_seed(state.step))
     batch = (moments * float("nan") if spoilt else moments, torch.tensor([1, 2]))
-    settings = TrainSettings(
-        batch_size=2,
-        epochs=100,
-        steps_per_epoch=1,
-        lr=1e-3,
-        min_lr=0.0,
-        lr_schedule="constant",
-        warmup_epochs=0,
-        grad_clip=3.0,
-        seed=7,
-        precision=precision,
-    )
-    train_one_epoch(state, tiny_vae(), [batch], settings, CPU, None)
-
-
-def weights_of(state: TrainState) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    schedule = dict(epochs=100, steps_per_epoch=1, lr=1e-3, lr_schedule="constant", warmup_epochs=0)
+    train_one_epoch(state, tiny_vae(), [batch], TrainSettings(batch_size=2, precision=precision, **schedule), CPU)
 
 
 @pytest.mark.parametrize("layout", ["parameters", "mar", "namespace"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_published_checkpoint_resumes(tmp_path: Path, precision: str, layout: str) -> None:
-    """Its moments, EMA and scaler are read; a good step changes the weights, a NaN one nothing; the result is saved and
-    read again.
-    """
+    """Its moments, EMA and scaler are read; a good step changes the weights, a NaN one nothing; it is saved again."""
     state, content = resumed(published_file(tmp_path / "checkpoint-last.pth", tiny_model(), layout), precision)
+    groups, averages = state.optimizer.param_groups, state.ema.state_dict()
     assert content["optimizer"]["param_groups"][0]["fused"] is None and state.step == 2
-    assert all(
-        group["fused"] and group["foreach"] is None and not group["capturable"]
-        for group in state.optimizer.param_groups
-    )
-    assert [group["weight_decay"] for group in state.optimizer.param_groups] == [0.0, SAVED["weight_decay"]]
-    assert all(
-        group["betas"] == SAVED["betas"] and group["eps"] == SAVED["eps"] for group in state.optimizer.param_groups
-    )
-    assert not any(value.requires_grad for value in [*state.ema.shadow.values(), *content["model_ema"].values()])
-    assert all(torch.equal(value, content["model_ema"][name]) for name, value in state.ema.shadow.items())
+    assert all(group["fused"] and group["foreach"] is None and not group["capturable"] for group in groups)
+    assert [group["weight_decay"] for group in groups] == [0.0, SAVED["weight_decay"]]
+    assert all(group["betas"] == SAVED["betas"] and group["eps"] == SAVED["eps"] for group in groups)
+    assert not any(value.requires_grad for value in [*averages.values(), *content["model_ema"].values()])
+    assert all(torch.equal(value, content["model_ema"][name]) for name, value in averages.items())
     if precision == "fp16":
         assert state.scaler.state_dict() == content["scaler"]
-    before = weights_of(state)
-    one_epoch(state, precision)
-    after = weights_of(state)
-    assert state.bad_in_row == 0 and all(torch.isfinite(value).all() for value in after.values())
-    assert sum(not torch.equal(after[name], before[name]) for name in after) > 0.9 * len(after)
-    moments = [entry["exp_avg"].clone() for entry in state.optimizer.state.values()]
+
+    def kept() -> list[dict]:
+        moments = {i: entry["exp_avg"] for i, entry in state.optimizer.state_dict()["state"].items()}
+        return copy.deepcopy([state.model.state_dict(), moments])
+
+    (before, _), _ = kept(), one_epoch(state, precision)
+    after = kept()
+    check_finite(state.weights(), state.step, 0.0)
+    changed = [name for name, p in state.model.named_parameters() if not torch.equal(p, before[name])]
+    assert state.bad_in_row == 0 and len(changed) > 0.9 * len(averages)
     one_epoch(state, precision, spoilt=True)
-    assert state.bad_in_row == 1 and all(torch.equal(value, after[name]) for name, value in weights_of(state).items())
-    assert all(
-        torch.equal(old, entry["exp_avg"]) for old, entry in zip(moments, state.optimizer.state.values(), strict=True)
-    )
+    assert state.bad_in_row == 1
+    assert_same(kept(), after)
     checkpoint.atomic_save(state.snapshot(1), tmp_path / "ours.pth")
     again = checkpoint.read_file(tmp_path / "ours.pth")
-    assert all(torch.equal(again["model"][name], value) for name, value in after.items()) and ("scaler" in again) == (
-        precision == "fp16"
-    )
-    assert list(again["model_ema"]) == list(after)
+    assert_same(again["model"], after[0])
+    assert ("scaler" in again) == (precision == "fp16") and list(again["model_ema"]) == list(averages)
 
 
 def test_the_first_step_is_the_one_that_the_published_optimizer_takes(tmp_path: Path) -> None:
@@ -203,17 +168,9 @@ def test_an_optimizer_of_other_groups_is_refused(tmp_path: Path) -> None:
     path = published_file(tmp_path / "checkpoint-last.pth", tiny_model(), steps=1)
     content = torch.load(path, weights_only=True)
     state = TrainState(tiny_model(), TrainSettings(precision="fp32"))
-    for change, message in (
-        (lambda groups: groups[::-1], "its groups hold"),
-        (lambda groups: groups[:1], "its groups hold"),
-    ):
-        saved = content["optimizer"] | {"param_groups": change(content["optimizer"]["param_groups"])}
-        with pytest.raises(ValueError, match=rf"the optimizer state in a\.pth does not fit this model: {message}"):
-            state.load_state_dict(content | {"optimizer": saved}, 2, "a.pth")
-    moments = copy.deepcopy(content["optimizer"])
-    moments["state"][0]["exp_avg"] = torch.zeros(3, 3)
-    with pytest.raises(ValueError, match=r"exp_avg of \S+ has shape \(3, 3\), the parameter \(\d+,\)"):
-        state.load_state_dict(content | {"optimizer": moments}, 2, "a.pth")
+    saved = content["optimizer"] | {"param_groups": content["optimizer"]["param_groups"][::-1]}
+    with pytest.raises(ValueError, match=r"the optimizer state in a\.pth does not fit this model: its groups hold"):
+        state.load_state_dict(content | {"optimizer": saved}, 2, "a.pth")
     with pytest.raises(ValueError, match=r"the optimizer state in a\.pth is not that of an AdamW"):
         saved_hyper_parameters({"optimizer": {}}, "a.pth")
 
@@ -266,11 +223,7 @@ def test_hyper_parameters_without_sense_are_refused(values: dict) -> None:
 
 
 def test_a_given_flag_wins_otherwise_the_checkpoint(messages: list[str]) -> None:
-    groups = [
-        {"weight_decay": 0.0, "betas": (0.8, 0.9), "eps": 1e-6},
-        {"weight_decay": 0.07, "betas": (0.8, 0.9), "eps": 1e-6},
-    ]
-    content = {"optimizer": {"param_groups": groups}}
+    content = {"optimizer": {"param_groups": [SAVED | {"weight_decay": 0.0}, SAVED]}}
     assert optimizer_settings(TrainSettings(), (), content, Path("a.pth")).optimizer == SAVED
     assert messages == [
         "weight_decay 0.07 as in a.pth; the default is 0.02",
@@ -278,53 +231,35 @@ def test_a_given_flag_wins_otherwise_the_checkpoint(messages: list[str]) -> None
         "AdamW's eps 1e-06 as in a.pth, instead of 1e-08",
     ]
     messages.clear()
-    assert optimizer_settings(TrainSettings(), ("weight_decay",), content, Path("a.pth")).optimizer == SAVED | {
-        "weight_decay": 0.02
-    }
+    used = optimizer_settings(TrainSettings(), ("weight_decay",), content, Path("a.pth")).optimizer
+    assert used == SAVED | {"weight_decay": 0.02}
     assert messages[0] == "weight_decay: 0.02 from now on, was 0.07 in a.pth"
     messages.clear()
-    for nothing_to_say in (
-        None,
-        {"model": {}},
-        {"optimizer": {"param_groups": [{"weight_decay": 0.02, "betas": [0.9, 0.95], "eps": 1e-8}]}},
-    ):
+    defaults = {"weight_decay": 0.02, "betas": (0.9, 0.95), "eps": 1e-8}
+    for nothing_to_say in (None, {"model": {}}, {"optimizer": {"param_groups": [defaults | {"betas": [0.9, 0.95]}]}}):
         used = optimizer_settings(TrainSettings(), (), nothing_to_say, Path("a.pth")).optimizer
-        assert used == {"weight_decay": 0.02, "betas": (0.9, 0.95), "eps": 1e-8} and messages == []
+        assert used == defaults and messages == []
 
 
 @pytest.mark.parametrize("where", ["config", "namespace", "dict"])
 def test_other_settings_are_named_in_one_line(messages: list[str], where: str) -> None:
-    recorded = {
-        "lr": 4e-4,
-        "blr": 5e-5,
-        "warmup_epochs": 100,
-        "epochs": 400,
-        "attn_dropout": 0.1,
-        "grad_clip": 3.0,
-        "output_dir": "theirs",
-    }
-    content = {
-        "config": {"config": {"args": recorded}},
-        "namespace": {"args": argparse.Namespace(**recorded)},
-        "dict": {"args": recorded},
-    }[where]
-    args = vars(build_parser().parse_args(["--epochs", "800", "--attn_dropout", "0.2", "--grad_clip", "1"]))
-    warn_of_other_recipe(args, content, Path("a.pth"), 4e-4)
+    recorded = dict(lr=4e-4, blr=5e-5, warmup_epochs=100, epochs=400, attn_dropout=0.1, grad_clip=3.0, output_dir="a")
+    content = {"config": {"config": {"args": recorded}}, "namespace": {"args": argparse.Namespace(**recorded)}}
+    content = content.get(where, {"args": recorded})
+
+    def warn(content: dict, lr: float, *flags: str) -> None:
+        messages.clear()
+        warn_of_other_recipe(vars(build_parser().parse_args(flags)), content, Path("a.pth"), lr)
+
+    warn(content, 4e-4, "--epochs", "800", "--attn_dropout", "0.2", "--grad_clip", "1")
     # build_model names it for files with a config
     dropout = "" if where == "config" else "; attn_dropout 0.2, was 0.1"
     assert messages == [
         f"settings that differ from those of a.pth: epochs 800, was 400; grad_clip 1.0, was 3.0{dropout}"
     ]
-    messages.clear()
-    warn_of_other_recipe(vars(build_parser().parse_args([])), content, Path("a.pth"), 1e-4)
+    warn(content, 1e-4)
     assert messages == ["settings that differ from those of a.pth: peak learning rate 0.0001, was 0.0004 (lr, blr)"]
-    messages.clear()
-    warn_of_other_recipe(
-        vars(build_parser().parse_args([])),
-        {"config": {"args": {"lr": None, "blr": 5e-5}}, "data": {"global_batch": 2048}},
-        Path("a.pth"),
-        4e-4,
-    )
+    warn({"config": {"args": {"lr": None, "blr": 5e-5}}, "data": {"global_batch": 2048}}, 4e-4)
     assert messages == []
 
 
@@ -338,9 +273,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenBridge, Path]
     path = tmp_path_factory.mktemp("vae") / "vae.pth"
     torch.save({"model": vae.state_dict(), "config": vae.config}, path)
     torch.manual_seed(0)
-    return MODELS["tokenbridge_digits"](
-        img_size=32, vae_stride=8, vae_embed_dim=4, class_num=3, buffer_size=4, channel_order=[0, 1, 2, 3]
-    ), path
+    sizes = dict(img_size=32, vae_stride=8, vae_embed_dim=4, class_num=3, buffer_size=4, channel_order=[0, 1, 2, 3])
+    return MODELS["tokenbridge_digits"](**sizes), path
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -350,47 +284,24 @@ def test_the_command_continues_a_published_training(
     model, vae_path = digits
     (tmp_path / "theirs").mkdir()
     published_file(tmp_path / "theirs" / "checkpoint-last.pth", model, "namespace")
-    flags = dict(
-        vae_path=vae_path,
-        data_path=image_root,
-        batch_size=4,
-        warmup_epochs=0,
-        lr=1e-3,
-        num_workers=0,
-        device="cpu",
-        epochs=400,
-        max_steps=4,
-        seed=3,
-        precision=precision,
-        resume=tmp_path / "theirs",
-        output_dir=tmp_path / "ours",
-    )
-    main([str(part) for name, value in flags.items() for part in (f"--{name}", value)])
+    flags = dict(vae_path=vae_path, data_path=image_root, resume=tmp_path / "theirs", output_dir=tmp_path / "ours")
+    flags |= dict(batch_size=4, warmup_epochs=0, lr=1e-3, num_workers=0, device="cpu", epochs=400, max_steps=4, seed=3)
+    main(argv_of(**flags, precision=precision))
     content = checkpoint.read_file(tmp_path / "ours" / "checkpoint-last.pth")
     assert content["step"] == 4 and content["config"]["args"]["weight_decay"] == SAVED["weight_decay"]
-    assert (
-        content["config"]["optimizer"] == SAVED
-        and content["optimizer"]["param_groups"][1]["weight_decay"] == SAVED["weight_decay"]
-    )
+    assert content["config"]["optimizer"] == SAVED
+    assert content["optimizer"]["param_groups"][1]["weight_decay"] == SAVED["weight_decay"]
     assert content["optimizer"]["state"][0]["step"] == 3, "two of the file, one of ours"
-    differs = [line for line in messages if line.startswith("settings that differ from those of")]
-    assert (
-        len(differs) == 1
-        and "warmup_epochs 0, was 100; batch_size 4, was 64" in differs[0]
-        and "peak" not in differs[0]
-    )
+    (differs,) = [line for line in messages if line.startswith("settings that differ from those of")]
+    assert "warmup_epochs 0, was 100; batch_size 4, was 64" in differs and "peak" not in differs
 
 
 def test_inspect_measures_the_distance_of_a_whole_state_dict(
     digits: tuple, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """MAR's layout: channel_mask holds -inf in both; the distance is that of the parameters, and equal to the other
-    layout's.
-    """
-    facts = [
-        inspect.describe(published_file(tmp_path / f"{layout}.pth", digits[0], layout, steps=1))
-        for layout in ("mar", "parameters")
-    ]
+    """MAR's layout: channel_mask holds -inf in both; the distance is that of the parameters, as in the other layout."""
+    files = [published_file(tmp_path / f"{layout}.pth", digits[0], layout, 1) for layout in ("mar", "parameters")]
+    facts = [inspect.describe(file) for file in files]
     assert facts[0]["EMA distance"] == facts[1]["EMA distance"] and 0 < facts[0]["EMA distance"] < 0.1
     inspect.main([str(tmp_path / "mar.pth")])
     assert f"EMA distance            {facts[0]['EMA distance']:.4g}" in capsys.readouterr().out.splitlines()

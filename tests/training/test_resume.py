@@ -1,6 +1,4 @@
-"""A run that was killed, stopped by a signal, or cut in its checkpoint, and resumed, is the run never stopped: weights,
-EMA, optimizer, log.
-"""
+"""A run that was killed or stopped at any moment, and resumed, is the uninterrupted run."""
 
 import os
 import random
