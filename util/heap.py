@@ -10,9 +10,10 @@ def keep_freed_memory(keep: bool = True) -> bool:
     """Whether blocks of many MiB stay with the process once freed; returns False, and changes nothing, where malloc is
     not glibc's.
 
-    glibc gives them back to the kernel, which clears every page anew when it is next touched: a 65 MB tensor costs ten
-    times its own arithmetic then. A training step frees and takes the same sizes over and over. The price is memory
-    that nobody uses at the moment, 0.1 of 4.2 GiB in training base. keep=False: what glibc arrives at by itself.
+    glibc returns blocks above 32 MiB to the kernel, which clears every page when it is next touched. Measured in CPU
+    seconds, user and system: KL-16 decodes an image of 256 px in 2.39 instead of 2.84 (344,000 fewer page faults); a
+    training step of base gains at most 1 %, since the head's groups make no such blocks. Peak memory is the same up to
+    0.15 of 1.3 GiB. keep=False: what glibc arrives at by itself.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
