@@ -124,14 +124,8 @@ def encode(args: argparse.Namespace, given: set[str], device: torch.device) -> N
         logger.warning("%s", warning)
     make = RecordMaker(spec, quantizer and quantizer.to(device), vae.scale, options.seed)
     settings = dict(vae=vae.to(device), make=make, flips=not options.no_flip, precision=options.precision)
-    fill(
-        options,
-        record,
-        source,
-        functools.partial(encode_images, device=device, **settings),
-        spec,
-        **loading(args, device),
-    )
+    to_records = functools.partial(encode_images, device=device, **settings)
+    fill(options, record, source, to_records, spec, **loading(args, device))
 
 
 @doing("converting the cache")

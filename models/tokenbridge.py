@@ -26,7 +26,7 @@ from models.config import TokenBridgeConfig
 from models.layers import LAYER_NORM_EPS, take
 from models.sampling.loop import SamplerState, sample_steps
 from models.sampling.options import SamplerOptions
-from models.sampling.orders import random_orders
+from models.sampling.orders import check_mask, random_orders
 from models.vit_blocks import TrainedBlock, partial_block, recomputed
 from util.options import ArgumentError
 
@@ -228,7 +228,7 @@ class TokenBridge(ChannelAR):
                 ratio = draw_mask_ratio(self.mask_ratio_min, cpu_uniform(generator))
                 num_masked = num_masked_tokens(ratio, self.num_tokens)
             mask = mask_from_orders(random_orders(len(latents), self.num_tokens, generator, latents.device), num_masked)
-        mask, num_masked = self._check_mask(mask, len(latents), num_masked)
+        mask, num_masked = check_mask(mask, len(latents), self.num_tokens, num_masked)
         by_mask = mask.to(torch.uint8).argsort(dim=1, stable=True)  # visible first, each part in grid order
         visible, masked = by_mask.split([self.num_tokens - num_masked, num_masked], dim=1)  # (B, V), (B, M)
         class_embedding = self._training_classes(labels, label_drop, generator)  # (B, D)
@@ -251,18 +251,6 @@ class TokenBridge(ChannelAR):
         if label_drop is None:
             return embeddings
         return torch.where(label_drop.unsqueeze(1), self.fake_latent.to(embeddings.dtype), embeddings)
-
-    def _check_mask(self, mask: Tensor, batch: int, num_masked: int | None) -> tuple[Tensor, int]:
-        """The mask as bool (B, L) and its count per row; ValueError for another shape or unequal counts."""
-        if tuple(mask.shape) != (batch, self.num_tokens):
-            raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(batch, self.num_tokens)}")
-        mask = mask != 0
-        if num_masked is not None:
-            return mask, num_masked
-        counts = mask.sum(1).tolist()
-        if len(set(counts)) != 1 or counts[0] == 0:
-            raise ValueError(f"mask must hide the same number of tokens, at least one, in every row; it hides {counts}")
-        return mask, counts[0]
 
     # ---- sampling
 
