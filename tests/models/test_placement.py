@@ -23,7 +23,7 @@ from tests.helpers import RecordOps, fake_gpu, fill_golden, tiny_batch, tiny_con
 from training.step import batch_latents
 
 SMALL_VAE = dict(embed_dim=16, ch_mult=(1, 1, 2, 2, 2), ch=8, num_res_blocks=1, norm_groups=4)
-SMALL_HEAD = dict(vae_embed_dim=4, channel_order=None, channel_depth=1)
+SMALL = dict(vae_embed_dim=4, channel_order=None, channel_depth=1, encoder_depth=1, decoder_depth=2)
 AROUND = {"plain": contextlib.nullcontext, "device": lambda: torch.device("cuda")}  # within torch.device("cuda") too
 
 
@@ -138,7 +138,7 @@ def test_sampler_stays_on_the_gpu(context, labels):
     That fake tensors get through at all shows that nothing waits for a number of theirs.
     """
     with fake_gpu():
-        model = on_fake_gpu(TokenBridge, **tiny_config(**SMALL_HEAD))
+        model = on_fake_gpu(TokenBridge, **tiny_config(**SMALL))
         given = {"none": None, "list": [1, 2], "tensor": torch.ones(2, dtype=torch.long, device="cuda")}[labels]
         ops, first = record_passes(model)
         with AROUND[context](), ops:
@@ -173,7 +173,7 @@ def test_every_way_to_sample_stays_on_the_gpu(options, monkeypatch):
     """From the first pass on; the compiled path through the same functions uncompiled."""
     options = dict(num_iter=3, cfg=2.0) | options
     with fake_gpu():
-        model = on_fake_gpu(TokenBridge, **tiny_config(**SMALL_HEAD))
+        model = on_fake_gpu(TokenBridge, **tiny_config(**SMALL))
         given = {}
         if options.pop("editing", False):
             mask = torch.arange(16, device="cpu").view(1, 16) % 3 == 0
