@@ -1,5 +1,4 @@
-"""models/channel_ar.py, models/layers.py (docs/spec.md 5): the head against one written out in float64, cached against
-uncached, the draws."""
+"""models/channel_ar.py, models/layers.py (docs/spec.md 5): against a head written out in float64, caches, draws."""
 
 import math
 import re
@@ -7,7 +6,6 @@ import re
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from scipy.stats import chisquare
 from torch import Tensor
 
@@ -168,8 +166,7 @@ def test_share_of_dropped_attention_weights_is_the_rate(rate: float) -> None:
 
 
 def cached_logits(model: TokenBridge, z: Tensor, indices: Tensor) -> Tensor:
-    """The logits that `channel_sample` computes, position by position, when the draws are forced to `indices`: (N, C,
-    K)."""
+    """Logits (N, C, K) that `channel_sample` computes, position by position, when its draws are forced to `indices`."""
     seen = []
 
     def forced(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -231,31 +228,26 @@ def test_tokens_of_broken_weights_are_not_valid():
         assert not model.channel_sample(z, torch.rand(N, 16), temperature)[1].any()
 
 
-def test_argmax_at_temperature_0():
-    logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, -1.0, 4.9], [1.0, 1.0, 0.0]])
-    assert sample_levels(logits, torch.full((3,), 0.99), 0)[0].tolist() == [1, 0, 0]
-
-
-def test_inverse_of_the_cumulative_distribution_by_hand():
-    """Probabilities 0.1, 0.2, 0.3, 0.4: cumulative 0.1, 0.3, 0.6, 1."""
-    uniform = torch.tensor([0.0, 0.05, 0.15, 0.29, 0.31, 0.59, 0.61, 1 - 2**-24])
-    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(8, 4)
-    assert sample_levels(logits, uniform, 1.0)[0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-
-
-def test_temperature_divides_the_logits():
-    """At T = 1/2 the probabilities 1/3 and 2/3 become 1/5 and 4/5; at T = 1e6 both are 1/2."""
-    logits = torch.tensor([1 / 3, 2 / 3]).log().expand(4, 2)
-    uniform = torch.tensor([0.19, 0.21, 0.32, 0.34])
-    assert sample_levels(logits, uniform, 1.0)[0].tolist() == [0, 0, 0, 1]
-    assert sample_levels(logits, uniform, 0.5)[0].tolist() == [0, 1, 1, 1]
-    assert sample_levels(logits, torch.tensor([0.49, 0.51, 0.0, 0.99]), 1e6)[0].tolist() == [0, 1, 0, 1]
+@pytest.mark.parametrize(
+    ("probabilities", "uniform", "temperature", "expected"),
+    [
+        ([0.1, 0.2, 0.3, 0.4], [0.0, 0.05, 0.15, 0.29, 0.31, 0.59, 0.61, 1 - 2**-24], 1.0, [0, 0, 1, 1, 2, 2, 3, 3]),
+        ([1 / 3, 2 / 3], [0.19, 0.21, 0.32, 0.34], 1.0, [0, 0, 0, 1]),
+        ([1 / 3, 2 / 3], [0.19, 0.21, 0.32, 0.34], 0.5, [0, 1, 1, 1]),  # 1/5 and 4/5
+        ([1 / 3, 2 / 3], [0.49, 0.51, 0.0, 0.99], 1e6, [0, 1, 0, 1]),  # 1/2 each
+        ([0.3, 0.4, 0.3], [0.0, 0.99], 0, [1, 1]),
+        ([0.4, 0.4, 0.2], [0.0, 0.99], 0, [0, 0]),  # the lowest index of equal ones
+    ],
+)
+def test_levels_by_hand(probabilities, uniform, temperature, expected):
+    """The cumulative distribution of softmax(log p / T) is inverted; temperature 0 takes the argmax."""
+    logits = torch.tensor(probabilities).log().expand(len(uniform), -1)
+    assert sample_levels(logits, torch.tensor(uniform), temperature)[0].tolist() == expected
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0.96, 2.0])
 def test_frequencies(temperature):
-    """200,000 draws: their counts fit softmax(logits / T) by the chi-square test (seed fixed; p would be below 1e-3
-    once in a thousand seeds)."""
+    """200,000 draws fit softmax(logits / T) by the chi-square test; of random seeds one in a thousand would fail."""
     logits = torch.randn(8, generator=torch.Generator().manual_seed(1))
     uniform = torch.rand(200_000, generator=torch.Generator().manual_seed(2))
     counts = torch.bincount(sample_levels(logits.expand(200_000, 8), uniform, temperature)[0], minlength=8).numpy()
@@ -267,8 +259,7 @@ def test_frequencies(temperature):
     ("top_k", "top_p", "kept"), [(0, 1.0, 8), (3, 1.0, 3), (0, 0.7, 4), (2, 0.7, 2), (1, 1.0, 1), (0, 0.01, 1)]
 )
 def test_frequencies_of_what_top_k_and_top_p_leave(top_k, top_p, kept):
-    """Probabilities 0.28, 0.2, 0.16, 0.12, ... : the `kept` largest, renormalised; the chi-square test at 100,000
-    draws."""
+    """Probabilities 0.28, 0.2, 0.16, 0.12, ...: the `kept` largest, renormalised, by the chi-square test."""
     p = np.array([0.04, 0.28, 0.06, 0.2, 0.08, 0.16, 0.06, 0.12])
     uniform = torch.rand(100_000, generator=torch.Generator().manual_seed(3))
     drawn = sample_levels(torch.from_numpy(p).log().expand(100_000, 8), uniform, 1.0, top_k, top_p)[0]
@@ -287,8 +278,7 @@ def test_top_k_1_is_the_argmax():
 
 
 def test_the_head_draws_from_its_joint_distribution():
-    """A head of 2 dimensions with 4 levels: all 16 outcomes of a token, against p(first) p(second | first) from the
-    teacher-forced logits."""
+    """2 dimensions, 4 levels: all 16 outcomes, against p(first) p(second | first) from the teacher-forced logits."""
     model = tiny_model(channel_depth=1, vae_embed_dim=2, quant_levels=4, channel_order=[1, 0])
     z = torch.randn(1, model.mask_token.shape[-1], generator=torch.Generator().manual_seed(6))
     outcomes = torch.cartesian_prod(torch.arange(4), torch.arange(4))  # (16, 2) head order
@@ -332,18 +322,6 @@ def test_channel_order_and_its_inverse():
     assert {"to_head_order", "to_natural_order"}.isdisjoint(model.state_dict())
 
 
-def test_gelu_is_the_exact_one():
-    """The tanh approximation is off by up to 5e-4: at x = 2 the erf form gives 1.954500 and tanh 1.954598."""
-    assert tiny_model().channel_blocks[0].mlp.act(torch.tensor(2.0)).item() == pytest.approx(1.9544997, abs=1e-6)
-
-
-def test_attention_with_one_position_sees_itself_only():
-    """Then the softmax is 1 and the output is proj(v)."""
-    layer = CausalAttention(8, 2)
-    x = torch.randn(3, 1, 8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(layer(x), layer.proj(F.linear(x, layer.qkv.weight[16:], layer.qkv.bias[16:])))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -362,8 +340,7 @@ def test_errors(change, message):
 
 
 def test_the_parallel_head_predicts_each_dimension_from_z_alone():
-    """Its logits do not know the indices, those of the autoregressive head do; it has every parameter of that head but
-    the token embeddings."""
+    """Its logits do not depend on the indices; it has every parameter but the token embeddings."""
     model, other = tiny_model(head="parallel"), tiny_model()
     z, indices = random_inputs(model)
     changed = (indices + 1) % model.num_levels
@@ -375,8 +352,7 @@ def test_the_parallel_head_predicts_each_dimension_from_z_alone():
 
 @torch.no_grad()
 def test_the_parallel_head_samples_from_its_logits():
-    """At temperature 0 the argmax of each dimension; otherwise draws from each softmax, whatever the other dimensions
-    became."""
+    """At temperature 0 each dimension's argmax; otherwise draws from each softmax, independent of the others."""
     model = tiny_model(head="parallel")
     z, _ = random_inputs(model)
     logits = model.channel_logits(z, None)

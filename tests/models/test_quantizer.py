@@ -27,8 +27,7 @@ def parse_case(case: str) -> tuple[int, float, float]:
 
 
 def near_midpoint(x: np.ndarray, levels: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Where x, mapped to +-3, lies within 1e-6 K of a midpoint between two levels: there float32 may decide either way
-    (golden/README.md)."""
+    """Where x, mapped to +-3, is within 1e-6 K of a midpoint, where float32 may go either way (golden/README.md)."""
     unit = np.clip((x.astype(np.float64) - low) * 6 / (high - low) - 3, -3, 3)
     levels = levels.astype(np.float64)
     midpoints = (levels[1:] + levels[:-1]) / 2
@@ -109,8 +108,7 @@ def test_levels_are_conditional_means(bits):
 
 
 def test_all_levels_are_used_equally_by_normal_latents():
-    """What the quantiles are for: on +-3 each of 16 indices gets about 1/16 of normal numbers (an even split of +-3
-    would give 0.001 to 0.15)."""
+    """On +-3 each of 16 indices gets about 1/16 of normal numbers (cells of equal width: 0.001 to 0.15)."""
     x = torch.from_numpy(np.random.default_rng(0).standard_normal(160_000).astype(np.float32))
     counts = torch.bincount(GaussianQuantizer(4, -3, 3).quantize(x), minlength=16).double() / len(x)
     assert counts.min() > 0.035 and counts.max() < 0.085  # nearest-level cells are not exactly the quantile cells
@@ -213,8 +211,7 @@ def test_lloyd_of_a_few_values_finds_them():
 
 @pytest.mark.parametrize(("kind", "bits"), [("spike", 2), ("spike", 6), ("heavy", 6), ("outside", 6), ("heavy", 12)])
 def test_lloyd_tables_of_odd_latents_are_tables(kind, bits):
-    """Fewer values than levels, heavy tails, all beyond the range: still strictly increasing, and no worse than the
-    Gaussian levels."""
+    """Fewer values than levels, heavy tails, all out of range: increasing, and no worse than the Gaussian levels."""
     rng = np.random.default_rng(0)
     x = {"spike": np.zeros(50), "heavy": rng.standard_cauchy(2000), "outside": rng.normal(9, 0.1, 500)}[kind]
     boundaries, values = lloyd_tables(x, bits, -5.0, 5.0)

@@ -101,8 +101,7 @@ def test_golden_full_size(name):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_manifest_and_size(name):
-    """Keys and shapes of the published checkpoints in their order (optimizer states refer to parameters by
-    position)."""
+    """Keys and shapes of the published checkpoints, in their order (optimizer states refer to positions)."""
     model, (millions, depth, head_depth) = on_meta(name), SIZES[name]
     manifest = golden_json(f"manifest_{name}")
     assert [(key, list(value.shape)) for key, value in model.state_dict().items()] == list(manifest.items())
@@ -179,8 +178,7 @@ def test_initialisation():
 
 
 def test_a_fresh_model_predicts_about_chance():
-    """Zero modulation: the blocks are the identity, and a random linear head over a unit-norm input costs about ln K
-    plus half its variance."""
+    """The blocks are the identity; a random linear head over a unit-norm input costs ln K plus half its variance."""
     torch.manual_seed(0)
     loss = TokenBridge(**tiny_config())(*tiny_batch(32)).item()
     assert math.log(16) < loss < math.log(16) + 1.2
@@ -236,8 +234,7 @@ def test_guided_z_is_that_of_two_whole_passes(known):
 
 
 def test_loss_and_rows_by_hand():
-    """Mean of -log softmax at the true index over masked tokens, batch-major in grid order; logits[:, c] is about
-    dimension order[c]."""
+    """Mean of -log softmax at the true index, rows batch-major in grid order; logits[:, c] is dimension order[c]."""
     model, (latents, labels), mask = tiny_model(), tiny_batch(), half_mask()
     details = model(latents, labels, mask, return_details=True)
     rows, terms = iter(details.logits.double()), []
@@ -286,8 +283,7 @@ def test_number_of_masked_tokens_is_rounded_up(ratio, num_tokens, expected):
 
 
 def test_drawn_masks_in_the_forward_pass():
-    """One count per step, between ceil(0.7 L) = 12 and 16, distributed like the ratio; every token is hidden about
-    equally often."""
+    """One count per step, between ceil(0.7 L) = 12 and 16, distributed like the ratio."""
     model, (latents, labels) = tiny_model(**SMALL), tiny_batch(2, channels=2)
     generator, counts = torch.Generator().manual_seed(0), []
     for _ in range(150):
@@ -348,8 +344,7 @@ def test_label_drop_probability():
 
 
 def test_every_parameter_gets_a_gradient():
-    """But the key norms' biases, which softmax does not see, and the embeddings of classes and levels that did not
-    occur."""
+    """But the key norms' biases, which softmax does not see."""
     model = tiny_model(label_drop_prob=0.5).train()
     latents, labels = tiny_batch(8)
     model(latents, labels, half_mask(8), label_drop=torch.arange(8) % 2 == 0).backward()

@@ -1,5 +1,4 @@
-"""What depends on the VAE: its description (built in, in the checkpoint, beside the weights), and VAEs that diffusers
-wrote."""
+"""What depends on the VAE: its description, built in or in files, and VAEs that diffusers wrote."""
 
 import json
 import shutil
@@ -90,8 +89,7 @@ def test_what_is_known_of_the_quantizer() -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny AutoencoderKL (stride 4, 4 channels) and AutoencoderDC (stride 2, 8 channels), randomly initialised, as
-    diffusers saves them."""
+    """AutoencoderKL (stride 4, 4 channels) and AutoencoderDC (stride 2, 8 channels), random, saved by diffusers."""
     diffusers = pytest.importorskip("diffusers", reason="an optional package, requirements-extra.txt")
     root = tmp_path_factory.mktemp("diffusers")
     with torch.random.fork_rng(devices=[]):

@@ -1,5 +1,4 @@
-"""models/sampling/reuse.py: nothing is approximate where nothing changed, whole steps are exact, and the work goes
-down."""
+"""models/sampling/reuse.py: exact where nothing changed, whole steps exact, less work."""
 
 import pytest
 import torch
@@ -33,8 +32,7 @@ def source(model: TokenBridge, embedding: Tensor, features: int, guidance: int =
 @torch.no_grad()
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_a_whole_pass_is_the_exact_one_and_keeps_what_the_next_needs(scale):
-    """Called again with nothing new, only the target tokens run, and get the same z: keys, values and positions are in
-    their places."""
+    """Called again with nothing new, only the targets run and get the same z: every cache entry is in its place."""
     model = tiny_model()
     values, orders, embedding = state(model)
     reused, visible = source(model, embedding, 2), orders[:, 11:]
@@ -58,8 +56,7 @@ def test_the_guidance_of_the_last_whole_step_is_reused(features):
 
 
 def seeing(block: nn.Module, x: Tensor, sees: Tensor) -> Tensor:
-    """A timm block x (N, P, D) -> (N, P, D) whose positions attend where `sees` (P, P), by hand: timm 1.0.9's own takes
-    no mask."""
+    """A timm block x (N, P, D) whose positions attend where `sees` (P, P): timm 1.0.9's own takes no mask."""
     attn = block.attn
     q, k, v = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
     weights = (attn.scale * q @ k.transpose(-2, -1)).masked_fill(~sees, float("-inf")).softmax(-1)
@@ -114,8 +111,7 @@ def test_first_step_exact_and_every_step_with_one():
     ],
 )
 def test_every_combination_fills_the_image(options):
-    """All tokens levels of the quantizer, the same whatever the batch, and nearly those of the exact sampler's first
-    steps."""
+    """All tokens are levels of the quantizer, the same whatever the batch."""
     model = tiny_model()
     arguments = dict(num_iter=8, cfg=3.0, temperature=1.0, cfg_schedule="linear") | options
     both = model.sample_tokens(2, labels=LABELS, seeds=[1, 2], **arguments)
@@ -124,8 +120,7 @@ def test_every_combination_fills_the_image(options):
 
 
 def test_less_work():
-    """FLOPs of 8 steps: guidance reuse takes away up to half of the backbone, feature reuse nearly all between whole
-    steps."""
+    """FLOPs of 8 steps: reusing guidance saves up to half of the backbone, features nearly all between whole steps."""
     model = tiny_model(vae_embed_dim=1, channel_depth=1)  # the head plays no part
 
     def flops(**options: object) -> int:

@@ -61,8 +61,7 @@ def test_the_trained_start_is_another_model():
 
 
 def test_plan_by_hand():
-    """L = 16, N = 4: floor(16 cos(pi/8)) = floor(14.78), floor(16 cos(pi/4)) = floor(11.31), floor(16 cos(3 pi/8)) =
-    floor(6.12), then the rest."""
+    """L = 16, N = 4: floor(16 cos(k pi/8)) is floor(14.78), floor(11.31), floor(6.12), then the rest."""
     assert unmasking_plan(4, 16) == [(16, 14, 14), (14, 11, 11), (11, 6, 6), (6, 0, 1)]
     assert unmasking_plan(1, 16) == [(16, 0, 1)]
     assert unmasking_plan(3, 16) == [(16, 13, 13), (13, 8, 8), (8, 0, 1)]  # cos(pi/3) = 1/2 lands on 8
@@ -144,8 +143,7 @@ def count_passes(model: TokenBridge, **arguments: object) -> tuple[list[tuple[in
 
 
 def test_without_guidance_the_unconditional_pass_is_skipped():
-    """B rows, growing by what was revealed (5 buffer slots); with guidance 2B rows, but B and 1 while nothing is; the
-    head always B."""
+    """B rows, growing by what was revealed (5 buffer slots); guided 2B rows, or B and 1 while nothing is visible."""
     lengths = [5, 5 + 2, 5 + 5, 5 + 10]
     for schedule in ("linear", "constant"):
         assert count_passes(tiny_model(), cfg=1.0, cfg_schedule=schedule) == ([(2, n) for n in lengths], [4, 6, 10, 12])
@@ -168,8 +166,7 @@ def test_guidance_formula():
 
 
 def test_each_step_continues_from_the_dequantized_tokens():
-    """Sampling in 4 steps is 4 teacher-forced passes: at every step the masked forward over what is known gives the
-    same new tokens."""
+    """Sampling in 4 steps is 4 teacher-forced passes: masked forwards over what is known give the same new tokens."""
     model, orders = tiny_model(head_start="trained"), fixed_orders(2)
     final = greedy(model)
     labels = torch.tensor([3, 7])
@@ -187,8 +184,7 @@ def test_each_step_continues_from_the_dequantized_tokens():
 @pytest.mark.parametrize("num_iter", [1, 2, 16, 17, 40])
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_any_number_of_steps(num_iter, cfg):
-    """Every latent is a level of the quantizer, in one step, one token a step, or with idle steps; on_step hears of
-    each."""
+    """Every latent is a level, in one step, one token a step, or with idle steps; on_step is called for each."""
     model, steps = tiny_model(), []
     options = dict(labels=[1, 2, 3], seeds=[1, 2, 3], on_step=lambda step, total: steps.append((step, total)))
     latents = model.sample_tokens(3, num_iter=num_iter, cfg=cfg, **options)
@@ -199,8 +195,7 @@ def test_any_number_of_steps(num_iter, cfg):
 
 
 def test_one_token_at_a_time():
-    """L steps reveal between one and a few tokens each; more steps than tokens give the same first token, and idle
-    steps run no pass."""
+    """With more steps than tokens, idle steps run no pass."""
     passes, heads = count_passes(tiny_model(), num_iter=40)
     assert len(passes) == len(heads) <= 16 and sum(heads) == 2 * 16
 
@@ -268,8 +263,7 @@ def test_generator_and_global_state():
 
 
 def test_given_orders_are_used():
-    """At temperature 0 nothing else is random: another order is another image, the same order the same one whatever the
-    seed."""
+    """At temperature 0 nothing else is random: another order is another image, whatever the seed."""
     model, orders = tiny_model(), fixed_orders(2)
     first, same = (greedy(model, orders=orders, seeds=seeds) for seeds in ([1, 2], [3, 4]))
     assert torch.equal(first, same) and not torch.equal(first, greedy(model, orders=orders.flip(1)))
@@ -287,8 +281,7 @@ def test_temperature():
 
 
 def test_draws_follow_the_logits():
-    """One step, 1,000 images of one class: the first dimension in head order is distributed as the softmax of its
-    logits at T = 0.8."""
+    """One step, 1,000 images of a class: the leading dimension follows the softmax of its logits at T = 0.8."""
     model = tiny_model(head_start="trained", vae_embed_dim=3, channel_order=[2, 0, 1])
     with torch.no_grad():
         details = model(torch.zeros(1, 3, 4, 4), torch.tensor([4]), torch.ones(1, 16), return_details=True)
