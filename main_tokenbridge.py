@@ -53,10 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("what to do (default: train)")
     group.add_argument("--evaluate", action="store_true", help="generate --num_images images and print their scores")
     group.add_argument("--sample", action="store_true", help="write images of --classes to --output_dir")
-    about = (
-        "a recipe or evaluation of configs/: sets all its flags, printed, with the numbers to expect; a given flag wins"
-    )
-    group.add_argument("--preset", default=None, choices=preset_names(), help=about)
+    what = "a recipe or evaluation of configs/: sets its flags, printed with the numbers to expect; a given flag wins"
+    group.add_argument("--preset", default=None, choices=preset_names(), help=what)
     add_options(parser, StructureOptions, "model and tokenizer")
     add_options(parser, TrainSettings, "training")
     add_options(parser, DataOptions, "data")

@@ -87,12 +87,12 @@ class TokenBridge(ChannelAR):
         self.quant_min, self.quant_max = c.quant_min, c.quant_max
         # The order of registration is that of the published checkpoints: optimizer states refer to parameters by
         # position. The order of the random draws is part of what a seed means.
-        width, slots = c.encoder_embed_dim, c.buffer_size + c.num_tokens
+        width, decoder_width, slots = c.encoder_embed_dim, c.decoder_embed_dim, c.buffer_size + c.num_tokens
         self.fake_latent = embedding(1, width)  # class embedding of "no class"
         self.encoder_pos_embed_learned = embedding(1, slots, width)
-        self.mask_token = embedding(1, 1, c.decoder_embed_dim)
-        self.decoder_pos_embed_learned = embedding(1, slots, c.decoder_embed_dim)
-        self.output_pos_embed = embedding(1, c.num_tokens, c.decoder_embed_dim)
+        self.mask_token = embedding(1, 1, decoder_width)
+        self.decoder_pos_embed_learned = embedding(1, slots, decoder_width)
+        self.output_pos_embed = embedding(1, c.num_tokens, decoder_width)
         self.build_head_embeddings(c)
         self.register_buffer("channel_mask", torch.full((c.vae_embed_dim, c.vae_embed_dim), float("-inf")).triu(1))
         tables = quantizer.GaussianQuantizer(c.quant_levels.bit_length() - 1, c.quant_min, c.quant_max)
@@ -107,11 +107,9 @@ class TokenBridge(ChannelAR):
         self.z_proj_ln = norm(width)
         self.encoder_blocks = nn.ModuleList(block(width, c.encoder_num_heads) for _ in range(c.encoder_depth))
         self.encoder_norm = norm(width)
-        self.decoder_embed = nn.Linear(width, c.decoder_embed_dim)
-        self.decoder_blocks = nn.ModuleList(
-            block(c.decoder_embed_dim, c.decoder_num_heads) for _ in range(c.decoder_depth)
-        )
-        self.decoder_norm = norm(c.decoder_embed_dim)
+        self.decoder_embed = nn.Linear(width, decoder_width)
+        self.decoder_blocks = nn.ModuleList(block(decoder_width, c.decoder_num_heads) for _ in range(c.decoder_depth))
+        self.decoder_norm = norm(decoder_width)
         self.build_head(c)
         self._initialize()
 

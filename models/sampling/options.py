@@ -74,9 +74,7 @@ class SamplerOptions:
                 raise ArgumentError(name, f"{lowest}; got {getattr(self, name):g}")
         for name in ("reuse_features", "reuse_guidance"):
             if self.compile and getattr(self, name) > 1:
-                raise ArgumentError(
-                    name, f"compile and {name} cannot be combined: what is reused changes its shape at every step"
-                )
+                raise ArgumentError(name, f"compile and {name} cannot be combined: the shapes of reused parts change")
 
     def check(self, num_channels: int) -> None:
         """ArgumentError for what does not fit a model with `num_channels` dimensions."""
