@@ -215,11 +215,9 @@ def steps_in_epoch(samples: int, micro_batches: int, settings: TrainSettings) ->
     """Optimizer steps in an epoch; ArgumentError if there is not one."""
     steps = micro_batches // settings.accum_iter
     if steps == 0:
-        raise ArgumentError(
-            "accum_iter",
-            f"the data set has {samples} samples, fewer than one optimizer step needs ({settings.batch_size} x "
-            f"{dist.world_size()} processes x accum_iter {settings.accum_iter})",
-        )
+        needed = f"{settings.batch_size} x {dist.world_size()} processes x accum_iter {settings.accum_iter}"
+        message = f"the data set has {samples} samples, fewer than one optimizer step needs ({needed})"
+        raise ArgumentError("accum_iter", message)
     return steps
 
 

@@ -29,7 +29,7 @@ from evaluation.evaluator import EvaluationOptions, Evaluator
 from generation.pipeline import Pipeline, generation_settings
 from generation.sample import SampleOptions, sample
 from generation.sweep import SweepOptions, check_passes
-from models.sampling.options import OPTION_NAMES, SamplerOptions
+from models.sampling.options import SamplerOptions
 from training.published import training_differences
 from training.recipe import optimizer_settings
 from training.settings import RunSettings, TrainSettings
@@ -38,13 +38,13 @@ from util.cli import add_process_flags, make_parser, own_folder, parse, run_cli
 from util.heap import keep_freed_memory
 from util.launcher import launched
 from util.log import doing, get_logger, log_lines
-from util.options import add_options, flag_names, read_options
+from util.options import add_options, flag_names, option_fields, read_options
 from util.presets import Preset, apply_preset, load_preset, preset_names
 
 logger = get_logger()
 Pairs = list[tuple[float, float]]  # guidance scale, temperature
 # --cfg and --temperature take several values here; --compile is one flag for training and sampling
-SAMPLER_FLAGS = [name for name in OPTION_NAMES if name not in ("cfg", "temperature", "compile")]
+SAMPLER_FLAGS = [name for name in option_fields(SamplerOptions) if name not in ("cfg", "temperature", "compile")]
 
 
 def build_parser() -> argparse.ArgumentParser:
