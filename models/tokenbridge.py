@@ -305,8 +305,8 @@ class TokenBridge(ChannelAR):
                 labels = torch.as_tensor(labels, dtype=torch.long)
                 check_labels(labels, bsz, self.class_num)
                 class_embedding = self.class_emb.weight.detach()[labels.to(self.mask_token.device)]
-        given = dict(orders=orders, seeds=seeds, generator=generator, init=init, regenerate=regenerate)
-        return sample_steps(self, class_embedding, settings, **given)
+        inputs = dict(orders=orders, seeds=seeds, generator=generator, init=init, regenerate=regenerate)
+        return sample_steps(self, class_embedding, settings, **inputs)
 
     def class_embeddings(self, classes: Sequence[int | None | Mapping[int, float]]) -> Tensor:
         """(B, D): of a class number, of no class (None), or of a mixture {class: weight, ...}, the weighted sum.
