@@ -38,7 +38,7 @@ from dataset.record import CacheOptions, describe, describe_tree, describe_vae, 
 from models.vae import AutoencoderKL
 from models.vae_loading import load_vae
 from util import dist
-from util.cli import add_process_flags, at_least, make_parser, parse, run_cli
+from util.cli import add_process_flags, make_parser, parse, run_cli
 from util.log import doing, get_logger
 from util.options import add_options, flag_names, read_options
 
@@ -54,7 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--info", action="store_true", help="print what --cached_path holds")
     what = "read all of --cached_path: checksums, images, classes; with --data_path also whether its images changed"
     group.add_argument("--verify", action="store_true", help=what)
-    what = "turn a tree of .npz files into shards; with --vae_path its VAE is recorded, unless OLD records another"
+    what = (
+        "turn a tree of .npz files into shards; with --vae_path its VAE is recorded, unless OLD's record contradicts it"
+    )
     group.add_argument("--convert", nargs=2, metavar=("OLD", "NEW"), help=what)
     add_options(parser, CacheOptions, "images, VAE and cache")
     add_process_flags(parser, seed=0)
@@ -70,7 +72,6 @@ def refuse(given: set[str], names: Sequence[str], why: str) -> None:
 
 def check_arguments(args: argparse.Namespace, given: set[str]) -> CacheOptions:
     """The options; everything that can be refused without reading a file is refused."""
-    at_least(args, seed=0)
     if sum([args.info, args.verify, args.convert is not None]) > 1:
         raise ValueError("--info, --verify and --convert are different things; choose one")
     if args.convert is not None:
@@ -122,8 +123,14 @@ def encode(args: argparse.Namespace, given: set[str], device: torch.device) -> N
         logger.warning("%s", warning)
     make = RecordMaker(spec, quantizer and quantizer.to(device), vae.scale, options.seed)
     settings = dict(vae=vae.to(device), make=make, flips=not options.no_flip, precision=options.precision)
-    to_records = functools.partial(encode_images, device=device, **settings)
-    fill(options, record, source, to_records, spec, **loading(args, device))
+    fill(
+        options,
+        record,
+        source,
+        functools.partial(encode_images, device=device, **settings),
+        spec,
+        **loading(args, device),
+    )
 
 
 @doing("converting the cache")
@@ -132,10 +139,10 @@ def convert(args: argparse.Namespace, given: set[str], device: torch.device) -> 
     old, new = (Path(path) for path in args.convert)
     if old.resolve() == new.resolve() or old.resolve() in new.resolve().parents:
         raise ValueError(f"--convert {old} {new}: NEW must be another folder, outside OLD")
-    before = read_record(old, "--convert")
+    before = read_record(old, "convert")
     if before is not None and before.get("format", "npz") != "npz":
         raise ValueError(f"{old} (--convert) holds {before['format']} already; it takes a tree of .npz files")
-    latents = CachedLatents(old, not args.no_flip, flag="--convert", probed=1)
+    latents = CachedLatents(old, not args.no_flip, argument="convert", probed=1)
     vae, options = None, read_options(CacheOptions, args, seed=args.seed)
     if "vae_path" in given or args.mode == "indices":
         vae, options = read_vae(args, given - {"vae_embed_dim"})

@@ -84,8 +84,8 @@ def load_inputs(options: ReconstructionOptions) -> tuple[AutoencoderKL, ImageFol
     if options.img_size % vae.stride:
         stride = f"{vae.stride}, the stride of {options.vae_path}"
         raise ArgumentError("img_size", f"img_size {options.img_size} is not a multiple of {stride}")
-    bad, flag = options.on_bad_image, "--image_dir"
-    return vae, ImageFolderDataset(options.image_dir, options.img_size, flip=False, on_bad_image=bad, flag=flag)
+    bad, argument = options.on_bad_image, "image_dir"
+    return vae, ImageFolderDataset(options.image_dir, options.img_size, flip=False, on_bad_image=bad, argument=argument)
 
 
 def log_start(
@@ -136,11 +136,6 @@ def closing_lines(options: ReconstructionOptions, measures: Measures, num_images
     return lines
 
 
-def all_numbers(own: Sequence[int]) -> list[int]:
-    """The image numbers of all processes, sorted."""
-    return sorted(number for part in dist.gather_objects(own) for number in part)
-
-
 @doing("measuring reconstructions")
 def run(options: ReconstructionOptions, settings: dict, device: torch.device) -> None:
     """Check and load everything, reconstruct, write and print (rank 0). ValueError or OSError for bad input."""
@@ -159,7 +154,7 @@ def run(options: ReconstructionOptions, settings: dict, device: torch.device) ->
     except (ValueError, OSError) as caught:
         error = caught
     dist.agree(error)
-    done, bad = all_numbers(out.done), all_numbers(out.bad)
+    done, bad = (sorted(n for part in dist.gather_objects(numbers) for n in part) for numbers in (out.done, out.bad))
     if not done:
         raise ArgumentError("image_dir", f"{options.image_dir}: not one of the {len(bad)} chosen images can be read")
     if measures.extractor is not None and len(done) < 2:

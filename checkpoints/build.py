@@ -29,7 +29,7 @@ from util.checkpoint import (
     read_file,
 )
 from util.ema import initial_share
-from util.files import check_schema
+from util.json_reader import check_schema
 from util.log import get_logger
 from util.options import ArgumentError, check_options, option, option_fields
 

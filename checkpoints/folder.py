@@ -13,7 +13,8 @@ from checkpoints.published import BUFFERS, WEIGHTS
 from models.latent_space import LatentSpace
 from models.tokenbridge import TokenBridge
 from util.checkpoint import SAFE, fingerprint
-from util.files import read_lines, replacing, write_json
+from util.files import replacing, write_json
+from util.json_reader import read_lines
 from util.options import ArgumentError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dataset.encode import Counts, Encode, NpzFiles, ShardFiles, Source, encode_all
-from dataset.folders import list_folder
+from dataset.folders import LeftOut, list_folder, scan
 from dataset.images import CONTROL, printable
 from dataset.npz import VIEWS, has_flip, read_stamp, read_views
 from dataset.record import (
@@ -24,7 +24,8 @@ from dataset.shards import NAME, TRAVERSAL, RecordSpec, Shard
 from dataset.source import UNKNOWN, unchanged
 from util import dist
 from util.cli import check_writable
-from util.files import folder_lock, remove_leftovers, replacing, write_json
+from util.files import remove_leftovers, replacing, write_json
+from util.locks import folder_lock
 from util.log import get_logger
 from util.options import ArgumentError
 
@@ -93,15 +94,15 @@ def check_names(source: Source, form: str) -> None:
 
 
 def refuse_foreign_npz(cache: Path, paths: Iterable[str]) -> None:
-    """ValueError for latents that --overwrite would delete in a folder whose record does not say who wrote them."""
+    """ValueError for latents that overwrite would delete in a folder whose record does not say who wrote them."""
     foreign = [f"{path}.npz" for path in paths if os.path.lexists(cache / f"{path}.npz")]
     if foreign:
         what = f"holds {len(foreign)} latents ({printable(foreign[0])}, ...) but no {RECORD} that says who made them"
-        raise ValueError(f"{cache} (--cached_path) {what}: --overwrite does not delete them, do so yourself")
+        raise ValueError(f"{cache} (cached_path) {what}: overwrite does not delete them, do so yourself")
 
 
 def prepare(options: CacheOptions, record: dict, files: NpzFiles | ShardFiles) -> None:
-    """The cache's folders and its record; with --overwrite the old files are deleted before the old record is replaced.
+    """The cache's folders and its record; with overwrite the old files are deleted before the old record is replaced.
 
     npz: every class gets a folder, also one without readable images, so that training numbers classes like the data.
     """
@@ -139,11 +140,11 @@ def finish(options: CacheOptions, record: dict, files: NpzFiles | ShardFiles, co
     elif dist.is_main():
         delete([cache / BAD_LIST])
     if there == 0:
-        raise ValueError(f"{source.root} (--data_path): not one of its {len(source)} images can be read")
+        raise ValueError(f"{source.root} (data_path): not one of its {len(source)} images can be read")
     if bad and options.on_bad_image == "error":
         first = next(problem for n in sorted(counts.corrupt) if (problem := source[n][2]) is not None)
         listed = f"{len(bad)} of {len(source)} images are corrupt and listed in {cache / BAD_LIST}"
-        raise ValueError(f"{listed}; all others are cached. First: {first}, or pass --on_bad_image skip")
+        raise ValueError(f"{listed}; all others are cached. First: {first}, or skip such images (on_bad_image)")
     if not dist.is_main():
         return
     done = record | {"images": there, "corrupt": len(bad), "complete": True}
@@ -151,13 +152,13 @@ def finish(options: CacheOptions, record: dict, files: NpzFiles | ShardFiles, co
         done["shards"] = files.listing()
     else:
         done["image_list"] = npz_list(path for number, path in enumerate(source.paths) if number not in counts.corrupt)
-        if (others := sum(1 for _ in cache.rglob("*.npz")) - there) > 0:
+        if (others := len(tree_files(cache)) - there) > 0:
             message = "%s holds %d latents of other images than those of %s; training refuses it until they are removed"
             logger.warning(message, cache, others, source.root)
     write_json(cache / RECORD, done)
     if counts.unstamped:
         message = "%d latents are of an earlier version, which did not record their images' size and time: it is not "
-        logger.warning(message + "known whether these changed since; --overwrite encodes all of them", counts.unstamped)
+        logger.warning(message + "known whether these changed since; overwrite encodes all of them", counts.unstamped)
     changed = f"; {counts.changed} images had changed since they were cached" if counts.changed else ""
     message = "%s is complete: %d images encoded, %d were there, %d corrupt%s"
     logger.info(message, cache, counts.encoded, counts.kept, len(bad), changed)
@@ -166,11 +167,11 @@ def finish(options: CacheOptions, record: dict, files: NpzFiles | ShardFiles, co
 def existing(cache: Path) -> dict | None:
     """The record of an existing cache. FileNotFoundError if the folder holds no cache."""
     if not cache.is_dir():
-        raise FileNotFoundError(f"no folder {cache} (--cached_path)")
+        raise FileNotFoundError(f"no folder {cache} (cached_path)")
     record = read_record(cache)
     if record is None and not any(cache.glob("*/*.npz")):
         lacks = f"it holds neither a {RECORD} nor <class>/<image>.npz"
-        raise FileNotFoundError(f"{cache} (--cached_path) is no cache: {lacks}")
+        raise FileNotFoundError(f"{cache} (cached_path) is no cache: {lacks}")
     return record
 
 
@@ -179,7 +180,7 @@ def info(cache: Path) -> str:
     record = existing(cache)
     states = {None: f"no {RECORD}, so a tree of .npz files as published", True: "complete", False: "NOT finished"}
     state = states[record and record["complete"]]
-    sizes = [path.stat().st_size for path in cache.rglob("*") if path.suffix in (".npz", ".safetensors")]
+    sizes = [path.stat().st_size for path in (*cache.glob("*.safetensors"), *tree_files(cache))]
     hidden = ("shards", "complete", "class_list", "image_list", "vae")
     about = {key: value for key, value in (record or {}).items() if key not in hidden}
     if isinstance(about.get("classes"), list):
@@ -207,7 +208,7 @@ def verify(cache: Path, data: Path | None = None) -> str:
     if data is not None and not problems:
         problems = compare_images(cache, record, data)
     if problems:
-        raise ValueError(f"{cache} (--cached_path): {len(problems)} problems. " + "; ".join(problems[:10]))
+        raise ValueError(f"{cache} (cached_path): {len(problems)} problems. " + "; ".join(problems[:10]))
     also = "" if data is None else f", and {data} holds the images that it is of"
     return f"{cache}: {images} images, every checksum is right{also}"
 
@@ -246,10 +247,16 @@ def verify_shards(cache: Path, record: dict) -> tuple[int, list[str]]:
     return images, problems
 
 
+def tree_files(cache: Path) -> list[Path]:
+    """The .npz files below the class folders that training lists, sorted."""
+    folders, _ = scan(cache, (".npz",), LeftOut())
+    return [Path(*file) for files in folders.values() for file in files]
+
+
 def verify_tree(cache: Path, record: dict | None) -> tuple[int, list[str]]:
     """Number of images and problems of a tree of .npz files."""
     problems, first_of = [], dict[tuple, Path]()  # shape -> path
-    paths = sorted(cache.rglob("*.npz"))
+    paths = tree_files(cache)
     names = VIEWS if record is not None or any(map(has_flip, paths[:1])) else VIEWS[:1]
     for path in paths:
         try:
@@ -268,7 +275,7 @@ def compare_images(cache: Path, record: dict | None, data: Path) -> list[str]:
         shards = (shard for shard in open_shards(cache, record) if isinstance(shard, Shard))
         cached = {path: stamp for shard in shards for path, stamp in zip(shard.paths, shard.sources, strict=True)}
     else:
-        cached = {str(p.relative_to(cache)).removesuffix(".npz"): read_stamp(p) for p in sorted(cache.rglob("*.npz"))}
+        cached = {str(p.relative_to(cache)).removesuffix(".npz"): read_stamp(p) for p in tree_files(cache)}
         bad = cache / BAD_LIST
         cached |= dict.fromkeys(bad.read_text(errors="surrogateescape").splitlines() if bad.exists() else (), UNKNOWN)
     folder = list_folder(data)

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from dataset.folders import ClassFolders
 from dataset.images import center_crop_adm, of_the_machine, random_crop, read_image, to_tensor
 from dataset.loader import build_loader, shared_zeros
-from dataset.npz import read_stamp, read_views, write_views
+from dataset.npz import SOURCE, VIEWS, as_stamp, read_arrays, read_views, stack_views, write_views
 from dataset.shards import RecordSpec, Shard, shard_name, write_shard
 from dataset.source import UNKNOWN, stamp_of, unchanged
 from models.latent_space import DiagonalGaussian
@@ -130,7 +130,7 @@ def load_moments(path: str, number: int, *, shape: tuple[int, ...], names: Seque
     try:
         return torch.from_numpy(read_views(path, names, shape))
     except ValueError as error:
-        raise ValueError(f"cached latents {path} (--convert) {error}; mend or remove the file") from error
+        raise ValueError(f"cached latents {path} (convert) {error}; mend or remove the file") from error
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,8 @@ def encode_images(
             with dist.autocast(device, precision):
                 moments = vae.encode(images).parameters
             if not torch.isfinite(moments).all():
-                what = f"the VAE's latents of an image are NaN or infinite under --precision {precision}"
-                raise ValueError(f"{what}; use fp32 or bf16 or check --vae_path")
+                what = f"the VAE's latents of an image are NaN or infinite in {precision} (precision)"
+                raise ValueError(f"{what}; use fp32 or bf16 or check the VAE (vae_path)")
             views.append(DiagonalGaussian(moments.float()))
     return make(views, numbers)
 
@@ -260,10 +260,11 @@ def kept_npz(cache: Path, shape: tuple[int, ...], path: str, file: str) -> bool 
     """Whether an image's file is complete: None if there is no such file, False if the image changed since."""
     cached = cache / f"{path}.npz"
     try:
-        read_views(cached, shape=shape)
+        *views, stamp = read_arrays(cached, (*VIEWS, SOURCE))
+        stack_views(views, shape=shape)
     except ValueError:
         return None
-    return unchanged(file, read_stamp(cached))
+    return unchanged(file, as_stamp(stamp))
 
 
 class ShardFiles(CacheFiles):
@@ -354,8 +355,8 @@ def check_room(cache: Path, needed: int, free: int) -> None:
     """ValueError if the disk has fewer than `needed` bytes."""
     if needed > free:
         sizes = f"{free / 2**30:.1f} GiB of free disk space, the missing shards need {needed / 2**30:.1f} GiB"
-        advice = "free some, choose another folder, or store less (--dtype float16, --mode mean or indices, --no_flip)"
-        raise ValueError(f"{cache} (--cached_path) has {sizes}; {advice}")
+        advice = "free some, choose another folder, or store less (dtype float16, mode mean or indices, no_flip)"
+        raise ValueError(f"{cache} (cached_path) has {sizes}; {advice}")
 
 
 def encode_all(
@@ -382,7 +383,7 @@ def encode_all(
             error = problem
         except OSError as problem:
             advice = "What is finished stays valid; make room or mend the disk, then run the same command again"
-            error = OSError(f"{first_line(problem)} ({cache}, --cached_path). {advice}")
+            error = OSError(f"{first_line(problem)} in {cache} (cached_path). {advice}")
         if (k + 1) % SYNC_EVERY == 0 or k == rounds - 1 or dist.world_size() == 1:
             dist.agree(error)
             counts.waited = waited / max(time.perf_counter() - started, 1e-9)

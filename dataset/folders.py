@@ -107,14 +107,14 @@ def walk(top: str, extensions: tuple[str, ...], root: Path, left_out: LeftOut) -
     return sorted(files)
 
 
-def refuse_parts(root: Path, files: dict[str, list[tuple[str, str]]], flag: str) -> None:
+def refuse_parts(root: Path, files: dict[str, list[tuple[str, str]]], argument: str) -> None:
     """ValueError if the class folders are the parts of a data set, such as train and val."""
     if not files or not all(name.lower() in PARTS for name in files):
         return
     if len(files) > 1 or all(folder != str(root / name) for name in files for folder, _ in files[name]):
         part = root / ("train" if "train" in files else min(files))
         parts = f"{', '.join(files)}, the parts of a data set, not classes"
-        raise ValueError(f"{root} ({flag}) holds {parts}; the folder that holds the class folders is needed, {part}")
+        raise ValueError(f"{root} ({argument}) holds {parts}; give the folder that holds the class folders, {part}")
 
 
 def scan(
@@ -137,7 +137,7 @@ def list_folder(
     root: str | Path,
     extensions: tuple[str, ...] | None = None,
     class_num: int | None = None,
-    flag: str = "--data_path",
+    argument: str = "data_path",
     classes: Sequence[str] = (),
     allow_flat: bool = False,
 ) -> ClassFolders:
@@ -150,13 +150,13 @@ def list_folder(
     """
     root, left_out = Path(root), LeftOut()
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root} ({flag}); expected one sub-folder per class in it")
+        raise FileNotFoundError(f"no folder {root} ({argument}); expected one sub-folder per class in it")
     folders, loose = scan(root, extensions or image_extensions(), left_out)
     files = {name: found for name, found in folders.items() if found or name in classes}
     for name in sorted(folders.keys() - files.keys() - set(left_out.names.get("unreadable", ()))):
         left_out.add("empty class folders", name)
     if not classes:
-        refuse_parts(root, files, flag)
+        refuse_parts(root, files, argument)
     if allow_flat and not files and loose:
         files, loose = {"": loose}, []
     for _, name in loose:
@@ -167,10 +167,10 @@ def list_folder(
         lacks = "no images" if allow_flat else f"no class folders; expected {root}/<class>/<file>"
         if folders and not allow_flat:
             lacks = f"class folders but no {' or '.join(e.lstrip('.') for e in extensions or ('image',))} files"
-        raise FileNotFoundError(f"{root} ({flag}) holds {lacks}{left_out}")
-    logger.info("%s (%s): %d %s in %d classes%s", root, flag, len(samples), what, len(names), left_out)
+        raise FileNotFoundError(f"{root} ({argument}) holds {lacks}{left_out}")
+    logger.info("%s: %d %s in %d classes%s", root, len(samples), what, len(names), left_out)
     if class_num is not None and len(names) > class_num:
-        raise ValueError(f"{root} ({flag}) has {len(names)} class folders, more than --class_num {class_num}")
+        raise ValueError(f"{root} ({argument}) has {len(names)} class folders, more than {class_num} (class_num)")
     return ClassFolders(root, names, samples)
 
 
@@ -200,9 +200,9 @@ class BadImages:
         self.skip, self.paths = policy == "skip", set()
 
     def report(self, error: ValueError, path: str) -> None:
-        """Raise the error with the flag that skips it, or log it if the path is new."""
+        """Raise the error with the setting that skips it, or log it if the path is new."""
         if not self.skip:
-            raise ValueError(f"{error}, or pass --on_bad_image skip") from error
+            raise ValueError(f"{error}, or skip such images (on_bad_image)") from error
         if path not in self.paths:
             self.paths.add(path)
             logger.warning("skipped bad image %d: %s", len(self.paths), error)
@@ -246,7 +246,7 @@ def readable_images(
         if readable.any():
             yield images[readable], own[readable].tolist()
     if not found and bad is None:
-        raise ValueError(f"{folder.folder.root} ({folder.flag}): none of its images can be read")
+        raise ValueError(f"{folder.folder.root} ({folder.argument}): none of its images can be read")
 
 
 class ImageFolderDataset(Dataset):
@@ -264,10 +264,10 @@ class ImageFolderDataset(Dataset):
         flip: bool = True,
         on_bad_image: str = "error",
         class_num: int | None = None,
-        flag: str = "--data_path",
+        argument: str = "data_path",
     ):
-        self.folder = list_folder(root, class_num=class_num, flag=flag)
-        self.img_size, self.flip, self.bad, self.flag = img_size, flip, BadImages(on_bad_image), flag
+        self.folder = list_folder(root, class_num=class_num, argument=argument)
+        self.img_size, self.flip, self.bad, self.argument = img_size, flip, BadImages(on_bad_image), argument
         self.classes, self.labels, self.samples = self.folder.classes, self.folder.labels, self.folder.samples
 
     def __len__(self) -> int:
@@ -289,4 +289,4 @@ class ImageFolderDataset(Dataset):
                 continue
             mirrored = self.flip and seed is not None and coin(seed)
             return image.flip(-1) if mirrored else image, label
-        raise ValueError(f"{self.folder.root} ({self.flag}): none of its images can be read")
+        raise ValueError(f"{self.folder.root} ({self.argument}): none of its images can be read")

@@ -41,7 +41,7 @@ def image_extensions() -> tuple[str, ...]:
 
 def read_image(path: str | Path, background: str = "white") -> Image.Image:
     """The RGB picture that a viewer shows: the first frame, upright (EXIF), 8 bits, over `background` where
-    transparent.
+    transparent. Colour profiles (ICC) are ignored, as in the published pipeline (docs/differences.md).
 
     ValueError naming the file if it is no regular file, damaged, too large or too long to be safe, or has values of an
     unknown range (`to_rgb`). OSError if the machine, not the file, is the reason (`of_the_machine`).

@@ -34,19 +34,19 @@ class CachedLatents(Dataset):
         root: str | Path,
         flip: bool = True,
         class_num: int | None = None,
-        flag: str = "--cached_path",
+        argument: str = "cached_path",
         probed: int = PROBED,
     ):
-        self.record = read_record(root, flag)
+        self.record = read_record(root, argument)
         if self.record is not None and not self.record["complete"]:
-            raise ValueError(f"{root} ({flag}) {NOT_FINISHED}")
-        listing = list_folder(root, (".npz",), class_num, flag, recorded_classes(self.record))
+            raise ValueError(f"{root} ({argument}) {NOT_FINISHED}")
+        listing = list_folder(root, (".npz",), class_num, argument, recorded_classes(self.record))
         samples = sorted(listing.samples, key=lambda s: (s[1], *os.path.split(s[0].removesuffix(".npz"))))
         self.folder = dataclasses.replace(listing, samples=samples)
         if self.record is not None and (problems := tree_differs(self.record, self.folder.paths)):
             advice = "run main_cache.py again, which encodes what is missing; remove files of other images"
-            raise ValueError(f"{root} ({flag}): {problems[0]}; {advice}")
-        self.flip, self.flag = flip, flag
+            raise ValueError(f"{root} ({argument}): {problems[0]}; {advice}")
+        self.flip, self.argument = flip, argument
         self.classes, self.labels, self.samples = listing.classes, self.folder.labels, samples
         self.shape: tuple[int, ...] | None = None
         for number in spread_evenly(range(len(samples)), probed):  # now, so that a wrong cache fails at the start
@@ -67,10 +67,10 @@ class CachedLatents(Dataset):
         except ValueError as error:
             advice = "cache this image again"
             if f"no array {VIEWS[1]}" in str(error):
-                advice = "without mirrored images, train with --no_flip, or cache again"
+                advice = "train without mirrored images (no_flip), or cache again"
             elif "have shape" in str(error) and self.shape is not None:
                 advice = f"that is the shape of {self.samples[0][0]}; cache all images with the same VAE and size"
-            raise ValueError(f"cached latents {path} ({self.flag}) {error}; {advice}") from error
+            raise ValueError(f"cached latents {path} ({self.argument}) {error}; {advice}") from error
 
 
 class ShardedLatents(Dataset):
@@ -80,15 +80,17 @@ class ShardedLatents(Dataset):
     compared with their checksums. ValueError for a damaged shard, and for `flip` where no mirrored images are cached.
     """
 
-    def __init__(self, root: str | Path, flip: bool = True, class_num: int | None = None, flag: str = "--cached_path"):
-        cache, self.record = f"{root} ({flag})", read_record(root, flag)
+    def __init__(
+        self, root: str | Path, flip: bool = True, class_num: int | None = None, argument: str = "cached_path"
+    ):
+        cache, self.record = f"{root} ({argument})", read_record(root, argument)
         if self.record is None or not self.record.get("shards"):
             raise ValueError(f"{cache} holds no finished shards: run main_cache.py again, as it was begun")
-        self.shards = [Shard(Path(root) / entry["name"], flag) for entry in self.record["shards"]]
+        self.shards = [Shard(Path(root) / entry["name"], argument) for entry in self.record["shards"]]
         for shard, entry in zip(self.shards, self.record["shards"], strict=True):
             if shard.sha256 != entry["sha256"] or shard.spec != self.shards[0].spec:
                 differs = f"is not the one that {RECORD} lists (checksum of its header and index)"
-                raise ValueError(f"shard {shard.path} ({flag}) {differs}; delete it and run main_cache.py again")
+                raise ValueError(f"shard {shard.path} ({argument}) {differs}; delete it and run main_cache.py again")
         self.spec = self.shards[0].spec
         self.mode, self.shape = self.spec.mode, self.spec.shape
         self.classes: list[str] = self.record["classes"]
@@ -104,10 +106,10 @@ class ShardedLatents(Dataset):
     def _check(self, cache: str, class_num: int | None) -> None:
         count, largest = len(self.classes), self._labels.max(initial=-1)
         if self.flip and not self.mirrored:
-            plain = "was made with --no_flip and has no mirrored images"
-            raise ValueError(f"{cache} {plain}: train with --no_flip too, or cache again")
+            plain = "was made with no_flip and has no mirrored images"
+            raise ValueError(f"{cache} {plain}: train without them too (no_flip), or cache again")
         if class_num is not None and count > class_num:
-            raise ValueError(f"{cache} has {count} classes, more than --class_num {class_num}")
+            raise ValueError(f"{cache} has {count} classes, more than {class_num} (class_num)")
         if largest < 0:
             raise ValueError(f"{cache} holds no images")
         if largest >= count:
@@ -142,13 +144,13 @@ class ShardedLatents(Dataset):
 
 
 def open_cache(
-    root: str | Path, flip: bool = True, class_num: int | None = None, flag: str = "--cached_path"
+    root: str | Path, flip: bool = True, class_num: int | None = None, argument: str = "cached_path"
 ) -> CachedLatents | ShardedLatents:
     """The data set of a cache folder of either format. FileNotFoundError or ValueError naming it if it is none."""
-    record = read_record(root, flag)
+    record = read_record(root, argument)
     if record is None and any(Path(root).glob("*.safetensors")):
-        raise ValueError(f"{root} ({flag}) holds shards but no {RECORD}; run main_cache.py again")
+        raise ValueError(f"{root} ({argument}) holds shards but no {RECORD}; run main_cache.py again")
     if record is not None and not record["complete"]:
-        raise ValueError(f"{root} ({flag}) {NOT_FINISHED}")
+        raise ValueError(f"{root} ({argument}) {NOT_FINISHED}")
     is_sharded = record is not None and record.get("format") == "shards"
-    return (ShardedLatents if is_sharded else CachedLatents)(root, flip, class_num, flag)
+    return (ShardedLatents if is_sharded else CachedLatents)(root, flip, class_num, argument)

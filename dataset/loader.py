@@ -32,16 +32,15 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
     position in the epoch).
     """
 
-    def __init__(
-        self, num_samples: int, batch_size: int, rank: int, world_size: int, seed: int, flag: str = "--batch_size"
-    ):
+    def __init__(self, num_samples: int, batch_size: int, rank: int, world_size: int, seed: int):
         self.global_batch = batch_size * world_size
         if batch_size < 1:
-            raise ValueError(f"{flag} must be at least 1, got {batch_size}")
+            raise ArgumentError("batch_size", f"batch_size must be at least 1, got {batch_size}")
         if num_samples < self.global_batch:
-            raise ValueError(
+            raise ArgumentError(
+                "batch_size",
                 f"the data set has {num_samples} samples, fewer than one global batch of {batch_size} x {world_size} "
-                f"processes; lower {flag}"
+                "processes; lower batch_size",
             )
         self.num_samples, self.batch_size, self.rank, self.seed = num_samples, batch_size, rank, seed
         self.epoch, self.start = 0, 0
@@ -106,6 +105,8 @@ OF_THE_SYSTEM = re.compile(
 
 def loader_error(error: Exception, num_workers: int) -> ArgumentError | None:
     """What to say of an error of a loader with processes if the machine's limits are its reason, else None."""
+    signalled = error.__cause__  # which says by which signal a process ended, if that is known
+    error = signalled if OF_THE_SYSTEM.search(str(signalled)) else error
     if not isinstance(error, EOFError | ConnectionError) and not OF_THE_SYSTEM.search(str(error)):
         return None
     place = "/dev/shm"

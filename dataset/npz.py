@@ -15,20 +15,25 @@ VIEWS = ("moments", "moments_flip")  # of the image, and of its mirror image
 SOURCE = "source"  # the image's stamp (dataset/source.py), which published readers ignore
 
 
-def read_views(path: str | Path, names: Sequence[str] = VIEWS, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """The arrays `names` of a file, (V, 2C, h, w) float32, from any floating type.
-
-    ValueError, without the path, that says why they cannot be used: absent, damaged, of another type or shape, NaN.
-    """
+def read_arrays(path: str | Path, names: Sequence[str]) -> list[np.ndarray | None]:
+    """The arrays of a file, None for those that it lacks. ValueError, without the path, if it cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as arrays:  # zip checksums are verified
-            absent = [name for name in names if name not in arrays]
-            views = [arrays[name] for name in names if name in arrays]
+            return [arrays.get(name) for name in names]
     except Exception as error:  # zipfile, zlib, numpy and the disk each have their own
         raise ValueError(f"cannot be read ({plain_reason(error)})") from error
-    if absent:
-        raise ValueError(f"have no array {absent[0]}")
-    for view in views:
+
+
+def stack_views(
+    views: Sequence[np.ndarray | None], names: Sequence[str] = VIEWS, shape: tuple[int, ...] | None = None
+) -> np.ndarray:
+    """Arrays called `names`, of any floating type, as (V, 2C, h, w) float32.
+
+    ValueError, without the path, that says why they cannot be used: absent, of another type or shape, NaN.
+    """
+    for name, view in zip(names, views, strict=True):
+        if view is None:
+            raise ValueError(f"have no array {name}")
         if view.dtype.kind != "f":
             raise ValueError(f"are {view.dtype}, not floating-point numbers")
         if view.ndim != 3 or shape not in (None, view.shape):
@@ -42,23 +47,30 @@ def read_views(path: str | Path, names: Sequence[str] = VIEWS, shape: tuple[int,
     return found
 
 
+def read_views(path: str | Path, names: Sequence[str] = VIEWS, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """`stack_views` of a file's arrays."""
+    return stack_views(read_arrays(path, names), names, shape)
+
+
 def has_flip(path: str | Path) -> bool:
     """Whether a file that can be read holds the mirrored image too."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return VIEWS[1] in arrays
-    except Exception:
+        return read_arrays(path, VIEWS[1:])[0] is not None
+    except ValueError:
         return True  # reading it says what is wrong
 
 
+def as_stamp(array: np.ndarray | None) -> np.ndarray:
+    """The stamp that a file holds under SOURCE, (3,) int64; UNKNOWN if it has none (published, or earlier)."""
+    return array if array is not None and is_stamp(array, 1) else UNKNOWN
+
+
 def read_stamp(path: str | Path) -> np.ndarray:
-    """The stamp of the image that a file was made of, (3,) int64; UNKNOWN if it has none (published, or earlier)."""
+    """The stamp of the image that a file was made of; UNKNOWN too if the file cannot be read."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            stamp = arrays[SOURCE]
-    except Exception:
+        return as_stamp(read_arrays(path, [SOURCE])[0])
+    except ValueError:
         return UNKNOWN
-    return stamp if is_stamp(stamp, 1) else UNKNOWN
 
 
 def same_stamp(path: str | Path, stamp: np.ndarray) -> bool:

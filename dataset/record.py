@@ -13,7 +13,8 @@ from models.quantizer import MAX_BITS, TableQuantizer, check_range
 from models.quantizer_tables import QUANTIZERS, build_quantizer
 from models.vae import AutoencoderKL
 from util import dist
-from util.files import check_schema, file_sha256, read_json
+from util.files import file_sha256
+from util.json_reader import check_schema, read_json
 from util.log import get_logger
 from util.options import ArgumentError, check_options, option
 
@@ -68,7 +69,7 @@ class CacheOptions:
         "moments", "moments of the posterior; only its mean; indices of one quantized posterior sample", choices=MODES
     )
     dtype: str | None = option(None, "of moments and mean; default: float16, npz float32", choices=tuple(DTYPES))
-    no_flip: bool = option(False, "no mirrored images (for digits, text): half the size; training needs --no_flip too")
+    no_flip: bool = option(False, "no mirrored images (for digits, text): half the size; training needs it too")
     crops: int = option(
         1, "of each image: the centre, then random ones of 0.8 to 1 times the short side", lowest=1, highest=1000
     )
@@ -114,10 +115,10 @@ class CacheOptions:
         return build_quantizer(self.quantizer, self.quant_bits, *limits, self.quantizer_tables)
 
 
-def read_record(cache: str | Path, flag: str = "--cached_path") -> dict | None:
+def read_record(cache: str | Path, argument: str = "cached_path") -> dict | None:
     """cache.json as a dict, None if there is none. ValueError naming the file if it is no record of main_cache.py."""
     if not str(cache):
-        raise ValueError(f"the folder of the cache is needed: give {flag}")
+        raise ValueError(f"the folder of the cache ({argument}) is needed")
     path = Path(cache) / RECORD
     if not path.is_file():
         return None
@@ -126,12 +127,12 @@ def read_record(cache: str | Path, flag: str = "--cached_path") -> dict | None:
         if record.get("format") == "shards":
             check_schema(record, OF_SHARDS)
     except (OSError, ValueError) as error:
-        advice = "choose another folder, or encode the images again with --overwrite"
-        raise ValueError(f"{path} ({flag}) is not a record of main_cache.py ({error}); {advice}") from error
+        advice = "choose another folder, or encode the images again (overwrite)"
+        raise ValueError(f"{path} ({argument}) is not a record of main_cache.py ({error}); {advice}") from error
     foreign = [name for entry in record.get("shards", []) if not NAME.fullmatch(name := entry["name"])]
     if foreign:
         refused = "which is no file of this folder; it was tampered with, and is refused"
-        raise ValueError(f"{path} ({flag}) names a shard {foreign[0]!r}, {refused}")
+        raise ValueError(f"{path} ({argument}) names a shard {foreign[0]!r}, {refused}")
     return record
 
 
@@ -150,11 +151,11 @@ def check_record(
         logger.info("%s does not say which VAE made it: it is assumed to be this one", cache)
     elif made_with != fingerprint:
         both = f"fingerprints {made_with[:12]} and {fingerprint[:12]}"
-        another = f"was made with another VAE ({record.get('vae_file')}) than --vae_path ({both})"
-        raise ValueError(f"{cache} (--cached_path) {another}; encode the images again, or name that VAE")
+        another = f"was made with another VAE ({record.get('vae_file')}) than vae_path ({both})"
+        raise ValueError(f"{cache} (cached_path) {another}; encode the images again, or name that VAE")
     if record["img_size"] not in (None, img_size):
-        sizes = f"was made with --img_size {record['img_size']}, this run has --img_size {img_size}"
-        raise ValueError(f"{cache} (--cached_path) {sizes}; encode the images again")
+        sizes = f"was made with img_size {record['img_size']}, this run has img_size {img_size}"
+        raise ValueError(f"{cache} (cached_path) {sizes}; encode the images again")
     check_classes(cache, record.get("classes"), classes)
 
 
@@ -164,7 +165,7 @@ def recorded_classes(record: dict | None) -> list[str]:
 
 
 def check_classes(
-    folder: str | Path, found: object, trained: Sequence[str] | None, flag: str = "--cached_path"
+    folder: str | Path, found: object, trained: Sequence[str] | None, argument: str = "cached_path"
 ) -> None:
     """ValueError naming the first difference between a data set's classes and the checkpoint's (None: none)."""
     if trained is None or not isinstance(found, list) or list(trained) == found:
@@ -173,7 +174,7 @@ def check_classes(
     first, (here, there) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
     counts = f"has {len(found)} classes, the checkpoint was trained with {len(trained)}"
     raise ValueError(
-        f"{folder} ({flag}) {counts}; first difference: class {first} is {here!r} here and {there!r} there"
+        f"{folder} ({argument}) {counts}; first difference: class {first} is {here!r} here and {there!r} there"
     )
 
 
@@ -186,9 +187,9 @@ def check_quantizer(
     same_levels = len(cached) == len(levels) and np.allclose(cached, levels, rtol=0, atol=1e-5)
     if not same_levels or limits != [min_value, max_value]:
         raise ValueError(
-            f"{cache} (--cached_path) holds indices of a {made.get('kind')} quantizer with {len(cached)} levels on "
-            f"{limits}; the model has {len(levels)} on {[min_value, max_value]}. Give the --quant_bits, --quant_min, "
-            "--quant_max and --quantizer that main_cache.py had, or encode the images again"
+            f"{cache} (cached_path) holds indices of a {made.get('kind')} quantizer with {len(cached)} levels on "
+            f"{limits}; the model has {len(levels)} on {[min_value, max_value]}. Give the quant_bits, quant_min, "
+            "quant_max and quantizer that main_cache.py had, or encode the images again"
         )
 
 
@@ -269,8 +270,8 @@ def check_agreement(options: CacheOptions, record: dict) -> None:
     if differing:
         what = [f"{AGREE[key]} was {str(found.get(key))[:16]}, now {str(record[key])[:16]}" for key in differing]
         raise ValueError(
-            f"{cache / RECORD} (--cached_path) says that its latents were made with other settings: {'; '.join(what)}. "
-            "Choose another folder, or --overwrite to replace them"
+            f"{cache / RECORD} (cached_path) says that its latents were made with other settings: {'; '.join(what)}. "
+            "Choose another folder, or replace them (overwrite)"
         )
     if options.format == "shards" and found.get("batch_size") != options.batch_size:
         message = "batch_size was %s, is %s: new latents may differ from those of one run in the last bits"
@@ -281,12 +282,12 @@ def check_no_record(cache: Path) -> None:
     """ValueError if a folder without cache.json holds files that shards would be mixed with."""
     if any(cache.glob("*/*.npz")):
         raise ValueError(
-            f"{cache} (--cached_path) holds .npz latents without a {RECORD}, as the published scripts write them. "
+            f"{cache} (cached_path) holds .npz latents without a {RECORD}, as the published scripts write them. "
             f"Train from it as it is, continue it with --format npz, or turn it into shards with --convert {cache} NEW"
         )
     if any(NAME.fullmatch(path.name) for path in cache.glob("shard-*")):
         unknown = f"holds shards but no {RECORD}, which says what made them"
-        raise ValueError(f"{cache} (--cached_path) {unknown}; choose another folder, or --overwrite")
+        raise ValueError(f"{cache} (cached_path) {unknown}; choose another folder, or replace them (overwrite)")
 
 
 def own_shards(cache: Path) -> list[Path]:
@@ -300,14 +301,14 @@ def own_shards(cache: Path) -> list[Path]:
     except (OSError, ValueError):
         record = {}  # ours, damaged: nothing else is said about such a file
     if not isinstance(record, dict) or record and not record.keys() & {"complete", "latent_fingerprint", "img_size"}:
-        raise ValueError(f"{path} (--cached_path) is not a record of main_cache.py; choose another folder, or move it")
+        raise ValueError(f"{path} (cached_path) is not a record of main_cache.py; choose another folder, or move it")
     shards = record.get("shards")
     listed = {entry.get("name") for entry in (shards if isinstance(shards, list) else ()) if isinstance(entry, dict)}
     found = sorted(path for path in cache.glob("shard-*") if NAME.fullmatch(path.name))
     for shard in found:
         if shard.name not in listed and not is_ours(shard):
             what = "is no shard of main_cache.py, which would replace it"
-            raise ValueError(f"{shard} (--cached_path) {what}; choose another folder, or move the file")
+            raise ValueError(f"{shard} (cached_path) {what}; choose another folder, or move the file")
     return found
 
 
@@ -318,28 +319,28 @@ def check_folders(cache: Path, classes: Sequence[str]) -> None:
         entry.name for entry in folders if entry.is_dir() and entry.name[0] != "." and entry.name not in classes
     )
     if foreign:
-        what = f"holds {len(foreign)} folders that are no class of --data_path, first: {foreign[0]}"
+        what = f"holds {len(foreign)} folders that are no class of the images (data_path), first: {foreign[0]}"
         advice = "training would count them as classes. Choose another folder, or remove them"
-        raise ValueError(f"{cache} (--cached_path) {what}; {advice}")
+        raise ValueError(f"{cache} (cached_path) {what}; {advice}")
 
 
 def describe_tree(
     old: Path, shape: tuple[int, ...], before: dict | None, vae: AutoencoderKL | None, vae_path: str, named: int | None
 ) -> dict:
-    """For --convert: image size, precision and VAE of a tree with moments of `shape`, as far as they are known.
+    """For convert: image size, precision and VAE of a tree with moments of `shape`, as far as they are known.
 
     ValueError if its record `before`, the VAE that the user names and the size that he names contradict each other.
     """
     if vae is not None and (2 * vae.embed_dim != shape[0] or named not in (None, shape[-1] * vae.stride)):
-        raise ValueError(f"{old} (--convert) holds moments of {shape}, not those of --vae_path and --img_size")
+        raise ValueError(f"{old} (convert) holds moments of {shape}, not those of vae_path and img_size")
     named_vae = describe_vae(vae, vae_path) if vae is not None else {}
     found = {"img_size": named if vae is None else shape[-1] * vae.stride, "precision": "fp32"} | named_vae
     if before is None:
         return found
     recorded = {key: before[key] for key in ("img_size", "precision", *VAE_KEYS) if key in before}
     if named not in (None, before["img_size"]):
-        raise ValueError(f"--img_size {named} contradicts {old / RECORD}, which says {before['img_size']}")
+        raise ValueError(f"img_size {named} contradicts {old / RECORD}, which says {before['img_size']}")
     fingerprint, other = recorded.get("latent_fingerprint"), recorded.get("vae_file")
     if vae is not None and recorded.keys() & set(VAE_KEYS) and fingerprint != named_vae["latent_fingerprint"]:
-        raise ValueError(f"{old} (--convert) was made with another VAE ({other}) than {vae_path} (--vae_path)")
+        raise ValueError(f"{old} (convert) was made with another VAE ({other}) than {vae_path} (vae_path)")
     return found | recorded | named_vae

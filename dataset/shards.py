@@ -29,7 +29,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dataset.source import UNKNOWN, is_stamp
-from util.files import parse_json, replacing
+from util.files import replacing
+from util.json_reader import parse_json
 
 FORMAT = "tokenbridge-latents-3"
 # 2: without sources; 1: also U32 checksums, padded paths, flat metadata
@@ -91,7 +92,7 @@ class RecordSpec:
         if not torch.isfinite(flat).all():
             raise ValueError("the VAE's latents of an image are NaN or infinite")
         if not torch.isfinite(stored).all():
-            raise ValueError(f"latents are too large for {self.dtype} (--dtype): use bfloat16 or float32")
+            raise ValueError(f"latents are too large for {self.dtype} (dtype): use bfloat16 or float32")
         return stored.contiguous().view(torch.uint8).numpy()
 
     def from_bytes(self, data: Tensor) -> Tensor:
@@ -153,20 +154,20 @@ class Shard:
     ValueError naming the file if it is truncated, of another format, or its index does not match its checksum.
     """
 
-    def __init__(self, path: str | Path, flag: str = "--cached_path"):
-        self.path, self.flag = Path(path), flag
+    def __init__(self, path: str | Path, argument: str = "cached_path"):
+        self.path, self.argument = Path(path), argument
         self._map: np.ndarray | None = None
         try:
             self._read_head()
         except FileNotFoundError:
-            absent = f"{self.path} ({flag}) is absent though cache.json lists it"
+            absent = f"{self.path} ({argument}) is absent though cache.json lists it"
             raise ValueError(f"{absent}; run main_cache.py again to encode it") from None
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SafetensorError) as error:
             raise self._broken(f"it is not a shard as written ({error or type(error).__name__})") from error
 
     def _broken(self, what: str) -> ValueError:
         advice = "Delete this file and run main_cache.py again; it encodes only what is missing"
-        return ValueError(f"shard {self.path} ({self.flag}) is damaged: {what}. {advice}")
+        return ValueError(f"shard {self.path} ({self.argument}) is damaged: {what}. {advice}")
 
     def _read_head(self) -> None:
         with self.path.open("rb") as file:

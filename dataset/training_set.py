@@ -46,7 +46,7 @@ def build_dataset(
     else:
         root, flip = Path(options.data_path) / "train", not options.no_flip
         dataset = ImageFolderDataset(root, img_size, flip, options.on_bad_image, model.class_num)
-        check_classes(options.data_path, dataset.classes, trained_classes, "--data_path")
+        check_classes(options.data_path, dataset.classes, trained_classes, "data_path")
     if warning := misleading_numbers(dataset.classes):
         logger.warning("%s", warning)
     if len(dataset.classes) < model.class_num:
@@ -67,8 +67,8 @@ def cached_set(
     expected = (model.token_dim * (2 if dataset.mode == "moments" else 1), model.grid_size, model.grid_size)
     if tuple(dataset.shape) != expected:
         raise ValueError(
-            f"{cache} (--cached_path) holds {dataset.mode} of shape {tuple(dataset.shape)}, the model needs {expected} "
-            "(cached with another --img_size or VAE?)"
+            f"{cache} (cached_path) holds {dataset.mode} of shape {tuple(dataset.shape)}, the model needs {expected} "
+            "(cached with another img_size or VAE?)"
         )
     if dataset.mode == "indices":
         check_quantizer(cache, record, model.reconstruction_values.tolist(), model.quant_min, model.quant_max)

@@ -12,7 +12,6 @@ its 45 pairwise margins. Ablations share runs; rerunning skips finished runs and
 OUT/ablations/<ablation>.json and prints the table.
 """
 
-import json
 import math
 import os
 import statistics
@@ -34,7 +33,9 @@ from models.tokenbridge import TokenBridge, draw_mask_ratio, mask_from_orders, n
 from models.vae import AutoencoderKL
 from util.checkpoint import atomic_save
 from util.cli import at_least, check_writable, make_parser, run_cli
-from util.files import folder_lock, write_json
+from util.files import write_json
+from util.json_reader import read_json
+from util.locks import folder_lock
 from util.log import get_logger
 from util.presets import load_preset
 from util.stages import STAMP
@@ -125,7 +126,7 @@ def run_variant(variant: str, seed: int, steps: int, batch_size: int, num_images
     folder = out / "ablations" / f"{variant.replace(' ', '-')}-{steps}x{batch_size}-seed{seed}"
     result = folder / f"result-{num_images}.json"
     if result.is_file():
-        return json.loads(result.read_text())
+        return read_json(result)
     pipeline = train(variant, seed, steps, batch_size, out, folder)
     bits = bits_per_dim(pipeline.model, pipeline.vae, out / "digits" / "val")
     labels = [i * 10 // num_images for i in range(num_images)]  # as many of each class

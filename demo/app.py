@@ -6,10 +6,8 @@ The page is served to this machine only, unless --host says otherwise.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import generation
 from checkpoints import hub
@@ -20,6 +18,7 @@ from demo.studio import Studio
 from util import dist
 from util.checkpoint import find_file, read_file
 from util.cli import make_parser, run_cli
+from util.json_reader import read_json
 from util.log import get_logger
 
 logger = get_logger()
@@ -28,11 +27,11 @@ logger = get_logger()
 def read_names(path: str) -> list[str]:
     """Class names from JSON; ValueError naming the file."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = read_json(path, (dict, list))
         if isinstance(content, dict):
             content = [content[str(i)] for i in range(len(content))]
         return [str(name[-1] if isinstance(name, list) else name) for name in content]
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path} (--names) holds no class names: {error!r}") from error
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from demo.studio import Studio
-from util.files import check_schema, parse_json
+from util.json_reader import check_schema, parse_json
 from util.log import first_line, get_logger
 
 logger = get_logger()

@@ -135,7 +135,9 @@ def open_images(
     if source.is_dir():
         listed = sampled_files(source, flag)
         if listed is None:
-            listed = [Path(path) for path, _ in list_folder(source, flag=flag, allow_flat=True).samples]
+            listed = [
+                Path(path) for path, _ in list_folder(source, argument=flag.removeprefix("--"), allow_flat=True).samples
+            ]
         available, data = len(listed), ImageFiles(spread_evenly(listed, num_images or len(listed)), img_size, crop)
         total, size = len(data), data.img_size
         data[0]  # a wrong size is reported before the loader starts

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from models.quantizer import STD_RANGE, GaussianQuantizer, TableQuantizer, check_bits, check_range, gaussian_tables
-from util.files import read_json
+from util.json_reader import read_json
 from util.options import ArgumentError
 
 QUANTIZERS = ("gaussian", "uniform", "lloyd")  # the paper's; cells of equal width; fitted to latents
@@ -84,8 +84,8 @@ def build_quantizer(
         found = (quantizer.kind, quantizer.bits, quantizer.min_value, quantizer.max_value)
         expected = (kind, bits, float(min_value), float(max_value))
         if found != expected:
-            in_file, in_arguments = (f"{k}, {b} bits on [{low}, {high}]" for k, b, low, high in (found, expected))
-            raise ArgumentError("quantizer_tables", f"{tables} is {in_file}; the arguments say {in_arguments}")
+            has, wanted = (f"{k}, {b} bits on [{low}, {high}]" for k, b, low, high in (found, expected))
+            raise ArgumentError("quantizer_tables", f"{tables} is {has}; the arguments say {wanted}")
         return quantizer
     if kind == "gaussian":
         return GaussianQuantizer(bits, min_value, max_value)

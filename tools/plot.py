@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from util.cli import at_least, make_parser, run_cli
-from util.files import conforms, read_json, read_lines, replacing
+from util.files import replacing
+from util.json_reader import conforms, read_json, read_lines
 from util.log import doing
 
 # A line of a step that was not skipped; others of a log are of other commands, or damaged.

@@ -31,7 +31,7 @@ from models.quantizer_tables import QUANTIZERS, build_quantizer
 from models.vae import AutoencoderKL
 from models.vae_loading import load_vae
 from util import dist
-from util.cli import add_process_flags, at_least, check_writable, make_parser, parse, run_cli
+from util.cli import add_process_flags, check_writable, make_parser, parse, run_cli
 from util.files import record_own, refuse_existing, refuse_others, replacing, write_json
 from util.launcher import launched
 from util.log import doing, get_logger
@@ -236,7 +236,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, measure. Raises ValueError or OSError for bad input."""
     parser = build_parser()
     args, _ = parse(parser, argv)
-    at_least(args, seed=0)
     with flag_names(parser, quant_min="range"):
         args.bits, args.range = sorted(set(args.bits)), sorted(set(args.range))
         options = read_options(StatsOptions, args, seed=args.seed)

@@ -1,10 +1,12 @@
 """No broken checkpoint takes the place of a good one: what every training asks before it writes one."""
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from training.settings import LoopSettings
 from training.sharding import local
 from util import dist
 from util.log import get_logger
@@ -27,6 +29,31 @@ def may_save(
         return False
     check_finite(weights, step, lr)
     return True
+
+
+def check_bad_steps(bad_in_row: int, settings: LoopSettings, step: int, *, loss: float, norm: float, lr: float) -> None:
+    """ArgumentError if too many steps in a row, up to `step`, were skipped: their loss or gradient was not finite.
+
+    Too many are max_bad_steps; at the last step of the run two, since a single overflow of fp16 may fall there, and
+    one if it is the run's only step and its loss is not finite. So no run ends well whose last losses are all NaN.
+    """
+    allowed = settings.max_bad_steps
+    if step == settings.total_steps:
+        allowed = min(allowed, 2 if math.isfinite(loss) else min(2, step))
+    if bad_in_row >= allowed:
+        raise ArgumentError(
+            "max_bad_steps",
+            f"{bad_in_row} steps in a row had a loss or gradient that is not finite; stopped at step {step} with "
+            f"lr {lr:.3g}, loss {loss}, grad norm {norm}. Those steps changed no weight and the files written so "
+            "far are as they were. Check the data, lower the learning rate or grad_clip, or use precision bf16 or fp32",
+        )
+
+
+def warn_if_skipped(step: int, bad_in_row: int) -> None:
+    """The last line of a run whose last step was skipped: one, or the run would have ended with an error."""
+    if bad_in_row:
+        what = "the last step, %d, was skipped (its loss or gradient was not finite): the weights are those of step %d"
+        logger.warning(what, step, step - bad_in_row)
 
 
 def stop_message(step: int, total: int, saved: int | None, folder: object) -> str:

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.guard import check_bad_steps
 from training.settings import LoopSettings
 from util import dist
 from util.log import JsonlLog, get_logger
-from util.options import ArgumentError
 
 logger = get_logger()
 
@@ -77,7 +77,7 @@ class Progress:
         """Fetch and log the window that ends after `step` steps; returns how many steps in a row, up to now, were
         skipped.
 
-        ArgumentError naming step, lr and gradient norm once those are max_bad_steps, or two at the end of the run.
+        ArgumentError once those are too many (`check_bad_steps`).
         """
         w, self.window = self.window, Window()
         count, width = len(w.losses), len(self.parts)
@@ -98,24 +98,11 @@ class Progress:
                     dict(zip(self.parts, loss, strict=True)) | {"grad_norm": norm} if finite else {"skipped": True}
                 )
                 self.log.write(record | pace | (by_dimension(details) if number == step and finite else {}))
-            self._check(bad_in_row, number, loss[0], norm, lr)
+            check_bad_steps(bad_in_row, self.settings, number, loss=loss[0], norm=norm, lr=lr)
         eta = (self.settings.total_steps - step) * self.settings.images_per_step / pace["images_per_s"]
         numbers = [self.in_words(*losses.mean(0)), f"lr {w.lrs[-1]:.2e}", f"grad norm {norms[-1]:.2f}"]
         self._line(step, numbers, by_dimension(details), pace, eta, bad_in_row)
         return bad_in_row
-
-    def _check(self, bad_in_row: int, step: int, loss: float, norm: float, lr: float) -> None:
-        allowed, last = self.settings.max_bad_steps, self.settings.total_steps
-        if step == last:  # a single fp16 overflow may happen at any time
-            allowed = min(allowed, 2 if math.isfinite(loss) else min(2, last))
-        if bad_in_row >= allowed:
-            raise ArgumentError(
-                "max_bad_steps",
-                f"{bad_in_row} steps in a row had a loss or gradient that is not finite; stopped at step {step} with "
-                f"lr {lr:.3g}, loss {loss}, grad norm {norm}. Those steps changed no weight and the files written so "
-                "far are as they were. Check the data, lower the learning rate or grad_clip, or use precision bf16 or "
-                "fp32",
-            )
 
     def _pace(self, w: Window) -> dict[str, float]:
         seconds = time.perf_counter() - w.started

@@ -13,13 +13,14 @@ from dataset.images import to_uint8
 from dataset.latent_statistics import frequency_order, latent_scale
 from dataset.loader import GlobalBatchSampler, build_loader
 from models.vae import AutoencoderKL
-from training.guard import stop_message
+from training.guard import stop_message, warn_if_skipped
 from training.outputs import open_log
 from training.preempt import StopRequest
 from training.state import changes
 from training.vae import LOG, RESULT, STATE, VaeSettings, VaeState, train_epoch
 from util import checkpoint, dist
-from util.files import check_schema, remove_leftovers
+from util.files import remove_leftovers
+from util.json_reader import check_schema
 from util.log import get_logger
 from util.options import ArgumentError
 from util.seeds import mixed_seed
@@ -155,6 +156,7 @@ def train(
         return
     state.save(settings)
     write_result(state, dataset, val, settings, psnr)
+    warn_if_skipped(state.step, state.bad_in_row)
 
 
 def resume(state: VaeState, settings: VaeSettings, content: dict, source: Path) -> None:

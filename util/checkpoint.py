@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from util import dist
-from util.files import file_sha256, read_json, replacing, second_name, set_aside, write_json
+from util.files import file_sha256, replacing, second_name, set_aside, write_json
+from util.json_reader import read_json
 from util.log import first_line, get_logger
 from util.options import ArgumentError, MissingFile
 

@@ -13,21 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from util import start
-from util.files import CannotWrite, folder_lock, os_reason
+from util.files import CannotWrite, os_reason
 from util.launcher import launched
+from util.locks import folder_lock
 from util.log import first_line
 from util.options import ArgumentError, add_options, check_options, flag_names, option, read_options
 
 _UNSET = object()
 FOLDERS = {"output_dir", "cached_path"}  # what a command writes to
 ROOT = Path(__file__).resolve().parents[1]
-WORKER_ENDED = r"DataLoader worker \(pid\D*([\d, ]+)\)(?: is killed by signal: ([\w ]+))?"
-# What ended a process of the loader -> why, and what to do.
-WORKER_ENDS = {
-    "Bus error": "its shared memory, /dev/shm, is full: lower --num_workers or --batch_size, or enlarge it (in Docker: "
-    "--shm-size 8g)",
-    "Killed": "usually because the memory is full: lower --num_workers or --batch_size",
-}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -196,9 +190,6 @@ def describe_error(error: Exception) -> str:
         return ": ".join([*names, os_reason(error)])
     if isinstance(error, (ValueError, OSError)):
         return "; ".join(line.strip() for line in text.splitlines() if line.strip()) or type(error).__name__
-    if ended := re.search(WORKER_ENDED, str(error.__cause__)) or re.search(WORKER_ENDED, text):
-        how = ended[2] or "its error is above"
-        return f"a process of the loader (pid {ended[1]}) ended: {how}, {WORKER_ENDS.get(how, 'see --num_workers')}"
     what = getattr(error, "doing", "")
     place = [frame for frame in traceback.extract_tb(error.__traceback__) if is_ours(frame.filename)]
     at = f"{Path(place[-1].filename).relative_to(ROOT)}:{place[-1].lineno}, " if place else ""

@@ -1,33 +1,25 @@
-"""Writing files so that a kill leaves the old content or the new, never half of one; locks of output folders."""
+"""Writing files so that a kill leaves the old content or the new, never half of one."""
 
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import io
 import json
-import logging
 import os
 import re
-import reprlib
 import secrets
 import socket
 import stat
-import sys
-import threading
-import time
-import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from util.json_reader import read_json
+
 NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
-LARGEST_JSON, DEEPEST_JSON = 2**24, 50  # bytes, and brackets within each other: no file of this project comes near
 LONGEST_NAME = 200  # bytes of a file's name that its temporary name repeats
 TEMPORARY = re.compile(r"\..+\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.[0-9a-f]{12}\.tmp", re.DOTALL)
-LOCK = ".tokenbridge.lock"
-BEAT, SILENT = 15.0, 75.0  # seconds, see `folder_lock`
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -143,7 +135,7 @@ def temporary_name(path: Path) -> Path:
     name = path.name
     if len(os.fsencode(name)) > LONGEST_NAME:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
-    return path.with_name(f".{name}.{_host_digest()}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
+    return path.with_name(f".{name}.{host_digest()}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
 
 
 def remove_leftovers(folder: Path, *names: str) -> None:
@@ -157,7 +149,7 @@ def remove_leftovers(folder: Path, *names: str) -> None:
         return
     for name in listed:
         match = TEMPORARY.fullmatch(name)
-        dead = match and match["host"] == _host_digest() and not _alive(int(match["pid"]))
+        dead = match and match["host"] == host_digest() and not is_alive(int(match["pid"]))
         if dead or name in [f".{one}.tmp" for one in names]:
             with contextlib.suppress(OSError):
                 if stat.S_ISREG(os.lstat(folder / name).st_mode):
@@ -169,7 +161,7 @@ def _clean_once(folder: Path) -> None:
     remove_leftovers(folder)
 
 
-def _host() -> str:
+def host_name() -> str:
     """This machine, and the namespace in which process numbers mean something (containers may share a host's name)."""
     try:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
@@ -177,11 +169,12 @@ def _host() -> str:
         return socket.gethostname()
 
 
-def _host_digest() -> str:
-    return hashlib.sha256(_host().encode()).hexdigest()[:8]
+def host_digest() -> str:
+    """Eight hexadecimal digits of `host_name`, for temporary names."""
+    return hashlib.sha256(host_name().encode()).hexdigest()[:8]
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     """Whether a process with this number runs on this machine."""
     try:
         os.kill(pid, 0)
@@ -190,106 +183,6 @@ def _alive(pid: int) -> bool:
     except (OverflowError, OSError):
         return True
     return True
-
-
-_held: set[Path] = set()  # folders that this process has locked
-
-
-@contextlib.contextmanager
-def folder_lock(folder: str | Path, flag: str) -> Iterator[None]:
-    """Only one process writes to `folder` (which exists). ValueError that names the other one's host and process.
-
-    FOLDER/.tokenbridge.lock says who holds the lock (host, pid, start), and is touched every BEAT seconds. That of a
-    process of this machine which no longer runs is taken over at once. That of another machine, which cannot be asked,
-    is watched: refused when it is touched, taken over after SILENT seconds, so that a job that is requeued elsewhere
-    continues. One process of a run takes it: `with dist.on_main(folder_lock(...))`.
-    """
-    path = Path(folder).resolve() / LOCK
-    if path in _held:
-        raise ValueError(f"{folder} ({flag}) is in use by this process ({os.getpid()}) already")
-    number = _take_lock(path, f"{folder} ({flag})")
-    _held.add(path)
-    ended = threading.Event()
-    beat = threading.Thread(target=_touch, args=(number, ended), name="lock", daemon=True)
-    beat.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        beat.join()
-        _held.discard(path)
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
-        os.close(number)  # after unlink: until then no other process takes it
-
-
-def _touch(number: int, ended: threading.Event) -> None:
-    while not ended.wait(BEAT):
-        with contextlib.suppress(OSError):
-            os.utime(number)
-
-
-def _take_lock(path: Path, named: str) -> int:
-    """The open and locked file at `path`, with this process in it."""
-    while True:
-        try:
-            number = os.open(path, os.O_RDWR | os.O_CREAT | NOFOLLOW, 0o666)
-        except OSError as error:
-            raise CannotWrite(path, error) from error
-        try:
-            _refuse_if_held(number, path, named)
-            same = os.path.samestat(os.fstat(number), os.stat(path))
-        except FileNotFoundError:
-            same = False  # its holder removed it meanwhile: try again
-        except BaseException:
-            os.close(number)
-            raise
-        if not same:
-            os.close(number)
-            continue
-        me = {"host": _host(), "pid": os.getpid(), "start": time.strftime("%Y-%m-%d %H:%M:%S")}
-        with writing(path):
-            os.ftruncate(number, 0)
-            os.pwrite(number, json.dumps(me).encode(), 0)
-        return number
-
-
-def _refuse_if_held(number: int, path: Path, named: str) -> None:
-    """Lock the open file; ValueError if another process has it, or if it is another machine's."""
-    try:
-        fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel when this process ends
-        held: bool | None = False
-    except OSError as error:  # None: this file system has no locks
-        held = True if error.errno in (errno.EACCES, errno.EAGAIN) else None
-    try:
-        holder = json.loads(os.pread(number, 4096, 0))
-        host, pid, start = str(holder["host"]), int(holder["pid"]), str(holder["start"])
-    except (ValueError, TypeError, KeyError):  # just made, or a kill came before it was written
-        host, pid, start = _host(), 0, "just now"
-    if held is None:
-        held = pid > 0 and pid != os.getpid() and _alive(pid)
-    who = f"process {pid} on {host.split()[0]}, started {start}" if pid else "a process that started just now"
-    if not held and host != _host():
-        words = "%s was locked by %s, which cannot be asked: taken over unless it shows itself within %g seconds"
-        logging.getLogger("tokenbridge").warning(words, named, who, SILENT)
-        held = _is_touched(path)
-    if held:
-        advice = f"wait for it, or choose another folder. If it no longer runs, delete {path}"
-        raise ValueError(f"{named} is in use by {who}: two runs would mix their files; {advice}")
-
-
-def _is_touched(path: Path) -> bool:
-    """Whether somebody touches the file within SILENT seconds, longer than network file systems keep its time.
-
-    It is not opened: closing it would release this process's lock.
-    """
-    before, end = os.stat(path), time.monotonic() + SILENT
-    while time.monotonic() < end:
-        time.sleep(min(SILENT / 30, 2))
-        now = os.stat(path)
-        if (now.st_ino, now.st_mtime_ns) != (before.st_ino, before.st_mtime_ns):
-            return True
-    return False
 
 
 def sync_folder(folder: Path) -> None:
@@ -325,100 +218,6 @@ def second_name(path: Path, name: Path) -> None:
         sync_folder(name.parent)
     finally:
         temporary.unlink(missing_ok=True)  # still there if both names were one file before
-
-
-def parse_json(text: bytes | str, largest: int = LARGEST_JSON) -> object:
-    """The content of a JSON text of unknown origin. ValueError if it is none, too large or too deep to be used.
-
-    Whole numbers of more than 64 bits are refused: what is computed with them overflows.
-    """
-    if len(text) > largest:
-        raise ValueError(f"it has {len(text):,} bytes, more than {largest:,}")
-    try:
-        content = json.loads(text, parse_int=_small_int)
-        _check_depth(content, DEEPEST_JSON)
-    except UnicodeDecodeError:
-        raise ValueError("it is no text in UTF-8") from None
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    return content
-
-
-def _small_int(digits: str) -> int:
-    if len(digits) > 20 or not -(2**63) <= (number := int(digits)) < 2**64:
-        raise ValueError(f"the number {digits[:12]}... has {len(digits)} digits")
-    return number
-
-
-def _check_depth(value: object, left: int) -> None:
-    if left == 0:
-        raise ValueError("it is nested too deep")
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        if isinstance(part, (dict, list)):
-            _check_depth(part, left - 1)
-
-
-def read_json(path: str | Path, schema: object = dict, largest: int = LARGEST_JSON) -> typing.Any:
-    """The content of a JSON file, as `schema` says (`check_schema`). ValueError (without the path) if it is another."""
-    with open(path, "rb") as file:
-        content = parse_json(file.read(largest + 1), largest)
-    check_schema(content, schema)
-    return content
-
-
-def read_lines(path: str | Path, schema: object = dict) -> Iterator[typing.Any]:
-    """The lines of a .jsonl file that are as `schema` says; others, such as the last one after a kill, are left out."""
-    for line in Path(path).read_bytes().splitlines():
-        with contextlib.suppress(ValueError):
-            check_schema(content := parse_json(line), schema)
-            yield content
-
-
-def check_schema(value: object, schema: object, name: str = "it") -> None:
-    """ValueError, which says what is wrong, unless a value from a file is as `schema` says.
-
-    schema: a type (float takes int and must be finite, int takes no bool), a word, None, a tuple of alternatives,
-    [schema] for a list or {key: schema} for a dict, which may have other keys too; a key with "?" may be absent.
-    """
-    if isinstance(schema, dict) and isinstance(value, dict):
-        for key, part in schema.items():
-            key, optional = key.removesuffix("?"), key.endswith("?")
-            if key in value:
-                check_schema(value[key], part, key)
-            elif not optional:
-                raise ValueError(f"{name} lacks {key}")
-    elif isinstance(schema, list) and isinstance(value, list):
-        for part in value:
-            check_schema(part, schema[0], f"an entry of {name}")
-    elif not conforms(value, schema):
-        raise ValueError(f"{name} is {reprlib.repr(value)}, expected {_schema_words(schema)}")
-
-
-def conforms(value: object, schema: object) -> bool:
-    """Whether `check_schema` accepts the value."""
-    if isinstance(schema, tuple):
-        return any(conforms(value, one) for one in schema)
-    if isinstance(schema, (dict, list)):
-        try:
-            return type(value) is type(schema) and check_schema(value, schema) is None
-        except ValueError:
-            return False
-    if schema is None or isinstance(schema, str):
-        return value == schema
-    if isinstance(value, bool):
-        return schema is bool
-    if schema is float and isinstance(value, (int, float)):
-        return abs(value) < sys.float_info.max  # an int may be of any size
-    return isinstance(value, schema)
-
-
-def _schema_words(schema: object) -> str:
-    if isinstance(schema, tuple):
-        return " or ".join(map(_schema_words, schema))
-    if isinstance(schema, str):
-        return schema
-    words = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", None: "null"}
-    return (words | {list: "a list", dict: "an object"})[type(schema) if isinstance(schema, (list, dict)) else schema]
 
 
 def set_aside(path: Path) -> Path:

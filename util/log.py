@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from util.files import replacing, writing
+from util.json_reader import parse_json
 
 if TYPE_CHECKING:  # torch takes seconds to import, which not every command needs
     from torch import Tensor
@@ -115,8 +116,8 @@ class JsonlLog:
 def _step_and_epoch(line: bytes) -> tuple[int | None, int | None]:
     """Numbers in a line of a log; None where it has none, as in what a kill or a bad disk left."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = parse_json(line)
+    except ValueError:
         return None, None
     numbers = (record.get(name) if isinstance(record, dict) else None for name in ("step", "epoch"))
     step, epoch = (number if type(number) is int else None for number in numbers)

@@ -12,6 +12,7 @@ import functools
 import math
 import numbers
 import os
+import re
 import types
 import typing
 from collections.abc import Collection, Iterator, Sequence
@@ -23,6 +24,9 @@ KINDS = (  # of an option's values
     (numbers.Real, "a number"),
     ((str, os.PathLike), "text"),
 )
+
+
+NAMED = re.compile(r"(?<= )\((\w+)\)(?!\.?\w)")  # an argument after a path, in a message
 
 
 class ArgumentError(ValueError):
@@ -180,14 +184,20 @@ def _check_value(name: str, kept: Option, value: object) -> None:
 
 @contextlib.contextmanager
 def flag_names(parser: argparse.ArgumentParser, **renamed: str) -> Iterator[None]:
-    """Within, an ArgumentError leaves as a ValueError (or FileNotFoundError) that also names the flag of the argument.
+    """Within, errors leave with the names of flags: "FILE (argument)" becomes "FILE (--argument)", and an ArgumentError
+    that does not name its flag gets it at the end. They leave as ValueError, FileNotFoundError or OSError.
 
     renamed: argument -> dest of its flag, where the two differ.
     """
     try:
         yield
-    except ArgumentError as error:
+    except (ValueError, OSError) as error:
         flags = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
-        flag = flags.get(renamed.get(error.argument, error.argument))
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(str(error) if flag is None or flag in str(error) else f"{error} ({flag})") from error
+        flags |= {argument: flags[dest] for argument, dest in renamed.items()}
+        text = NAMED.sub(lambda match: f"({flags.get(match[1], match[1])})", str(error))
+        flag = flags.get(getattr(error, "argument", None))
+        text += f" ({flag})" if flag is not None and flag not in text else ""
+        if text == str(error) and not isinstance(error, ArgumentError):
+            raise
+        kind = next(kind for kind in (FileNotFoundError, ValueError, OSError) if isinstance(error, kind))
+        raise kind(text) from error

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from util.cli import ROOT, describe_error
-from util.files import file_sha256, read_json, write_json
+from util.files import file_sha256, write_json
+from util.json_reader import read_json
 from util.start import INTERRUPTED
 
 STAMP = ".made-by-stage.json"  # in the folders that a stage made: only these are deleted or written to

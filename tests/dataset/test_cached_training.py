@@ -89,8 +89,8 @@ def test_caches_that_contradict_the_run(image_root: Path, vae: Path, tmp_path: P
     cache = cached(image_root, vae, tmp_path / "cache")
     for changes, words in (
         (dict(vae_path=other), "was made with another VAE"),
-        (dict(img_size=64), "was made with --img_size 32, this run has --img_size 64"),
-        (dict(class_num=1), "has 2 classes, more than --class_num 1"),
+        (dict(img_size=64), "was made with img_size 32, this run has img_size 64"),
+        (dict(class_num=1), "has 2 classes, more than 1 .--class_num"),
     ):
         with pytest.raises(ValueError, match=words):
             train_from(cache, image_root, vae, run, **changes)

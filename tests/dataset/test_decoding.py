@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from dataset import images
 from dataset.images import center_crop_adm, image_extensions, read_image, readable_formats, to_rgb
@@ -231,6 +231,19 @@ def test_damaged_exif_is_no_reason_to_refuse(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     Image.fromarray(photographs()[0][:32, :48]).save(path, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     assert read_image(path).size == (48, 32)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_colour_profiles_are_ignored(tmp_path: Path, mode: str) -> None:
+    """As in the published pipeline: tagged pictures, also with a damaged profile, are read as untagged ones."""
+    image = in_mode(mode)[0]
+    image.save(tmp_path / "untagged.jpg")
+    profiles = [ImageCms.ImageCmsProfile(ImageCms.createProfile(space)).tobytes() for space in ("sRGB", "LAB")]
+    for profile in (*profiles, b"no profile"):
+        image.save(tmp_path / "tagged.jpg", icc_profile=profile)
+        with Image.open(tmp_path / "tagged.jpg") as tagged:
+            assert tagged.info["icc_profile"] == profile
+        assert read_image(tmp_path / "tagged.jpg").tobytes() == read_image(tmp_path / "untagged.jpg").tobytes()
 
 
 @pytest.mark.parametrize("name", ["GIF", "PNG", "WEBP", "TIFF"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.images import atomic_write, center_crop_adm, read_image, save_grid, save_png, to_tensor, to_uint8
+from dataset.images import center_crop_adm, read_image, save_grid, save_png, to_tensor, to_uint8
 from tests.helpers import photographs
 
 
@@ -40,20 +40,8 @@ def crop_rewritten(image: Image.Image, size: int, rows_first: bool) -> np.ndarra
     return pixels[top : top + size, left : left + size]
 
 
-SHAPES = [
-    (256, 256),
-    (640, 424),
-    (424, 640),
-    (1280, 320),
-    (160, 1280),
-    (100, 48),
-    (30, 50),
-    (64, 64),
-    (128, 128),
-    (65, 64),
-    (64, 127),
-    (31, 33),
-]
+SHAPES = [(256, 256), (640, 424), (424, 640), (1280, 320), (160, 1280), (100, 48), (30, 50), (64, 64), (128, 128)]
+SHAPES += [(65, 64), (64, 127), (31, 33)]
 
 
 @pytest.mark.parametrize(
@@ -137,37 +125,9 @@ def test_grid_rows(tmp_path):
     save_grid(tmp_path / "grid.png", images, columns=3)
     grid = np.asarray(Image.open(tmp_path / "grid.png"))[..., 0]
     assert grid.shape == (2 * 6 + 2, 3 * 6 + 2)
-    assert [[grid[2 + 6 * row, 2 + 6 * column] for column in range(3)] for row in range(2)] == [
-        [0, 10, 20],
-        [30, 40, 50],
-    ]
+    found = [[grid[2 + 6 * row, 2 + 6 * column] for column in range(3)] for row in range(2)]
+    assert found == [[0, 10, 20], [30, 40, 50]]
     assert grid[0, 0] == 255
-
-
-def test_a_failed_write_leaves_the_old_picture(tmp_path):
-    path = tmp_path / "a.png"
-    save_png(path, torch.zeros(3, 4, 4, dtype=torch.uint8))
-    before = path.read_bytes()
-
-    class Broken:
-        def save(self, target, format: str) -> None:
-            target.write(b"half")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        atomic_write(Broken(), path)
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.png"]
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1", "I;16"])
-def test_every_mode_becomes_rgb(tmp_path, mode):
-    image = photo(20, 10).convert("L") if mode == "I;16" else photo(20, 10).convert(mode)
-    if mode == "I;16":
-        image = Image.fromarray(np.asarray(image).astype(np.uint16))
-    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
-    image.save(path)
-    found = read_image(path)
-    assert found.mode == "RGB" and found.size == (20, 10)
 
 
 @pytest.mark.parametrize("kind", ["truncated", "text", "empty", "absent", "bomb"])

@@ -56,6 +56,7 @@ def test_scale_and_moments() -> None:
     scale, shift = suggest_scale(latents, per_channel=True)
     assert shift == mean.tolist() and scale == pytest.approx((1 / std).tolist())
     assert suggest_scale(latents, per_channel=False) == (latent_scale(latents), 0.0)
+    assert latent_scale(latents) == pytest.approx(1 / latents.numpy().astype(np.float64).std(ddof=1), rel=1e-12)
     assert normal_distance(latents).abs().max() < 0.2 and normal_distance(latents.sign() * latents.abs() ** 3).min() > 1
 
 
@@ -144,24 +145,3 @@ def test_bad_input(measured: tuple[Path, Path, list[str]], tmp_path: Path, more:
     with pytest.raises((ValueError, OSError), match=words):
         main([*measured[2], "--output_dir", str(tmp_path / "out"), *more])
     assert not (tmp_path / "out").exists()
-
-
-def test_latent_scale_is_one_over_std() -> None:
-    latents = 4.3 * torch.randn(50, 4, 8, 8, generator=torch.Generator().manual_seed(0)) + 1.0
-    assert latent_scale(latents) == pytest.approx(1 / latents.numpy().astype(np.float64).std(ddof=1), rel=1e-12)
-
-
-def test_frequency_order_finds_slow_channels() -> None:
-    """A gradient, a chequerboard and white noise: the order is gradient, noise, chequerboard, whatever mean and size
-    they have.
-    """
-    y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
-    gradient, board = (x + y) / 8, (-1) ** (x + y)
-    noise = torch.randn(20, 16, 16, generator=torch.Generator().manual_seed(0))
-    wave = torch.linspace(-1, 1, 20)[:, None, None]
-    latents = torch.stack([board * wave * 100, noise + 50, gradient * wave * 0.01], dim=1)  # (20, 3, 16, 16)
-    share = low_frequency_share(latents)
-    assert frequency_order(latents) == [2, 1, 0]
-    assert share[2] > 0.95 and share[0] < 1e-6
-    assert 0.1 < share[1] < 0.4  # white noise: the share of frequencies within the radius, about 0.2
-    assert frequency_order(latents[:, [2, 1, 0]]) == [0, 1, 2]

@@ -212,7 +212,7 @@ def test_a_folder_of_samples_holds_its_images_only(tmp_path: Path) -> None:
 
 def test_bad_folders(tmp_path: Path) -> None:
     (tmp_path / "empty" / "sub").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=r"empty \(--data_path\) holds no images"):
+    with pytest.raises(FileNotFoundError, match=r"empty \(data_path\) holds no images"):
         make_reference(tmp_path / "empty", Colours(), img_size=SIZE)
     with pytest.raises(ValueError, match="holds 1 image"):
         make_reference(write_folder(tmp_path / "one", crops(1)), Colours(), img_size=SIZE)

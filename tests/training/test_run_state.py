@@ -21,7 +21,8 @@ from training import vae as training_vae
 from util import checkpoint
 from util.checkpoint import LAST, read_file
 from util.cli import run_cli
-from util.files import CannotWrite, folder_lock
+from util.files import CannotWrite
+from util.locks import folder_lock
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +108,14 @@ def test_nothing_is_written_while_steps_are_skipped(
 @pytest.mark.parametrize(("bad", "saved"), [(range(1, 6), None), (range(4, 6), 3), (range(5, 6), 5)])
 @pytest.mark.parametrize("train", LIGHT, indirect=True)
 def test_a_run_that_ends_with_skipped_steps(
-    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: range, saved: int | None
+    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str], bad: range, saved: int | None
 ) -> None:
-    """Two or more at its end, though fewer than max_bad_steps, are an error; one changed nothing and is tolerated."""
+    """Two or more at its end, though fewer than max_bad_steps, are an error; one changed nothing, and is named."""
     after_each_step(monkeypatch, train.name, spoil(bad))
     code = run_cli(lambda: train(tmp_path, max_bad_steps=100))
     assert code == (0 if saved == 5 else 2)
+    last = "the last step, 5, was skipped (its loss or gradient was not finite): the weights are those of step 4"
+    assert (last in messages) == (saved == 5)
     assert (read_file(tmp_path / train.file)["step"] if (tmp_path / train.file).exists() else None) == saved
 
 

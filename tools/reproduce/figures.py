@@ -12,7 +12,7 @@ from evaluation.report import FIDS_BY_BITS, FIDS_BY_RANGE
 from models.tokenbridge import TokenBridge
 from tools.bench.gpu import PAPER_HEAD
 from util.checkpoint import find_file, read_file
-from util.files import read_json, read_lines
+from util.json_reader import read_json, read_lines
 from util.presets import differences, load_preset
 
 SEEDS = "another seed moves FID of 50,000 images by about 2 % (as EDM's authors report); rounding of the published one"

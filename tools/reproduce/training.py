@@ -17,7 +17,8 @@ from tools.reproduce.figures import Figure
 from training.published import cache_in_words
 from util import dist
 from util.checkpoint import LAST, read_file
-from util.files import read_lines, write_json
+from util.files import write_json
+from util.json_reader import read_lines
 from util.presets import Preset, differences
 
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # of the run, where the loss is compared
