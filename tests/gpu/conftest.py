@@ -35,8 +35,15 @@ def exact(device: torch.device) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def report(pytestconfig: pytest.Config) -> Callable[[str], None]:
     """report(line): printed at once, so that a run which is stopped has it."""
-    terminal = pytestconfig.pluginmanager.get_plugin("terminalreporter")  # pytest-xdist's workers have none
-    return (lambda line: terminal.write_line(f"\n  {line}")) if terminal else print
+    terminal, capture = map(pytestconfig.pluginmanager.get_plugin, ("terminalreporter", "capturemanager"))
+    if terminal is None:  # in a worker of pytest-xdist
+        return print
+
+    def write(line: str) -> None:
+        with capture.global_and_fixture_disabled():
+            terminal.write_line(f"\n  {line}")
+
+    return write
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
