@@ -120,8 +120,7 @@ def train_one_epoch(
     outputs: RunOutputs | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Train from `state.step` to the end of its epoch (or of the run); the loader starts at that step's first
-    micro-batch.
+    """Train from `state.step`, whose first micro-batch the loader starts with, to the end of its epoch or of the run.
 
     A step whose loss or gradient is not finite is skipped on every process alike; max_bad_steps in a row are an error
     that names step, lr and gradient norm. should_stop() is asked after each step, by every process, all of which get
@@ -133,14 +132,8 @@ def train_one_epoch(
     batches, parameters, stop = dist.prefetch(iter(loader), device), list(model.parameters()), False
     while state.step < last and not stop:
         draws = draw_step(model, s, state.step, device)
-        lr = learning_rate(
-            state.step / s.steps_per_epoch,
-            peak=s.lr,
-            min_lr=s.min_lr,
-            schedule=s.lr_schedule,
-            warmup_epochs=s.warmup_epochs,
-            epochs=s.total_steps / s.steps_per_epoch,
-        )
+        rates = dict(peak=s.lr, min_lr=s.min_lr, schedule=s.lr_schedule, warmup_epochs=s.warmup_epochs)
+        lr = learning_rate(state.step / s.steps_per_epoch, epochs=s.total_steps / s.steps_per_epoch, **rates)
         set_learning_rate(state.optimizer, lr)
         window, detailed = progress.window, (state.step + 1) % s.log_freq == 0
         loss, window.details = accumulate(state, vae, batches, draws, s, window, detailed)
@@ -224,26 +217,21 @@ def steps_in_epoch(samples: int, micro_batches: int, settings: TrainSettings) ->
     """Optimizer steps in an epoch; ArgumentError if there is not one."""
     steps = micro_batches // settings.accum_iter
     if steps == 0:
-        raise ArgumentError(
-            "accum_iter",
-            f"the data set has {samples} samples, fewer than one optimizer step needs ({settings.batch_size} x "
-            f"{dist.world_size()} processes x accum_iter {settings.accum_iter})",
-        )
+        needed = f"{settings.batch_size} x {dist.world_size()} processes x accum_iter {settings.accum_iter}"
+        message = f"the data set has {samples} samples, fewer than one optimizer step needs ({needed})"
+        raise ArgumentError("accum_iter", message)
     return steps
 
 
 def announce(name: str, settings: TrainSettings, images: int, state: TrainState) -> None:
     """Log what is trained, and where its loss should start."""
-    model = state.model
-    levels = model.config.quant_levels
+    model, levels = state.model, state.model.config.quant_levels
     logger.info(
         "%s: %.2f M parameters, %d tokens x %d dimensions x %d levels; %d images, global batch %d, lr %.3g, %d epochs "
-        "of %d "
-        "steps, %s on %s",
-        name,
-        sum(p.numel() for p in model.parameters()) / 1e6,
-        *(model.num_tokens, model.token_dim, levels, images, settings.images_per_step, settings.lr),
-        *(settings.epochs, settings.steps_per_epoch, settings.precision, state.device),
+        "of %d steps, %s on %s",
+        *(name, sum(p.numel() for p in model.parameters()) / 1e6, model.num_tokens, model.token_dim, levels),
+        *(images, settings.images_per_step, settings.lr, settings.epochs, settings.steps_per_epoch),
+        *(settings.precision, state.device),
     )
     for line in settings.schedule_warnings():
         logger.warning("%s", line)
@@ -257,9 +245,7 @@ def announce(name: str, settings: TrainSettings, images: int, state: TrainState)
 def sample_grid(
     model: TokenBridge, vae: AutoencoderKL, settings: GenerationSettings, path: Path, device: torch.device
 ) -> Tensor | None:
-    """Write a grid of images of up to 16 classes, evenly spaced; the same seeds each time. Returns it (3, H, W) on rank
-    0.
-    """
+    """Write a grid of up to 16 evenly spaced classes, with the same seeds each time; returns it (3, H, W) on rank 0."""
     count = min(16, model.class_num)
     labels = [i * model.class_num // count for i in range(count)]
     batches = generate_batches(model, vae, labels, range(dist.rank(), count, dist.world_size()), settings, device)

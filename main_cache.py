@@ -54,9 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--info", action="store_true", help="print what --cached_path holds")
     what = "read all of --cached_path: checksums, images, classes; with --data_path also whether its images changed"
     group.add_argument("--verify", action="store_true", help=what)
-    what = (
-        "turn a tree of .npz files into shards; with --vae_path its VAE is recorded, unless OLD's record contradicts it"
-    )
+    what = "turn a tree of .npz files into shards; with --vae_path its VAE is recorded, unless OLD records another"
     group.add_argument("--convert", nargs=2, metavar=("OLD", "NEW"), help=what)
     add_options(parser, CacheOptions, "images, VAE and cache")
     add_process_flags(parser, seed=0)
@@ -123,14 +121,8 @@ def encode(args: argparse.Namespace, given: set[str], device: torch.device) -> N
         logger.warning("%s", warning)
     make = RecordMaker(spec, quantizer and quantizer.to(device), vae.scale, options.seed)
     settings = dict(vae=vae.to(device), make=make, flips=not options.no_flip, precision=options.precision)
-    fill(
-        options,
-        record,
-        source,
-        functools.partial(encode_images, device=device, **settings),
-        spec,
-        **loading(args, device),
-    )
+    to_records = functools.partial(encode_images, device=device, **settings)
+    fill(options, record, source, to_records, spec, **loading(args, device))
 
 
 @doing("converting the cache")

@@ -29,7 +29,7 @@ from evaluation.evaluator import EvaluationOptions, Evaluator
 from generation.pipeline import Pipeline, generation_settings
 from generation.sample import SampleOptions, sample
 from generation.sweep import SweepOptions, check_passes
-from models.sampling.options import OPTION_NAMES, SamplerOptions
+from models.sampling.options import SamplerOptions
 from training.published import training_differences
 from training.recipe import optimizer_settings
 from training.settings import RunSettings, TrainSettings
@@ -38,13 +38,13 @@ from util.cli import add_process_flags, make_parser, own_folder, parse, run_cli
 from util.heap import keep_freed_memory
 from util.launcher import launched
 from util.log import doing, get_logger, log_lines
-from util.options import add_options, flag_names, read_options
+from util.options import add_options, flag_names, option_fields, read_options
 from util.presets import Preset, apply_preset, load_preset, preset_names
 
 logger = get_logger()
 Pairs = list[tuple[float, float]]  # guidance scale, temperature
 # --cfg and --temperature take several values here; --compile is one flag for training and sampling
-SAMPLER_FLAGS = [name for name in OPTION_NAMES if name not in ("cfg", "temperature", "compile")]
+SAMPLER_FLAGS = [name for name in option_fields(SamplerOptions) if name not in ("cfg", "temperature", "compile")]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,10 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("what to do (default: train)")
     group.add_argument("--evaluate", action="store_true", help="generate --num_images images and print their scores")
     group.add_argument("--sample", action="store_true", help="write images of --classes to --output_dir")
-    about = (
-        "a recipe or evaluation of configs/: sets all its flags, printed, with the numbers to expect; a given flag wins"
-    )
-    group.add_argument("--preset", default=None, choices=preset_names(), help=about)
+    what = "a recipe or evaluation of configs/: sets its flags, printed with the numbers to expect; a given flag wins"
+    group.add_argument("--preset", default=None, choices=preset_names(), help=what)
     add_options(parser, StructureOptions, "model and tokenizer")
     add_options(parser, TrainSettings, "training")
     add_options(parser, DataOptions, "data")
@@ -111,37 +109,37 @@ def make_evaluator(args: argparse.Namespace, device: torch.device, names: Sequen
 
 @doing("training")
 def run_training(
-    args: argparse.Namespace, settings: TrainSettings, preset: Preset | None, begun: Start, pairs: Pairs
+    args: argparse.Namespace, settings: TrainSettings, preset: Preset | None, start: Start, pairs: Pairs
 ) -> None:
     """Train with what the flags say; differences from a preset's published training are logged before and after."""
     cache = read_record(args.cached_path) if args.use_cached else None
-    differences = training_differences(preset, vars(args), begun.device, cache) if preset else []
+    differences = training_differences(preset, vars(args), start.device, cache) if preset else []
     log_lines(differences)
     train(
-        begun.model,
-        begun.vae,
+        start.model,
+        start.vae,
         read_options(DataOptions, args),
-        begun.device,
+        start.device,
         settings,
         read_options(RunSettings, args),
-        generation_settings(args, begun.device),
+        generation_settings(args, start.device),
         arguments=vars(args),
-        resumed=(begun.content, begun.source),
-        make_evaluator=lambda names: partial(make_evaluator(args, begun.device, names).during_training, pairs),
+        resumed=(start.content, start.source),
+        make_evaluator=lambda names: partial(make_evaluator(args, start.device, names).during_training, pairs),
     )
     log_lines(differences)  # again, where somebody looks after a long run
 
 
-def begin(args: argparse.Namespace, given: set[str], device: torch.device, weights: str = "") -> Start:
-    """Models of the flags; what a checkpoint decides is set in `args`, which checkpoints record."""
+def load_models(args: argparse.Namespace, given: set[str], device: torch.device, weights: str = "") -> Start:
+    """Model and VAE of the flags; what a checkpoint decides is set in `args`, which checkpoints record."""
     where = {"resume": args.resume, "output_dir": args.output_dir, "no_download": args.no_download}
-    begun = load_start(read_options(StructureOptions, args), given, device, seed=args.seed, weights=weights, **where)
-    vars(args).update(asdict(begun.structure) | {"resume": begun.resume})
-    return begun
+    start = load_start(read_options(StructureOptions, args), given, device, seed=args.seed, weights=weights, **where)
+    vars(args).update(asdict(start.structure) | {"resume": start.resume})
+    return start
 
 
-def settle(args: argparse.Namespace, given: set[str]) -> tuple[Preset | None, Pairs, TrainSettings]:
-    """Preset, pairs, settings; all that can be refused without reading a file is."""
+def read_flags(args: argparse.Namespace, given: set[str]) -> tuple[Preset | None, Pairs, TrainSettings]:
+    """Preset, pairs and settings of the flags; refuses all that can be refused without reading a file."""
     preset = load_preset(args.preset) if args.preset else None
     if preset:
         apply_preset(args, given, preset, launched("WORLD_SIZE"))
@@ -158,35 +156,35 @@ def settle(args: argparse.Namespace, given: set[str]) -> tuple[Preset | None, Pa
 
 def run(args: argparse.Namespace, given: set[str]) -> None:
     """Check, load, then train, evaluate or sample."""
-    preset, pairs, settings = settle(args, given)
+    preset, pairs, settings = read_flags(args, given)
     device = dist.init(args.device, args.dist_url)
     if device.type == "cpu" and not args.evaluate:  # the scores of many images need the memory more than the time
         keep_freed_memory()
     if not (args.evaluate or args.sample):
         with dist.on_main(own_folder(args.output_dir, "--output_dir")):
-            begun = begin(args, given, device)
-            settings = optimizer_settings(settings, given, begun.content, begun.source)
+            start = load_models(args, given, device)
+            settings = optimizer_settings(settings, given, start.content, start.source)
             args.weight_decay = settings.weight_decay
-            run_training(args, settings, preset, begun, pairs)
+            run_training(args, settings, preset, start, pairs)
         return
-    begun = begin(args, given, device, args.weights)
-    names = class_names(begun.content)
+    start = load_models(args, given, device, args.weights)
+    names = class_names(start.content)
     if args.evaluate:
         with doing("evaluating"):
-            about = {"checkpoint": begun.source, "weights": args.weights, "preset": preset}
-            evaluate(make_evaluator(args, device, names), begun.model, begun.vae, pairs, **about)
+            about = {"checkpoint": start.source, "weights": args.weights, "preset": preset}
+            evaluate(make_evaluator(args, device, names), start.model, start.vae, pairs, **about)
         return
     options = read_options(SampleOptions, args, num_images=args.num_images if "num_images" in given else None)
     if dist.world_size() > 1:
-        loaded_weights(begun.model, begun.vae, begun.source, args.vae_path)
-    about = {"checkpoint": str(begun.source), "step": begun.content.get("step"), "weights": args.weights}
-    scales, pipeline = [cfg for cfg, _ in pairs], Pipeline(begun.model, begun.vae, class_names=names)
+        loaded_weights(start.model, start.vae, start.source, args.vae_path)
+    about = {"checkpoint": str(start.source), "step": start.content.get("step"), "weights": args.weights}
+    scales, pipeline = [cfg for cfg, _ in pairs], Pipeline(start.model, start.vae, class_names=names)
     with doing("sampling"):
         sample(pipeline, options, generation_settings(args, device), scales, args.output_dir, about)
 
 
 def main(argv: Sequence[str] | None = None, work: Callable = run) -> None:
-    """Parse and run; work=settle only checks the flags (scripts/). Raises ValueError or OSError for bad input."""
+    """Parse and run; work=read_flags checks the flags only (scripts/). Raises ValueError or OSError for bad input."""
     parser = build_parser()
     with flag_names(parser, bits="quant_bits", quant_levels="quant_bits"):
         try:

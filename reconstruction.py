@@ -136,6 +136,11 @@ def closing_lines(options: ReconstructionOptions, measures: Measures, num_images
     return lines
 
 
+def all_numbers(own: Sequence[int]) -> list[int]:
+    """The image numbers of all processes, sorted."""
+    return sorted(number for part in dist.gather_objects(own) for number in part)
+
+
 @doing("measuring reconstructions")
 def run(options: ReconstructionOptions, settings: dict, device: torch.device) -> None:
     """Check and load everything, reconstruct, write and print (rank 0). ValueError or OSError for bad input."""
@@ -154,7 +159,7 @@ def run(options: ReconstructionOptions, settings: dict, device: torch.device) ->
     except (ValueError, OSError) as caught:
         error = caught
     dist.agree(error)
-    done, bad = (sorted(n for part in dist.gather_objects(numbers) for n in part) for numbers in (out.done, out.bad))
+    done, bad = all_numbers(out.done), all_numbers(out.bad)
     if not done:
         raise ArgumentError("image_dir", f"{options.image_dir}: not one of the {len(bad)} chosen images can be read")
     if measures.extractor is not None and len(done) < 2:

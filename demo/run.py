@@ -24,7 +24,7 @@ from demo.definition import Classifier, Demo, list_images
 from demo.digits import DIGITS
 from demo.photos import PHOTOS
 from tools.plot import read_columns, smooth
-from util.cli import check_writable, make_parser, run_cli
+from util.cli import check_writable, make_parser, parse, run_cli
 from util.files import record_own, refuse_others, replacing
 from util.locks import folder_lock
 from util.presets import command_line, load_preset
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--toy", action="store_true", help="a few steps of everything: shows that the stages fit, learns nothing"
     )
-    args = parser.parse_args(argv)
+    args, _ = parse(parser, argv)
     demo = DEMOS[args.demo]
     out = check_writable(Path(args.output_dir) / demo.folder, "--output_dir").resolve()
     pictures = check_writable(args.pictures, "--pictures")

@@ -32,9 +32,7 @@ def make_edit(model: TokenBridge, vae: AutoencoderKL, init: Picture | None, mask
     if init is None and mask is None:
         return None
     if init is None or mask is None:
-        raise ArgumentError(
-            "init", "editing needs both an image and a mask of what to regenerate: init and mask go together"
-        )
+        raise ArgumentError("init", "editing needs both an image and a mask of what to regenerate (init, mask)")
     size, device = model.grid_size * vae.stride, model.mask_token.device
     return Edit(encode_init(vae, [init], size, device), token_mask(mask, size, model.grid_size))
 

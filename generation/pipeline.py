@@ -93,11 +93,9 @@ def decode(vae: AutoencoderKL, latents: Tensor, numbers: Sequence[int]) -> Tenso
         images = vae.decode(vae.unscale(latents.float()))
     bad = (~torch.isfinite(images).flatten(1).all(1)).nonzero().flatten().tolist()
     if bad:
-        raise ArgumentError(
-            "precision",
-            f"image {numbers[bad[0]]} (and {len(bad) - 1} more of its batch) came out NaN: the weights are broken, or "
-            "the precision overflowed; look at the checkpoint, or use precision fp32",
-        )
+        what = f"image {numbers[bad[0]]} (and {len(bad) - 1} more of its batch) came out NaN"
+        why = "the weights are broken, or the precision overflowed; look at the checkpoint, or use precision fp32"
+        raise ArgumentError("precision", f"{what}: {why}")
     return to_uint8(images)
 
 

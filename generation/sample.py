@@ -41,13 +41,9 @@ class SampleOptions:
     """What --sample writes. ArgumentError for options that do not go together."""
 
     classes: str = option("", "for --sample: class numbers or names such as 207,360 or tench,goldfish, or all")
-    interpolate: str = option(
-        "", "two classes such as 207,360, or their names: --num_images mixtures between them, all from one seed"
-    )
+    interpolate: str = option("", "two classes, such as 207,360 or names: --num_images mixtures of them, from one seed")
     init: str = option("", "an image to edit; needs --mask")
-    mask: str = option(
-        "", "black and white image of --init's size: white is regenerated, tokens without white are kept"
-    )
+    mask: str = option("", "black and white image of --init's size: white is regenerated, tokens without it are kept")
     show_steps: int = option(
         0,
         "write the unmasking of the first images as GIF and PNG strip, 8 frames unless said",

@@ -23,9 +23,7 @@ def check_passes(num_images: int, num_iter: int) -> None:
 class SweepOptions:
     """One or several values of each; ArgumentError for values out of the sampler's bounds."""
 
-    cfg: float | tuple[float, ...] = option(
-        1.0, "guidance scale; 1 means none; several: all of them in turn", nargs="+", check=False
-    )
+    cfg: float | tuple[float, ...] = option(1.0, "guidance scale, 1 for none; several: in turn", nargs="+", check=False)
     temperature: float | tuple[float, ...] = option(
         1.0, "divides the logits; several: all pairs with --cfg", nargs="+", check=False
     )

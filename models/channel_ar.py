@@ -76,9 +76,10 @@ def is_valid(numbers: Tensor) -> Tensor:
     return numbers.abs() < math.inf
 
 
-def spread_temperatures(temperature: float | Sequence[float], num_channels: int) -> list[float]:
-    """One temperature per dimension: the given ones, or the same for all."""
-    return list(temperature) if isinstance(temperature, Sequence) else [temperature] * num_channels
+def stack_levels(results: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """From the results of `sample_levels` for each dimension: levels (N, C), and whether all of a token's are valid."""
+    levels, numbers = (torch.stack(part, dim=1) for part in zip(*results, strict=True))  # (N, C)
+    return levels, is_valid(numbers).all(1)
 
 
 class ChannelAR(nn.Module):
@@ -217,10 +218,7 @@ class ChannelAR(nn.Module):
 
     def leading_logits(self, z: Tensor) -> Tensor:
         """Logits (N, K) of the leading dimension (first in head order) from z (N, D)."""
-        h = self.condition_proj(z)  # (N, H)
-        conditioning = (h + self.timesteps_embeddings[:, 0]).unsqueeze(1)  # (N, 1, H)
-        x = (conditioning if self.head_start == "official" else h.unsqueeze(1)) + self.channel_embed[:, :1]
-        features = self.head_forward(x, self.modulations(conditioning))
+        features = self.head_forward(*self.decoding_start(z, num_positions=1))  # (N, 1, H)
         return self.channel_heads[0](features[:, 0]).float()
 
     def channel_sample(
@@ -231,21 +229,20 @@ class ChannelAR(nn.Module):
         One dimension after another with a key-value cache (parallel head: one pass). uniforms (N, C), temperature (one,
         or C), top_k, top_p: see `sample_levels`.
         """
-        temperatures = spread_temperatures(temperature, self.num_channels)
+        temperatures = temperature if isinstance(temperature, Sequence) else [temperature] * self.num_channels
         per_token = self.num_channels * self.condition_proj.out_features * (6 * len(self.channel_blocks) + 2) * 4
         size = max(1, DECODE_CHUNK_BYTES // per_token)
         sample = self._sample_parallel if self.head == "parallel" else self._sample_in_turn
-        parts = [
-            sample(*part, temperatures, top_k, top_p) for part in zip(z.split(size), uniforms.split(size), strict=True)
-        ]
+        groups = zip(z.split(size), uniforms.split(size), strict=True)
+        parts = [sample(*group, temperatures, top_k, top_p) for group in groups]
         return parts[0] if len(parts) == 1 else tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
-    def head_start_and_modulations(self, z: Tensor) -> tuple[Tensor, list[Modulation]]:
-        """For decoding: the input of position 0 (N, H) and each layer's modulation of all positions, from z (N, D)."""
-        h = self.condition_proj(z)  # (N, H)
-        conditioning = h.unsqueeze(1) + self.timesteps_embeddings  # (N, C, H)
-        start = conditioning[:, 0] if self.head_start == "official" else h  # docs/spec.md 5, start token
-        return start + self.channel_embed[:, 0], self.modulations(conditioning)  # one matmul per layer
+    def decoding_start(self, z: Tensor, num_positions: int) -> tuple[Tensor, list[Modulation]]:
+        """Input of position 0 (N, 1, H), and each layer's modulation of the first P positions, from z (N, D)."""
+        h = self.condition_proj(z).unsqueeze(1)  # (N, 1, H)
+        conditioning = h + self.timesteps_embeddings[:, :num_positions]  # (N, P, H)
+        start = conditioning[:, :1] if self.head_start == "official" else h  # docs/spec.md 5, start token
+        return start + self.channel_embed[:, :1], self.modulations(conditioning)  # one matmul per layer
 
     def next_inputs(self) -> Tensor:
         """For decoding: (C-1, K, H), the input of position c + 1 when dimension c has index k (with channel_embed)."""
@@ -256,27 +253,24 @@ class ChannelAR(nn.Module):
         self, z: Tensor, uniforms: Tensor, temperatures: Sequence[float], top_k: int, top_p: float
     ) -> tuple[Tensor, Tensor]:
         """`channel_sample` of all tokens at once: static shapes, no host sync."""
-        x, modulations = self.head_start_and_modulations(z)  # (N, H)
+        x, modulations = self.decoding_start(z, self.num_channels)  # (N, 1, H)
         attention, tables = self.channel_blocks[0].attn, self.next_inputs()  # (C-1, K, H)
         shape, dtype = (len(z), attention.num_heads, self.num_channels, attention.head_dim), modulations[0][0].dtype
         caches = LayerCache.allocate(len(self.channel_blocks), shape, z, dtype)
-        by_position = zip(*(zip(*(term.split(1, 1) for term in m), strict=True) for m in modulations), strict=True)
+        # by layer, then by position: the terms of one position, (N, 1, H) each
+        by_position = [list(zip(*(term.split(1, dim=1) for term in terms), strict=True)) for terms in modulations]
         results = []
-        for c, (now, uniform) in enumerate(zip(by_position, uniforms.unbind(1), strict=True)):  # now: (N, 1, H) each
-            features = self.head_forward(x.unsqueeze(1), now, caches, start=c)  # (N, 1, H)
+        for c, uniform in enumerate(uniforms.unbind(1)):
+            features = self.head_forward(x, [layer[c] for layer in by_position], caches, start=c)  # (N, 1, H)
             logits = self.channel_heads[c](features[:, 0])  # (N, K)
             results.append(sample_levels(logits, uniform, temperatures[c], top_k, top_p))
             if c < self.num_channels - 1:
-                x = F.embedding(results[-1][0], tables[c])
-        indices, numbers = (torch.stack(part, dim=1) for part in zip(*results, strict=True))  # (N, C)
-        return indices, is_valid(numbers).all(1)
+                x = F.embedding(results[-1][0], tables[c]).unsqueeze(1)
+        return stack_levels(results)
 
     def _sample_parallel(
         self, z: Tensor, uniforms: Tensor, temperatures: Sequence[float], top_k: int, top_p: float
     ) -> tuple[Tensor, Tensor]:
         """`channel_sample` of the parallel head: all dimensions from one pass."""
-        logits = self.channel_logits(z, None)  # (N, C, K)
-        columns = zip(logits.unbind(1), uniforms.unbind(1), temperatures, strict=True)
-        results = [sample_levels(*column, top_k, top_p) for column in columns]
-        indices, numbers = (torch.stack(part, dim=1) for part in zip(*results, strict=True))  # (N, C)
-        return indices, is_valid(numbers).all(1)
+        columns = zip(self.channel_logits(z, None).unbind(1), uniforms.unbind(1), temperatures, strict=True)
+        return stack_levels([sample_levels(*column, top_k, top_p) for column in columns])

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from models import quantizer
-from models.latent_space import KL16
-from util.json_reader import conforms
+from models.latent_space import KL16, checked_order
 from util.options import ArgumentError, check_options, option
 
 logger = logging.getLogger("tokenbridge")
@@ -78,10 +77,8 @@ class TokenBridgeConfig:
         self._check_sizes()
         quantizer.check_range(self.quant_min, self.quant_max)
         if self.head == "parallel" and self.head_start != "trained":
-            message = (
-                f"head_start {self.head_start!r} belongs to the published autoregressive head, not to the parallel one"
-            )
-            raise ArgumentError("head_start", message)
+            message = "belongs to the published autoregressive head, not to the parallel one"
+            raise ArgumentError("head_start", f"head_start {self.head_start!r} {message}")
         object.__setattr__(self, "channel_order", self._checked_order())
 
     def _check_sizes(self) -> None:
@@ -105,20 +102,13 @@ class TokenBridgeConfig:
 
     def _checked_order(self) -> tuple[int, ...]:
         order = self.channel_order
-        if order is not None and not conforms(list(order) if isinstance(order, Sequence) else None, [int]):
-            raise ArgumentError("channel_order", f"channel_order must be whole numbers, got {order!r:.60}")
-        if order is None and self.vae_embed_dim == 16:
+        if order is None and self.vae_embed_dim == KL16.channels:
             order = KL16.channel_order
         elif order is None:
             order = range(self.vae_embed_dim)
-            logger.info(
-                "no channel_order given for %d latent channels: they are predicted in natural order", len(order)
-            )
-        order = tuple(int(c) for c in order)
-        if sorted(order) != list(range(self.vae_embed_dim)):
-            message = f"channel_order must be a permutation of 0..{self.vae_embed_dim - 1}, got {list(order)}"
-            raise ArgumentError("channel_order", message)
-        return order
+            message = "no channel_order given for %d latent channels: they are predicted in natural order"
+            logger.info(message, self.vae_embed_dim)
+        return tuple(checked_order(order, self.vae_embed_dim))
 
     @property
     def grid_size(self) -> int:

@@ -76,17 +76,15 @@ class VaeDescription:
                 raise ValueError(f"channels and stride must be whole numbers from 1 to {LARGEST_SIZE}, got {got}")
         self.scale_factor = self._numbers("scale_factor", "finite numbers, none of them 0")
         self.shift = self._numbers("shift", "finite numbers")
-        order, last = self.channel_order, self.channels - 1
-        if order is not None:
-            numbers = list(order) if isinstance(order, Sequence) else None
-            if not conforms(numbers, [int]) or sorted(numbers) != list(range(self.channels)):
-                raise ValueError(f"channel_order must be a permutation of 0..{last}, got {order!r}")
-            self.channel_order = [int(c) for c in order]
+        if self.channel_order is not None:
+            self.channel_order = checked_order(self.channel_order, self.channels)
         if self.quant_bits is not None and not (conforms(self.quant_bits, int) and 1 <= self.quant_bits <= 12):
             raise ValueError(f"quant_bits must be a whole number from 1 to 12, got {self.quant_bits!r}")
         low, high = self.quant_min, self.quant_max
-        if (low, high) != (None, None) and not (conforms([low, high], [float]) and low < high):
-            raise ValueError(f"quant_min must be less than quant_max, both finite; got {low!r} and {high!r}")
+        if (low, high) != (None, None):
+            if not conforms([low, high], [float]) or low >= high:
+                raise ValueError(f"quant_min must be less than quant_max, both finite; got {low!r} and {high!r}")
+            self.quant_min, self.quant_max = float(low), float(high)
 
     def _numbers(self, name: str, kind: str) -> Number:
         """scale_factor or shift as floats; ValueError for another count or other numbers than `kind`."""
@@ -99,6 +97,15 @@ class VaeDescription:
         if not all(conforms(v, float) and lowest <= abs(v) <= LARGEST_SCALE for v in values):
             raise ValueError(f"{name} must be {kind}, got {value!r}")
         return [float(v) for v in values] if several else float(value)
+
+
+def checked_order(order: object, channels: int) -> list[int]:
+    """An order of the latent dimensions as a list; ArgumentError unless it is a permutation of 0..channels - 1."""
+    numbers = list(order) if isinstance(order, Sequence) else None
+    if not conforms(numbers, [int]) or sorted(numbers) != list(range(channels)):
+        message = f"channel_order must be a permutation of 0..{channels - 1}, got {order!r:.80}"
+        raise ArgumentError("channel_order", message)
+    return [int(c) for c in numbers]
 
 
 KL16 = VaeDescription(
@@ -142,6 +149,8 @@ def find_description(vae_path: str | Path) -> VaeDescription | None:
 class LatentSpace:
     """What every VAE class here shares: the description's values as attributes, scaling, the fingerprint.
 
+    The attributes have the names of VaeDescription's fields; C is `embed_dim`.
+
     A VAE class adds `encode(images) -> DiagonalGaussian`, `decode(latents) -> images`, `config` (JSON-able, what builds
     it again) and calls `set_description` in its constructor.
     """
@@ -151,41 +160,36 @@ class LatentSpace:
     scale_factor: Number
     shift: Number
     channel_order: list[int] | None
-    quant_range: tuple[float, float] | None = None
-    quant_bits: int | None = None
     deterministic = False  # True: no posterior, the encoder gives one latent
 
     def set_description(self, description: VaeDescription) -> None:
-        """Take over a description's values. ValueError if it is of another VAE: other channels or stride."""
+        """Take over a description's values; None keeps an earlier one. ValueError for other channels or stride."""
         d = description
         channels, stride = getattr(self, "embed_dim", d.channels), getattr(self, "stride", d.stride)
         if (d.channels, d.stride) != (channels, stride):
             said = f"the description beside the VAE's weights says {d.channels} channels at stride {d.stride}"
             raise ValueError(f"{said}, the VAE has {channels} at {stride}")
-        self.embed_dim, self.stride, self.scale_factor, self.shift = d.channels, d.stride, d.scale_factor, d.shift
-        if d.channel_order is not None or not hasattr(self, "channel_order"):
-            self.channel_order = d.channel_order
-        if d.quant_min is not None:
-            self.quant_range = (float(d.quant_min), float(d.quant_max))
-        self.quant_bits = self.quant_bits if d.quant_bits is None else d.quant_bits
+        self.embed_dim = d.channels
+        for name, value in asdict(d).items():
+            if name != "channels" and (value is not None or not hasattr(self, name)):
+                setattr(self, name, value)
 
     @property
     def description(self) -> VaeDescription:
         """These values as a description."""
-        values = (self.embed_dim, self.stride, self.scale_factor, self.shift, self.channel_order, self.quant_bits)
-        return VaeDescription(*values, *(self.quant_range or (None, None)))
+        names = [field.name for field in fields(VaeDescription) if field.name != "channels"]
+        return VaeDescription(channels=self.embed_dim, **{name: getattr(self, name) for name in names})
 
     @property
     def latent_config(self) -> dict:
         """The part of `config` that says how latents reach the transformer; JSON-able."""
         values = asdict(self.description)
-        return {key: values[key] for key in ("scale_factor", "shift", "channel_order")}
+        return {name: values[name] for name in ("scale_factor", "shift", "channel_order")}
 
     def quantizer_settings(self) -> dict[str, float]:
         """Those of quant_bits, quant_min and quant_max that are known to suit this VAE."""
         values = asdict(self.description)
-        names = ("quant_bits", "quant_min", "quant_max")
-        return {name: values[name] for name in names if values[name] is not None}
+        return {name: value for name, value in values.items() if name.startswith("quant_") and value is not None}
 
     def check_images(self, images: Tensor) -> None:
         """ValueError unless the stride divides height and width."""

@@ -84,8 +84,8 @@ def build_quantizer(
         found = (quantizer.kind, quantizer.bits, quantizer.min_value, quantizer.max_value)
         expected = (kind, bits, float(min_value), float(max_value))
         if found != expected:
-            has, wanted = (f"{k}, {b} bits on [{low}, {high}]" for k, b, low, high in (found, expected))
-            raise ArgumentError("quantizer_tables", f"{tables} is {has}; the arguments say {wanted}")
+            in_file, in_arguments = (f"{k}, {b} bits on [{low}, {high}]" for k, b, low, high in (found, expected))
+            raise ArgumentError("quantizer_tables", f"{tables} is {in_file}; the arguments say {in_arguments}")
         return quantizer
     if kind == "gaussian":
         return GaussianQuantizer(bits, min_value, max_value)

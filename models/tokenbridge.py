@@ -26,7 +26,7 @@ from models.config import TokenBridgeConfig
 from models.layers import LAYER_NORM_EPS, take
 from models.sampling.loop import SamplerState, sample_steps
 from models.sampling.options import SamplerOptions
-from models.sampling.orders import random_orders
+from models.sampling.orders import check_mask, random_orders
 from models.vit_blocks import TrainedBlock, partial_block, recomputed
 from util.options import ArgumentError
 
@@ -87,12 +87,12 @@ class TokenBridge(ChannelAR):
         self.quant_min, self.quant_max = c.quant_min, c.quant_max
         # The order of registration is that of the published checkpoints: optimizer states refer to parameters by
         # position. The order of the random draws is part of what a seed means.
-        width, slots = c.encoder_embed_dim, c.buffer_size + c.num_tokens
+        width, decoder_width, slots = c.encoder_embed_dim, c.decoder_embed_dim, c.buffer_size + c.num_tokens
         self.fake_latent = embedding(1, width)  # class embedding of "no class"
         self.encoder_pos_embed_learned = embedding(1, slots, width)
-        self.mask_token = embedding(1, 1, c.decoder_embed_dim)
-        self.decoder_pos_embed_learned = embedding(1, slots, c.decoder_embed_dim)
-        self.output_pos_embed = embedding(1, c.num_tokens, c.decoder_embed_dim)
+        self.mask_token = embedding(1, 1, decoder_width)
+        self.decoder_pos_embed_learned = embedding(1, slots, decoder_width)
+        self.output_pos_embed = embedding(1, c.num_tokens, decoder_width)
         self.build_head_embeddings(c)
         self.register_buffer("channel_mask", torch.full((c.vae_embed_dim, c.vae_embed_dim), float("-inf")).triu(1))
         tables = quantizer.GaussianQuantizer(c.quant_levels.bit_length() - 1, c.quant_min, c.quant_max)
@@ -107,11 +107,9 @@ class TokenBridge(ChannelAR):
         self.z_proj_ln = norm(width)
         self.encoder_blocks = nn.ModuleList(block(width, c.encoder_num_heads) for _ in range(c.encoder_depth))
         self.encoder_norm = norm(width)
-        self.decoder_embed = nn.Linear(width, c.decoder_embed_dim)
-        self.decoder_blocks = nn.ModuleList(
-            block(c.decoder_embed_dim, c.decoder_num_heads) for _ in range(c.decoder_depth)
-        )
-        self.decoder_norm = norm(c.decoder_embed_dim)
+        self.decoder_embed = nn.Linear(width, decoder_width)
+        self.decoder_blocks = nn.ModuleList(block(decoder_width, c.decoder_num_heads) for _ in range(c.decoder_depth))
+        self.decoder_norm = norm(decoder_width)
         self.build_head(c)
         self._initialize()
 
@@ -228,7 +226,7 @@ class TokenBridge(ChannelAR):
                 ratio = draw_mask_ratio(self.mask_ratio_min, cpu_uniform(generator))
                 num_masked = num_masked_tokens(ratio, self.num_tokens)
             mask = mask_from_orders(random_orders(len(latents), self.num_tokens, generator, latents.device), num_masked)
-        mask, num_masked = self._check_mask(mask, len(latents), num_masked)
+        mask, num_masked = check_mask(mask, len(latents), self.num_tokens, num_masked)
         by_mask = mask.to(torch.uint8).argsort(dim=1, stable=True)  # visible first, each part in grid order
         visible, masked = by_mask.split([self.num_tokens - num_masked, num_masked], dim=1)  # (B, V), (B, M)
         class_embedding = self._training_classes(labels, label_drop, generator)  # (B, D)
@@ -251,18 +249,6 @@ class TokenBridge(ChannelAR):
         if label_drop is None:
             return embeddings
         return torch.where(label_drop.unsqueeze(1), self.fake_latent.to(embeddings.dtype), embeddings)
-
-    def _check_mask(self, mask: Tensor, batch: int, num_masked: int | None) -> tuple[Tensor, int]:
-        """The mask as bool (B, L) and its count per row; ValueError for another shape or unequal counts."""
-        if tuple(mask.shape) != (batch, self.num_tokens):
-            raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(batch, self.num_tokens)}")
-        mask = mask != 0
-        if num_masked is not None:
-            return mask, num_masked
-        counts = mask.sum(1).tolist()
-        if len(set(counts)) != 1 or counts[0] == 0:
-            raise ValueError(f"mask must hide the same number of tokens, at least one, in every row; it hides {counts}")
-        return mask, counts[0]
 
     # ---- sampling
 
@@ -319,8 +305,8 @@ class TokenBridge(ChannelAR):
                 labels = torch.as_tensor(labels, dtype=torch.long)
                 check_labels(labels, bsz, self.class_num)
                 class_embedding = self.class_emb.weight.detach()[labels.to(self.mask_token.device)]
-        given = dict(orders=orders, seeds=seeds, generator=generator, init=init, regenerate=regenerate)
-        return sample_steps(self, class_embedding, settings, **given)
+        inputs = dict(orders=orders, seeds=seeds, generator=generator, init=init, regenerate=regenerate)
+        return sample_steps(self, class_embedding, settings, **inputs)
 
     def class_embeddings(self, classes: Sequence[int | None | Mapping[int, float]]) -> Tensor:
         """(B, D): of a class number, of no class (None), or of a mixture {class: weight, ...}, the weighted sum.

@@ -261,9 +261,7 @@ def read_vae_file(path: str | Path) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        advice = (
-            "give a checkpoint such as pretrained_models/vae/kl16.ckpt, which `python -m tools.download vae` fetches"
-        )
+        advice = "give a checkpoint such as pretrained_models/vae/kl16.ckpt (fetch it: python -m tools.download vae)"
         raise FileNotFoundError(f"no VAE weights at {path}: {advice}")
     try:
         content = read_file(path)
@@ -275,9 +273,7 @@ def read_vae_file(path: str | Path) -> dict:
     inner = {str(key).removeprefix(LDM): value for key, value in weights.items() if str(key).startswith(LDM)}
     weights = plain_keys(inner or weights)
     if OF_DIFFUSERS in weights and not (named and "config" in content):  # with one, tools.export wrote it
-        raise ArgumentError(
-            "vae_path", f"{path} holds the weights of a VAE of diffusers: give its folder, {path.parent}"
-        )
+        raise ArgumentError("vae_path", f"{path} holds a VAE of diffusers: give its folder, {path.parent}")
     if named:
         return content | {"model": weights}
     if ROOT_KEY not in weights:

@@ -15,8 +15,6 @@ from models.latent_space import DiagonalGaussian, LatentSpace, VaeDescription
 from util.json_reader import check_schema, read_json
 
 CLASSES = ("AutoencoderKL", "AutoencoderDC")
-
-
 LARGEST_CONFIG = {"layers": 64, "": 2**16}  # most layers of a level, and largest number, of a config from a file
 
 

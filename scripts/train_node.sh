@@ -23,7 +23,7 @@ python=${PYTHON:-python}
 processes=${PROCESSES:-$("$python" -c 'from util.dist import device_count; print(max(1, device_count()))')}
 
 # torchrun would start a command that is refused RESTARTS times
-WORLD_SIZE=$processes "$python" -c 'import sys, main_tokenbridge as m, util.cli; sys.exit(util.cli.run_cli(lambda: m.main(work=m.settle)))' \
+WORLD_SIZE=$processes "$python" -c 'import sys, main_tokenbridge as m, util.cli; sys.exit(util.cli.run_cli(lambda: m.main(work=m.read_flags)))' \
     --output_dir "$out" --resume "$out" "$@" || exit 2
 
 # torchrun would end with its first signal, its processes half a minute later: it ignores USR1, which they are sent themselves

@@ -30,7 +30,7 @@ head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export RENDEZVOUS="$head_node:${PORT:-29500}" NODES=$SLURM_JOB_NUM_NODES JOB=$SLURM_JOB_ID
 
 # torchrun would start a command that is refused RESTARTS times
-"${PYTHON:-python}" -c 'import sys, main_tokenbridge as m, util.cli; sys.exit(util.cli.run_cli(lambda: m.main(work=m.settle)))' \
+"${PYTHON:-python}" -c 'import sys, main_tokenbridge as m, util.cli; sys.exit(util.cli.run_cli(lambda: m.main(work=m.read_flags)))' \
     --output_dir "$1" --resume "$1" "${@:2}" || exit 2
 
 srun --kill-on-bad-exit=1 bash scripts/slurm_node.sh "$@" &

@@ -94,8 +94,7 @@ def toy_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def toy_flags(toy_vae: Path, image_root: Path) -> Argv:
-    """toy_flags(output_dir, name=value, ...): a training of main_tokenbridge.py with 12 images, 3 steps per epoch, the
-    head in several groups."""
+    """toy_flags(output_dir, name=value, ...): a training of 12 images, 3 steps per epoch, head in several groups."""
     model = dict(model="tokenbridge_digits", img_size=32, class_num=2, buffer_size=4, vae_path=toy_vae)
     training = dict(data_path=image_root, batch_size=4, warmup_epochs=0, lr=1e-3, ema_rate=0.9, seed=3, head_chunk=16)
     return lambda output, **changes: argv_of(

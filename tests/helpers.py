@@ -56,14 +56,15 @@ def golden_weight(key: str, shape: Sequence[int]) -> np.ndarray:
         return 1 + 0.1 * noise if key.endswith(".weight") else 0.05 * noise
     if ("emb" in key and not key.startswith("decoder_embed.")) or key in ("fake_latent", "mask_token"):
         return 0.2 * noise
-    return noise / np.sqrt(np.prod(shape[1:]))
+    noise /= np.sqrt(np.prod(shape[1:]))  # in place: the weights of large models take seconds
+    return noise
 
 
 def fill_golden(module: nn.Module) -> nn.Module:
     """Set every parameter (no buffer) of the module by the golden rule, in place; returns the module."""
     with torch.no_grad():
         for key, parameter in module.named_parameters():
-            parameter.copy_(torch.from_numpy(golden_weight(key, parameter.shape).astype(np.float32)))
+            parameter.copy_(torch.from_numpy(golden_weight(key, parameter.shape)))
     return module
 
 

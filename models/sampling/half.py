@@ -19,11 +19,9 @@ class HalfWeights:
     """Half-precision copies of the weights and biases of every nn.Linear; within `used()` they replace these."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
-        linears = [module for module in model.modules() if type(module) is nn.Linear]
-        owners = [
-            (layer._parameters, name) for layer in linears for name, p in layer._parameters.items() if p is not None
-        ]
-        self.places = [(owner, name, owner[name]) for owner, name in owners if owner[name].dtype == torch.float32]
+        owners = [module._parameters for module in model.modules() if type(module) is nn.Linear]
+        places = [(owner, name, p) for owner in owners for name, p in owner.items() if p is not None]
+        self.places = [(owner, name, p) for owner, name, p in places if p.dtype == torch.float32]
         self.copies = [nn.Parameter(p.detach().to(dtype), requires_grad=False) for _, _, p in self.places]
 
     @classmethod

@@ -22,7 +22,7 @@ from models.layers import take
 from models.sampling.compiled import CompiledSampler
 from models.sampling.half import HalfWeights
 from models.sampling.options import FeatureSource, SamplerModel, SamplerOptions
-from models.sampling.orders import check_orders, masked_first, random_orders, token_orders
+from models.sampling.orders import check_mask, check_orders, masked_first, random_orders, token_orders
 from models.sampling.packed import PackedLinears
 from models.sampling.reuse import ReusedFeatures
 from models.sampling.schedules import guidance_scale, unmasking_plan
@@ -91,37 +91,15 @@ def sampling_noise(
     return Noise(parts[0], parts[1], parts[2] if with_confidence else None)
 
 
-def check_regenerate(regenerate: Tensor, batch: int, num_tokens: int, count: int | None = None) -> tuple[Tensor, int]:
-    """Bool mask (B, L) of the tokens to regenerate and their number, equal in every row; ArgumentError otherwise.
-
-    A `count` is trusted, which spares a host sync.
-    """
-    mask = torch.as_tensor(regenerate) != 0
-    if mask.numel() not in (num_tokens, batch * num_tokens):
-        expected = f"{(batch, num_tokens)} or one row for all images"
-        raise ArgumentError("mask", f"mask has shape {tuple(mask.shape)}, expected {expected}")
-    mask = mask.reshape(-1, num_tokens).expand(batch, -1)
-    if count is not None:
-        return mask, count
-    counts = mask.sum(1).tolist()
-    if len(set(counts)) != 1 or counts[0] == 0:
-        raise ArgumentError(
-            "mask", f"mask must choose the same number of tokens, at least one, in every image; it chooses {counts}"
-        )
-    return mask, counts[0]
-
-
 @contextmanager
 def evaluating(model: SamplerModel) -> Iterator[None]:
     """Within, the model is in eval mode; afterwards in the mode it was in."""
     training = model.training
-    if training:
-        model.train(False)
+    model.train(False)
     try:
         yield
     finally:
-        if training:
-            model.train()
+        model.train(training)
 
 
 @torch.no_grad()
@@ -155,7 +133,7 @@ def sample_steps(
     if (init is None) != (regenerate is None):
         raise ArgumentError("mask", "editing needs both an image (init) and a mask of what to regenerate (mask)")
     if init is not None:
-        mask, num_masked = check_regenerate(regenerate, batch, num_tokens, num_regenerate)
+        mask, num_masked = check_mask(regenerate, batch, num_tokens, num_regenerate)
         mask = mask.to(device, non_blocking=True)
         orders = masked_first(orders, mask)
         known = model.quantize(model.patchify(init.to(device, non_blocking=True)))[1].expand(batch, -1, -1)  # (B, L, C)

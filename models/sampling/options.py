@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -74,17 +74,14 @@ class SamplerOptions:
                 raise ArgumentError(name, f"{lowest}; got {getattr(self, name):g}")
         for name in ("reuse_features", "reuse_guidance"):
             if self.compile and getattr(self, name) > 1:
-                raise ArgumentError(
-                    name, f"compile and {name} cannot be combined: what is reused changes its shape at every step"
-                )
+                raise ArgumentError(name, f"compile and {name} cannot be combined: the shapes of reused parts change")
 
     def check(self, num_channels: int) -> None:
         """ArgumentError for what does not fit a model with `num_channels` dimensions."""
-        if len(self.channel_temperature) not in (0, 2, num_channels):
-            raise ArgumentError(
-                "channel_temperature",
-                f"channel_temperature takes 2 or {num_channels} factors, got {tuple(self.channel_temperature)}",
-            )
+        factors = tuple(self.channel_temperature)
+        if len(factors) not in (0, 2, num_channels):
+            message = f"channel_temperature takes 2 or {num_channels} factors, got {factors}"
+            raise ArgumentError("channel_temperature", message)
 
     def temperatures(self, step: int, num_channels: int) -> list[float]:
         """Temperature of each dimension (C values, head order) at a step."""
@@ -92,9 +89,6 @@ class SamplerOptions:
         factors = self.channel_temperature or (1.0, 1.0)
         factors = factors if len(factors) == num_channels else np.linspace(*factors, num_channels)
         return [now * float(factor) for factor in factors]
-
-
-OPTION_NAMES = tuple(field.name for field in fields(SamplerOptions))
 
 
 class SamplerModel(Protocol):

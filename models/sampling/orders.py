@@ -95,6 +95,25 @@ def check_orders(orders: Tensor, batch: int, num_tokens: int) -> Tensor:
     return orders
 
 
+def check_mask(mask: Tensor, batch: int, num_tokens: int, count: int | None = None) -> tuple[Tensor, int]:
+    """Bool mask (B, L) of the tokens to predict and their number, equal in every row; ArgumentError otherwise.
+
+    mask: of any dtype; one row stands for all images. A `count` is trusted, which spares a host sync.
+    """
+    mask = torch.as_tensor(mask) != 0
+    if mask.numel() not in (num_tokens, batch * num_tokens):
+        expected = f"{(batch, num_tokens)} or one row for all images"
+        raise ArgumentError("mask", f"mask has shape {tuple(mask.shape)}, expected {expected}")
+    mask = mask.reshape(-1, num_tokens).expand(batch, -1)
+    if count is not None:
+        return mask, count
+    counts = mask.sum(1).tolist()
+    if len(set(counts)) != 1 or counts[0] == 0:
+        found = f"at least one, in every image; it chooses {counts}"
+        raise ArgumentError("mask", f"mask must choose the same number of tokens, {found}")
+    return mask, counts[0]
+
+
 def masked_first(orders: Tensor, regenerate: Tensor) -> Tensor:
     """Orders (B, L) with the tokens to regenerate (B, L; bool) first, each part in its previous order."""
     keep = regenerate.gather(1, orders).logical_not().to(torch.uint8)

@@ -7,8 +7,7 @@ reuse_features n   the whole backbone runs at every n-th step and keeps every bl
                    tokens (decoder). They attend to all tokens, of which the others keep the keys and values of the last
                    step in which they ran.
 reuse_guidance n   the unconditional pass runs at every n-th step. In between, z_c - z_u of the same token is that of
-the
-                   last such step.
+                   the last such step.
 
 With n = 1 everything is recomputed: the exact sampler.
 

@@ -1,5 +1,4 @@
-"""models/channel_ar.py, models/layers.py (docs/spec.md 5): the head against one written out in float64, cached against
-uncached, the draws."""
+"""models/channel_ar.py, models/layers.py (docs/spec.md 5): against a head written out in float64, caches, draws."""
 
 import math
 import re
@@ -7,7 +6,6 @@ import re
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from scipy.stats import chisquare
 from torch import Tensor
 
@@ -53,9 +51,8 @@ def plain_head(model: TokenBridge, z: Tensor, indices: Tensor, start: str) -> Te
     conditioning = silu(h[:, None] + w["timesteps_embeddings"])
     for i in range(len(model.channel_blocks)):
         at = f"channel_blocks.{i}"
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = linear(f"{at}.adaLN_modulation.1", conditioning).split(
-            width, -1
-        )
+        terms = linear(f"{at}.adaLN_modulation.1", conditioning).split(width, -1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = terms
         qkv = linear(f"{at}.attn.qkv", norm(x, f"{at}.norm1") * (1 + scale_a) + shift_a)
         out = []
         for head in range(HEADS):
@@ -74,30 +71,25 @@ def plain_head(model: TokenBridge, z: Tensor, indices: Tensor, start: str) -> Te
 
 
 def plain_sample(model: TokenBridge, z: Tensor, start: str) -> Tensor:
-    """Greedy indices (N, C): the whole sequence anew for every position, the way without a cache."""
+    """Greedy indices (N, C), without a cache: the whole sequence is computed for every position."""
     indices = torch.zeros(len(z), model.num_channels, dtype=torch.long)
     for c in range(model.num_channels):
         indices[:, c] = plain_head(model, z, indices, start)[:, c].argmax(-1)
     return indices
 
 
-@pytest.mark.parametrize("channels", [16, 4, 2])
+@pytest.mark.parametrize("start", ["trained", "official"])
+@pytest.mark.parametrize("channels", [16, 4, 2, 1])
 @torch.no_grad()
-def test_training_logits_are_the_plain_heads(channels):
-    model = tiny_model(vae_embed_dim=channels)
+def test_the_head_is_the_plain_one(channels, start):
+    """Training logits, which ignore head_start; greedy indices, which do not."""
+    model = tiny_model(vae_embed_dim=channels, head_start=start)
     z, indices = random_inputs(model)
-    torch.testing.assert_close(
-        model.channel_logits(z, indices).double(), plain_head(model, z, indices, "trained"), rtol=0, atol=2e-5
-    )
-
-
-@torch.no_grad()
-def test_training_ignores_the_start_switch():
-    z, indices = random_inputs(tiny_model())
-    assert torch.equal(
-        tiny_model(head_start="official").channel_logits(z, indices),
-        tiny_model(head_start="trained").channel_logits(z, indices),
-    )
+    expected = plain_head(model, z, indices, "trained")
+    torch.testing.assert_close(model.channel_logits(z, indices).double(), expected, rtol=0, atol=2e-5)
+    sampled, valid = model.channel_sample(z, torch.rand(N, channels), 0)
+    assert torch.equal(sampled, plain_sample(model, z, start))
+    assert valid.shape == (N,) and valid.dtype == torch.bool and valid.all()
 
 
 @torch.no_grad()
@@ -113,38 +105,21 @@ def test_causal():
         assert differs.tolist() == [False] * (c + 1) + [True] * (15 - c)
 
 
-def test_dropout_rates_reach_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, passed, real = tiny_model(attn_dropout=0.2, proj_dropout=0.3), [], F.scaled_dot_product_attention
-    for block in model.channel_blocks:
-        assert [layer.p for layer in (block.attn.proj_drop, block.mlp.drop1, block.mlp.drop2)] == [0.3] * 3
-    assert model.state_dict().keys() == tiny_model().state_dict().keys()
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, **more: object) -> Tensor:
-        passed.append(dropout_p)
-        return real(q, k, v, mask, dropout_p, **more)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-    for training, rate in ((True, 0.2), (False, 0.0)):
-        model.train(training).channel_logits(*random_inputs(model))
-        assert passed == [rate] * len(model.channel_blocks)
-        passed.clear()
-
-
 @pytest.mark.parametrize("head", ["autoregressive", "parallel"])
-@pytest.mark.parametrize(
-    "rates", [dict(attn_dropout=0.3), dict(proj_dropout=0.3), dict(attn_dropout=0.3, proj_dropout=0.3)]
-)
+@pytest.mark.parametrize("rates", [(0.3, 0.0), (0.0, 0.3), (0.2, 0.3)])
 @torch.no_grad()
-def test_dropout_acts_in_training_mode_only(head: str, rates: dict[str, float]) -> None:
-    plain, model = tiny_model(head=head), tiny_model(head=head, **rates)
+def test_dropout_acts_in_training_mode_only(head: str, rates: tuple[float, float]) -> None:
+    """In every block, at its rate; the state dict does not change."""
+    plain, model = tiny_model(head=head), tiny_model(head=head, attn_dropout=rates[0], proj_dropout=rates[1])
     inputs = random_inputs(model)
     expected = plain.channel_logits(*inputs)
-    assert torch.equal(plain.train().channel_logits(*inputs), expected) and torch.equal(
-        model.channel_logits(*inputs), expected
-    )
+    assert torch.equal(plain.train().channel_logits(*inputs), expected)
+    assert torch.equal(model.channel_logits(*inputs), expected)
     model.train()
     first, second = model.channel_logits(*inputs), model.channel_logits(*inputs)
     assert not torch.equal(first, second) and not torch.equal(first, expected)
+    assert [block.attn.attn_dropout for block in model.channel_blocks] == [rates[0]] * 2
+    assert model.state_dict().keys() == plain.state_dict().keys()
 
 
 def assert_share(zeros: Tensor, rate: float) -> None:
@@ -191,8 +166,7 @@ def test_share_of_dropped_attention_weights_is_the_rate(rate: float) -> None:
 
 
 def cached_logits(model: TokenBridge, z: Tensor, indices: Tensor) -> Tensor:
-    """The logits that `channel_sample` computes, position by position, when the draws are forced to `indices`: (N, C,
-    K)."""
+    """Logits (N, C, K) that `channel_sample` computes, position by position, when its draws are forced to `indices`."""
     seen = []
 
     def forced(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -220,26 +194,13 @@ def test_cached_logits_step_by_step(start):
         assert (found - model.channel_logits(z, indices)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("start", ["trained", "official"])
-@torch.no_grad()
-def test_greedy_decoding(start):
-    model = tiny_model(head_start=start)
-    z, _ = random_inputs(model, seed=3)
-    found, valid = model.channel_sample(z, torch.rand(N, 16), 0)
-    assert torch.equal(found, plain_sample(model, z, start))
-    assert valid.shape == (N,) and valid.dtype == torch.bool and valid.all()
-
-
 @torch.no_grad()
 def test_sixteen_positions_per_token_not_136():
     model = tiny_model()
     z, _ = random_inputs(model)
     rows = []
-    hook = model.channel_blocks[0].attn.qkv.register_forward_hook(
-        lambda module, args, out: rows.append(out.shape[:-1].numel())
-    )
+    model.channel_blocks[0].attn.qkv.register_forward_hook(lambda _, args, out: rows.append(out.shape[:-1].numel()))
     model.channel_sample(z, torch.rand(N, 16), 1.0)
-    hook.remove()
     assert sum(rows) == N * 16
 
 
@@ -253,19 +214,9 @@ def test_decoding_in_chunks_changes_nothing(monkeypatch, temperature):
     # two tokens of the tiny model at a time
     monkeypatch.setattr(channel_ar, "DECODE_CHUNK_BYTES", 16 * 48 * 14 * 4 * 2)
     sizes = []
-    hook = model.channel_heads[0].register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    model.channel_heads[0].register_forward_hook(lambda module, args, out: sizes.append(len(out)))
     assert torch.equal(model.channel_sample(z, uniform, temperature)[0], whole)
-    hook.remove()
     assert sizes == [2, 2, 2, 1]
-
-
-@torch.no_grad()
-def test_one_channel():
-    model = tiny_model(vae_embed_dim=1)
-    z, indices = random_inputs(model)
-    expected = plain_head(model, z, indices, "trained")
-    torch.testing.assert_close(model.channel_logits(z, indices).double(), expected, rtol=0, atol=2e-5)
-    assert torch.equal(model.channel_sample(z, torch.rand(N, 1), 0)[0], expected.argmax(-1))
 
 
 @torch.no_grad()
@@ -277,31 +228,26 @@ def test_tokens_of_broken_weights_are_not_valid():
         assert not model.channel_sample(z, torch.rand(N, 16), temperature)[1].any()
 
 
-def test_argmax_at_temperature_0():
-    logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, -1.0, 4.9], [1.0, 1.0, 0.0]])
-    assert sample_levels(logits, torch.full((3,), 0.99), 0)[0].tolist() == [1, 0, 0]
-
-
-def test_inverse_of_the_cumulative_distribution_by_hand():
-    """Probabilities 0.1, 0.2, 0.3, 0.4: cumulative 0.1, 0.3, 0.6, 1."""
-    uniform = torch.tensor([0.0, 0.05, 0.15, 0.29, 0.31, 0.59, 0.61, 1 - 2**-24])
-    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(8, 4)
-    assert sample_levels(logits, uniform, 1.0)[0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-
-
-def test_temperature_divides_the_logits():
-    """At T = 1/2 the probabilities 1/3 and 2/3 become 1/5 and 4/5; at T = 1e6 both are 1/2."""
-    logits = torch.tensor([1 / 3, 2 / 3]).log().expand(4, 2)
-    uniform = torch.tensor([0.19, 0.21, 0.32, 0.34])
-    assert sample_levels(logits, uniform, 1.0)[0].tolist() == [0, 0, 0, 1]
-    assert sample_levels(logits, uniform, 0.5)[0].tolist() == [0, 1, 1, 1]
-    assert sample_levels(logits, torch.tensor([0.49, 0.51, 0.0, 0.99]), 1e6)[0].tolist() == [0, 1, 0, 1]
+@pytest.mark.parametrize(
+    ("probabilities", "uniform", "temperature", "expected"),
+    [
+        ([0.1, 0.2, 0.3, 0.4], [0.0, 0.05, 0.15, 0.29, 0.31, 0.59, 0.61, 1 - 2**-24], 1.0, [0, 0, 1, 1, 2, 2, 3, 3]),
+        ([1 / 3, 2 / 3], [0.19, 0.21, 0.32, 0.34], 1.0, [0, 0, 0, 1]),
+        ([1 / 3, 2 / 3], [0.19, 0.21, 0.32, 0.34], 0.5, [0, 1, 1, 1]),  # 1/5 and 4/5
+        ([1 / 3, 2 / 3], [0.49, 0.51, 0.0, 0.99], 1e6, [0, 1, 0, 1]),  # 1/2 each
+        ([0.3, 0.4, 0.3], [0.0, 0.99], 0, [1, 1]),
+        ([0.4, 0.4, 0.2], [0.0, 0.99], 0, [0, 0]),  # the lowest index of equal ones
+    ],
+)
+def test_levels_by_hand(probabilities, uniform, temperature, expected):
+    """The cumulative distribution of softmax(log p / T) is inverted; temperature 0 takes the argmax."""
+    logits = torch.tensor(probabilities).log().expand(len(uniform), -1)
+    assert sample_levels(logits, torch.tensor(uniform), temperature)[0].tolist() == expected
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0.96, 2.0])
 def test_frequencies(temperature):
-    """200,000 draws: their counts fit softmax(logits / T) by the chi-square test (seed fixed; p would be below 1e-3
-    once in a thousand seeds)."""
+    """200,000 draws fit softmax(logits / T) by the chi-square test; of random seeds one in a thousand would fail."""
     logits = torch.randn(8, generator=torch.Generator().manual_seed(1))
     uniform = torch.rand(200_000, generator=torch.Generator().manual_seed(2))
     counts = torch.bincount(sample_levels(logits.expand(200_000, 8), uniform, temperature)[0], minlength=8).numpy()
@@ -313,8 +259,7 @@ def test_frequencies(temperature):
     ("top_k", "top_p", "kept"), [(0, 1.0, 8), (3, 1.0, 3), (0, 0.7, 4), (2, 0.7, 2), (1, 1.0, 1), (0, 0.01, 1)]
 )
 def test_frequencies_of_what_top_k_and_top_p_leave(top_k, top_p, kept):
-    """Probabilities 0.28, 0.2, 0.16, 0.12, ... : the `kept` largest, renormalised; the chi-square test at 100,000
-    draws."""
+    """Probabilities 0.28, 0.2, 0.16, 0.12, ...: the `kept` largest, renormalised, by the chi-square test."""
     p = np.array([0.04, 0.28, 0.06, 0.2, 0.08, 0.16, 0.06, 0.12])
     uniform = torch.rand(100_000, generator=torch.Generator().manual_seed(3))
     drawn = sample_levels(torch.from_numpy(p).log().expand(100_000, 8), uniform, 1.0, top_k, top_p)[0]
@@ -333,8 +278,7 @@ def test_top_k_1_is_the_argmax():
 
 
 def test_the_head_draws_from_its_joint_distribution():
-    """A head of 2 dimensions with 4 levels: all 16 outcomes of a token, against p(first) p(second | first) from the
-    teacher-forced logits."""
+    """2 dimensions, 4 levels: all 16 outcomes, against p(first) p(second | first) from the teacher-forced logits."""
     model = tiny_model(channel_depth=1, vae_embed_dim=2, quant_levels=4, channel_order=[1, 0])
     z = torch.randn(1, model.mask_token.shape[-1], generator=torch.Generator().manual_seed(6))
     outcomes = torch.cartesian_prod(torch.arange(4), torch.arange(4))  # (16, 2) head order
@@ -378,18 +322,6 @@ def test_channel_order_and_its_inverse():
     assert {"to_head_order", "to_natural_order"}.isdisjoint(model.state_dict())
 
 
-def test_gelu_is_the_exact_one():
-    """The tanh approximation is off by up to 5e-4: at x = 2 the erf form gives 1.954500 and tanh 1.954598."""
-    assert tiny_model().channel_blocks[0].mlp.act(torch.tensor(2.0)).item() == pytest.approx(1.9544997, abs=1e-6)
-
-
-def test_attention_with_one_position_sees_itself_only():
-    """Then the softmax is 1 and the output is proj(v)."""
-    layer = CausalAttention(8, 2)
-    x = torch.randn(3, 1, 8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(layer(x), layer.proj(F.linear(x, layer.qkv.weight[16:], layer.qkv.bias[16:])))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -408,23 +340,19 @@ def test_errors(change, message):
 
 
 def test_the_parallel_head_predicts_each_dimension_from_z_alone():
-    """Its logits do not know the indices, those of the autoregressive head do; it has every parameter of that head but
-    the token embeddings."""
+    """Its logits do not depend on the indices; it has every parameter but the token embeddings."""
     model, other = tiny_model(head="parallel"), tiny_model()
     z, indices = random_inputs(model)
     changed = (indices + 1) % model.num_levels
     assert torch.equal(model.channel_logits(z, indices), model.channel_logits(z, changed))
     assert not torch.equal(other.channel_logits(z, indices), other.channel_logits(z, changed))
-    assert {key for key in other.state_dict() if key not in model.state_dict()} == {
-        f"token_embeddings.{c}.weight" for c in range(15)
-    }
-    assert model.state_dict().keys() < other.state_dict().keys() and model.config.head == "parallel"
+    keys, other_keys = model.state_dict().keys(), other.state_dict().keys()
+    assert keys < other_keys and other_keys - keys == {f"token_embeddings.{c}.weight" for c in range(15)}
 
 
 @torch.no_grad()
 def test_the_parallel_head_samples_from_its_logits():
-    """At temperature 0 the argmax of each dimension; otherwise draws from each softmax, whatever the other dimensions
-    became."""
+    """At temperature 0 each dimension's argmax; otherwise draws from each softmax, independent of the others."""
     model = tiny_model(head="parallel")
     z, _ = random_inputs(model)
     logits = model.channel_logits(z, None)
@@ -435,26 +363,19 @@ def test_the_parallel_head_samples_from_its_logits():
     drawn, _ = model.channel_sample(z[:1].expand(draws, -1), noise, 1.0)
     for c in (0, 7, 15):
         expected = draws * logits[0, c].double().softmax(-1)
-        likely = expected >= 5
         observed = torch.bincount(drawn[:, c], minlength=16).double()
-        assert (
-            chisquare(
-                [*observed[likely], observed[~likely].sum()], [*expected[likely], expected[~likely].sum() + 1e-9]
-            ).pvalue
-            > 1e-4
-        )
+        likely = expected >= 5  # the others together
+        pairs = ((*x[likely], x[~likely].sum() + rest) for x, rest in ((observed, 0), (expected, 1e-9)))
+        assert chisquare(*pairs).pvalue > 1e-4
 
 
 def test_the_parallel_head_learns():
     """A few steps on one batch lower the loss, and every parameter gets a gradient."""
     torch.manual_seed(0)
     model = TokenBridge(**tiny_config(head="parallel"))
-    latents, labels = tiny_batch()
-    mask = torch.ones(4, 16)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    losses = []
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr=3e-3), []
     for _ in range(12):
-        loss = model(latents, labels, mask)
+        loss = model(*tiny_batch(), torch.ones(4, 16))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -27,8 +27,7 @@ def parse_case(case: str) -> tuple[int, float, float]:
 
 
 def near_midpoint(x: np.ndarray, levels: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Where x, mapped to +-3, lies within 1e-6 K of a midpoint between two levels: there float32 may decide either way
-    (golden/README.md)."""
+    """Where x, mapped to +-3, is within 1e-6 K of a midpoint, where float32 may go either way (golden/README.md)."""
     unit = np.clip((x.astype(np.float64) - low) * 6 / (high - low) - 3, -3, 3)
     levels = levels.astype(np.float64)
     midpoints = (levels[1:] + levels[:-1]) / 2
@@ -41,38 +40,26 @@ def test_golden_has_the_seven_cases():
 
 @pytest.mark.parametrize("case", CASES)
 def test_golden(case):
+    """Of the quantizer, and of a model with its bits and range."""
     bits, low, high = parse_case(case)
     expected = {key: GOLDEN[f"{case}_{key}"] for key in ("indices", "values", "reconstruction", "boundaries")}
     num_levels = 2**bits
-    q = GaussianQuantizer(bits, low, high)
-    assert q.boundaries.dtype == q.reconstruction_values.dtype == torch.float32
-    np.testing.assert_allclose(q.boundaries.numpy(), expected["boundaries"], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(
-        q.reconstruction_values.numpy(), expected["reconstruction"], rtol=0, atol=5e-7 * num_levels
-    )
+    q, model = GaussianQuantizer(bits, low, high), tiny_model(quant_levels=num_levels, quant_min=low, quant_max=high)
+    for tables in (q, model):
+        boundaries, levels = tables.boundaries, tables.reconstruction_values
+        assert boundaries.dtype == levels.dtype == torch.float32
+        np.testing.assert_allclose(boundaries.numpy(), expected["boundaries"], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(levels.numpy(), expected["reconstruction"], rtol=0, atol=5e-7 * num_levels)
 
-    x = torch.from_numpy(GOLDEN["x"])
-    indices = q.quantize(x)
-    assert indices.dtype == torch.int64 and indices.shape == x.shape
-    differs = indices.numpy() != expected["indices"]
-    assert not (differs & ~near_midpoint(GOLDEN["x"], expected["reconstruction"], low, high)).any()
-    assert differs.sum() <= (2 if bits == 9 else 0)
-    values = q.dequantize(indices).numpy()
-    np.testing.assert_allclose(values[~differs], expected["values"][~differs], rtol=0, atol=1e-6 * num_levels)
-    np.testing.assert_array_equal(q(x).numpy(), values)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_golden_through_the_model(case):
-    bits, low, high = parse_case(case)
-    model = tiny_model(quant_levels=2**bits, quant_min=low, quant_max=high)
-    indices, values = model.quantize(torch.from_numpy(GOLDEN["x"]).view(5, 7, 11, 13))
-    assert indices.shape == values.shape == (5, 7, 11, 13)
-    differs = indices.flatten().numpy() != GOLDEN[f"{case}_indices"]
-    assert differs.sum() <= (2 if bits == 9 else 0)
-    np.testing.assert_allclose(
-        values.flatten().numpy()[~differs], GOLDEN[f"{case}_values"][~differs], rtol=0, atol=1e-6 * 2**bits
-    )
+    x = torch.from_numpy(GOLDEN["x"]).view(5, 7, 11, 13)
+    for indices, values in ((q.quantize(x), q(x)), model.quantize(x)):
+        assert indices.dtype == torch.int64 and indices.shape == values.shape == x.shape
+        differs = indices.flatten().numpy() != expected["indices"]
+        assert not (differs & ~near_midpoint(GOLDEN["x"], expected["reconstruction"], low, high)).any()
+        assert differs.sum() <= (2 if bits == 9 else 0)
+        same = values.flatten().numpy()[~differs]
+        np.testing.assert_allclose(same, expected["values"][~differs], rtol=0, atol=1e-6 * num_levels)
+        assert torch.equal(q.dequantize(indices), values)
 
 
 def test_one_bit_by_hand():
@@ -81,9 +68,8 @@ def test_one_bit_by_hand():
     assert q.boundaries.tolist() == [-3, 0, 3]
     expected = 0.39451044 / 0.49865010
     assert q.reconstruction_values.tolist() == pytest.approx([-expected, expected], abs=1e-6)
-    assert q(torch.tensor([-7.0, -0.1, 0.1, 7.0])).tolist() == pytest.approx(
-        [-expected * 5 / 3] * 2 + [expected * 5 / 3] * 2, abs=1e-6
-    )
+    outer = expected * 5 / 3
+    assert q(torch.tensor([-7.0, -0.1, 0.1, 7.0])).tolist() == pytest.approx([-outer, -outer, outer, outer], abs=1e-6)
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
@@ -122,8 +108,7 @@ def test_levels_are_conditional_means(bits):
 
 
 def test_all_levels_are_used_equally_by_normal_latents():
-    """What the quantiles are for: on +-3 each of 16 indices gets about 1/16 of normal numbers (an even split of +-3
-    would give 0.001 to 0.15)."""
+    """On +-3 each of 16 indices gets about 1/16 of normal numbers (cells of equal width: 0.001 to 0.15)."""
     x = torch.from_numpy(np.random.default_rng(0).standard_normal(160_000).astype(np.float32))
     counts = torch.bincount(GaussianQuantizer(4, -3, 3).quantize(x), minlength=16).double() / len(x)
     assert counts.min() > 0.035 and counts.max() < 0.085  # nearest-level cells are not exactly the quantile cells
@@ -152,15 +137,11 @@ def test_ties_take_the_lowest_index():
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
-def test_zero_is_a_tie_between_the_two_middle_levels(bits):
-    assert GaussianQuantizer(bits).quantize(torch.zeros(3)).tolist() == [2**bits // 2 - 1] * 3
-
-
-@pytest.mark.parametrize("bits", ALL_BITS)
 def test_levels_quantize_to_themselves(bits):
-    q = GaussianQuantizer(bits, -4, 4)
-    indices = torch.arange(2**bits)
+    """And 0, a tie between the two middle levels, to the lower one."""
+    q, indices = GaussianQuantizer(bits, -4, 4), torch.arange(2**bits)
     assert torch.equal(q.quantize(q.dequantize(indices)), indices)
+    assert q.quantize(torch.zeros(3)).tolist() == [2**bits // 2 - 1] * 3
 
 
 def test_infinity_clamps_to_the_outer_levels():
@@ -230,19 +211,18 @@ def test_lloyd_of_a_few_values_finds_them():
 
 @pytest.mark.parametrize(("kind", "bits"), [("spike", 2), ("spike", 6), ("heavy", 6), ("outside", 6), ("heavy", 12)])
 def test_lloyd_tables_of_odd_latents_are_tables(kind, bits):
-    """Fewer values than levels, heavy tails, all beyond the range: still strictly increasing, and no worse than the
-    Gaussian levels."""
+    """Fewer values than levels, heavy tails, all out of range: increasing, and no worse than the Gaussian levels."""
     rng = np.random.default_rng(0)
     x = {"spike": np.zeros(50), "heavy": rng.standard_cauchy(2000), "outside": rng.normal(9, 0.1, 500)}[kind]
     boundaries, values = lloyd_tables(x, bits, -5.0, 5.0)
     check_tables(boundaries, values)
-    errors = {
-        k: float(
-            (build_quantizer(k, bits, -5, 5, latents=x)(torch.from_numpy(x)) - torch.from_numpy(x)).square().mean()
-        )
-        for k in ("lloyd", "gaussian")
-    }
-    assert errors["lloyd"] <= errors["gaussian"] + 1e-6
+    latents = torch.from_numpy(x)
+    quantizers = (build_quantizer(kind, bits, -5, 5, latents=x) for kind in ("lloyd", "gaussian"))
+    lloyd, gaussian = ((q(latents) - latents).square().mean().item() for q in quantizers)
+    assert lloyd <= gaussian + 1e-6
+
+
+TWO_LEVELS = dict(kind="x", boundaries=[-3, 0, 3], reconstruction_values=[-1, 1], min=-5, max=5)
 
 
 @pytest.mark.parametrize(
@@ -251,22 +231,13 @@ def test_lloyd_tables_of_odd_latents_are_tables(kind, bits):
         ("{", "does not describe a quantizer"),
         ("[]", "does not describe a quantizer"),
         ('{"kind": "lloyd"}', "does not describe a quantizer"),
-        (
-            '{"kind": "x", "boundaries": [-3, 0, 3], "reconstruction_values": [1, -1], "min": -5, "max": 5}',
-            "no quantizer's tables",
-        ),
-        (
-            '{"kind": "x", "boundaries": [-3, 0, 3], "reconstruction_values": [-1, 1], "min": 5, "max": -5}',
-            "quant_min < quant_max",
-        ),
-        (
-            '{"kind": "x", "boundaries": [-3, 0, 3], "reconstruction_values": [-1, NaN], "min": -5, "max": 5}',
-            "reconstruction_values is nan, expected a finite number",
-        ),
+        (TWO_LEVELS | dict(reconstruction_values=[1, -1]), "no quantizer's tables"),
+        (TWO_LEVELS | dict(min=5, max=-5), "quant_min < quant_max"),
+        (TWO_LEVELS | dict(reconstruction_values=[-1, math.nan]), "is nan, expected a finite number"),
     ],
 )
 def test_files_that_hold_no_tables(tmp_path, content, words):
-    (tmp_path / "q.json").write_text(content)
+    (tmp_path / "q.json").write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError, match=words):
         read_quantizer(tmp_path / "q.json")
     with pytest.raises(FileNotFoundError, match="no quantizer tables at .*absent"):
@@ -277,9 +248,5 @@ def test_a_description_is_read_back(tmp_path):
     q = build_quantizer("uniform", 5, -4, 3)
     (tmp_path / "q.json").write_text(json.dumps(q.description()))
     again = read_quantizer(tmp_path / "q.json")
-    assert again.description() == q.description() and (again.kind, again.bits, again.min_value, again.max_value) == (
-        "uniform",
-        5,
-        -4.0,
-        3.0,
-    )
+    assert again.description() == q.description()
+    assert (again.kind, again.bits, again.min_value, again.max_value) == ("uniform", 5, -4.0, 3.0)

@@ -60,7 +60,7 @@ def sample(model, **options):
 @pytest.mark.parametrize("head_start", ["official", "trained"])
 def test_replaying_changes_no_token(options, head_start):
     """Nor does a second batch, which finds the graphs of the first."""
-    model = uncompiled(tiny_model(head_start=head_start))
+    model = uncompiled(tiny_model(head_start=head_start, vae_embed_dim=4, channel_depth=1))
     expected = sample(model, **options)
     for _ in range(2):
         assert torch.equal(sample(model, compile=True, **options), expected)
@@ -105,9 +105,7 @@ def test_a_large_batch_is_not_replayed(monkeypatch):
     """Its blocks are compiled all the same, and only while the loop runs."""
     monkeypatch.setattr(compiled, "MOST_REPLAYED_SLOTS", 2 * 2 * (5 + 16) - 1)
     model, calls = tiny_model(), []
-    CompiledSampler.of(
-        model, compile=lambda function, dynamic: lambda x: calls.append(x) or function(x), capture=Replayed
-    )
+    CompiledSampler.of(model, compile=lambda f, dynamic: lambda x: calls.append(x) or f(x), capture=Replayed)
     assert torch.equal(sample(model, compile=True), sample(tiny_model()))
     assert CompiledSampler.of(model).launches == 0 and len(calls) >= 8 * (2 + 2)
     assert all(block._compiled_call_impl is None for block in model.encoder_blocks)

@@ -63,10 +63,8 @@ def test_stopping_early_and_callbacks(pipeline):
     next(iterator)
     iterator.close()
     assert not torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
-    calls = []
-    pipeline.generate(
-        [1, 2, 3], batch_size=2, on_step=lambda s: calls.append((list(s.numbers), s.step, len(s.images()))), **OPTIONS
-    )
+    calls, options = [], dict(batch_size=2) | OPTIONS
+    pipeline.generate([1, 2, 3], on_step=lambda s: calls.append((list(s.numbers), s.step, len(s.images()))), **options)
     assert calls == [([0, 1], i, 2) for i in range(3)] + [([2], i, 1) for i in range(3)]
 
 

@@ -1,5 +1,4 @@
-"""models/sampling/packed.py: the layers give the same numbers packed, come back as they were, and the sampler uses them
-with the weights of the moment."""
+"""models/sampling/packed.py: packed layers give the same numbers, come back, and follow changes of the weights."""
 
 import copy
 
@@ -61,8 +60,7 @@ def test_layers_come_back():
 @pytest.mark.usefixtures("small_too")
 @pytest.mark.parametrize("training", [False, True])
 def test_the_sampler_packs_and_draws_the_same(monkeypatch, training):
-    """All products are packed ones but the last decoder block's queries and keys and values; gradients flow between the
-    steps."""
+    """All products are packed but the last decoder block's q and kv; gradients flow between the steps."""
     model, ops = tiny_model().train(training), RecordOps()
     steps = model.sample_steps(2, num_iter=4, cfg=2.0, labels=[3, 7], seeds=[1, 2])
     with ops:

@@ -12,17 +12,8 @@ from models.sampling.orders import SEQUENCES, token_orders
 from models.sampling.schedules import guidance_scale, keep_masked, unmasking_plan
 from models.tokenbridge import TokenBridge
 from tests.helpers import RecordOps, golden_arrays, golden_json, tiny_model
+from tools.bench.counting import SYNC_OPS
 
-HOST_SYNCS = {
-    "_local_scalar_dense",
-    "nonzero",
-    "masked_select",
-    "equal",
-    "is_nonzero",
-    "_unique2",
-    "unique_dim",
-    "item",
-}
 MANY_N = [1, 2, 3, 4, 6, 7, 8, 9, 12, 15, 16, 17, 24, 48, 64, 100, 192, 255, 256, 257, 300, 512]
 
 
@@ -37,50 +28,40 @@ def fixed_orders(batch: int) -> Tensor:
     return torch.from_numpy(np.stack([rng.permutation(16) for _ in range(batch)]))
 
 
+def golden_sample(number: int, head_start: str = "official") -> tuple[Tensor, Tensor]:
+    """Latents (B, C, H, W) and tokens (B, L, C) of a golden case at its own steps, guidance and labels."""
+    settings, golden = golden_json(f"sample_tiny_{number}"), golden_arrays(f"sample_tiny_{number}")
+    model = tiny_model(head_start=head_start, **settings["config"])
+    options = {name: settings[name] for name in ("num_iter", "cfg", "cfg_schedule", "temperature")}
+    labels = torch.from_numpy(golden["labels"]) if settings["labels"] else None
+    orders = torch.from_numpy(golden["orders"])
+    latents = model.sample_tokens(len(orders), labels=labels, orders=orders, **options)
+    return latents, model.quantize(latents.flatten(2).transpose(1, 2))[0]
+
+
 @pytest.mark.parametrize("number", range(5))
 def test_golden(number):
-    """All tokens equal, latents too; every golden case at its own steps, guidance and labels."""
-    settings, golden = golden_json(f"sample_tiny_{number}"), golden_arrays(f"sample_tiny_{number}")
-    model = tiny_model(head_start="official", **{k: v for k, v in settings["config"].items()})
-    latents = model.sample_tokens(
-        len(golden["orders"]),
-        num_iter=settings["num_iter"],
-        cfg=settings["cfg"],
-        cfg_schedule=settings["cfg_schedule"],
-        labels=torch.from_numpy(golden["labels"]) if settings["labels"] else None,
-        temperature=settings["temperature"],
-        orders=torch.from_numpy(golden["orders"]),
-    )
-    np.testing.assert_array_equal(model.quantize(latents.flatten(2).transpose(1, 2))[0].numpy(), golden["tokens"])
+    """All tokens equal, latents too."""
+    golden, (latents, tokens) = golden_arrays(f"sample_tiny_{number}"), golden_sample(number)
+    np.testing.assert_array_equal(tokens.numpy(), golden["tokens"])
     np.testing.assert_allclose(latents.numpy(), golden["latents"], rtol=0, atol=1e-6 * 16)
 
 
 def test_the_goldens_cover_schedules_steps_and_labels():
     cases = [golden_json(f"sample_tiny_{i}") for i in range(5)]
     assert [c["num_iter"] for c in cases] == [1, 4, 4, 16, 20]
-    assert {c["cfg_schedule"] for c in cases} == {"linear", "constant"} and {c["labels"] for c in cases} == {
-        True,
-        False,
-    }
+    assert {c["cfg_schedule"] for c in cases} == {"linear", "constant"}
+    assert {c["labels"] for c in cases} == {True, False}
 
 
 def test_the_trained_start_is_another_model():
     """So the switch does something: the golden tokens are not met with head_start="trained"."""
-    golden = golden_arrays("sample_tiny_1")
-    model = tiny_model(head_start="trained")
-    latents = model.sample_tokens(
-        3,
-        num_iter=4,
-        labels=torch.from_numpy(golden["labels"]),
-        temperature=0,
-        orders=torch.from_numpy(golden["orders"]),
-    )
-    assert (model.quantize(latents.flatten(2).transpose(1, 2))[0].numpy() != golden["tokens"]).mean() > 0.1
+    _, tokens = golden_sample(1, head_start="trained")
+    assert (tokens.numpy() != golden_arrays("sample_tiny_1")["tokens"]).mean() > 0.1
 
 
 def test_plan_by_hand():
-    """L = 16, N = 4: floor(16 cos(pi/8)) = floor(14.78), floor(16 cos(pi/4)) = floor(11.31), floor(16 cos(3 pi/8)) =
-    floor(6.12), then the rest."""
+    """L = 16, N = 4: floor(16 cos(k pi/8)) is floor(14.78), floor(11.31), floor(6.12), then the rest."""
     assert unmasking_plan(4, 16) == [(16, 14, 14), (14, 11, 11), (11, 6, 6), (6, 0, 1)]
     assert unmasking_plan(1, 16) == [(16, 0, 1)]
     assert unmasking_plan(3, 16) == [(16, 13, 13), (13, 8, 8), (8, 0, 1)]  # cos(pi/3) = 1/2 lands on 8
@@ -93,9 +74,8 @@ def test_plan_by_brute_force(num_iter, num_tokens):
     masked = np.ones(num_tokens, dtype=bool)
     for step, (before, after, keep) in enumerate(unmasking_plan(num_iter, num_tokens)):
         assert before == masked.sum()
-        expected = max(
-            1, min(int(masked.sum()) - 1, int(np.floor(num_tokens * np.cos(math.pi / 2 * (step + 1) / num_iter))))
-        )
+        floor = int(np.floor(num_tokens * np.cos(math.pi / 2 * (step + 1) / num_iter)))
+        expected = max(1, min(int(masked.sum()) - 1, floor))
         assert keep == expected
         masked[:] = False
         masked[: 0 if step == num_iter - 1 else expected] = True
@@ -156,19 +136,14 @@ def test_guidance_scales_that_the_sampler_uses(schedule, expected):
 def count_passes(model: TokenBridge, **arguments: object) -> tuple[list[tuple[int, int]], list[int]]:
     """(rows, length) of every encoder pass, and the tokens of every head pass, of one call of the sampler."""
     passes, heads = [], []
-    hooks = [
-        model.encoder_blocks[0].register_forward_hook(lambda module, args, out: passes.append(tuple(out.shape[:2]))),
-        model.condition_proj.register_forward_hook(lambda module, args, out: heads.append(len(out))),
-    ]
+    model.encoder_blocks[0].register_forward_hook(lambda module, args, out: passes.append(tuple(out.shape[:2])))
+    model.condition_proj.register_forward_hook(lambda module, args, out: heads.append(len(out)))
     greedy(model, **arguments)
-    for hook in hooks:
-        hook.remove()
     return passes, heads
 
 
 def test_without_guidance_the_unconditional_pass_is_skipped():
-    """B rows, growing by what was revealed (5 buffer slots); with guidance 2B rows, but B and 1 while nothing is; the
-    head always B."""
+    """B rows, growing by what was revealed (5 buffer slots); guided 2B rows, or B and 1 while nothing is visible."""
     lengths = [5, 5 + 2, 5 + 5, 5 + 10]
     for schedule in ("linear", "constant"):
         assert count_passes(tiny_model(), cfg=1.0, cfg_schedule=schedule) == ([(2, n) for n in lengths], [4, 6, 10, 12])
@@ -191,8 +166,7 @@ def test_guidance_formula():
 
 
 def test_each_step_continues_from_the_dequantized_tokens():
-    """Sampling in 4 steps is 4 teacher-forced passes: at every step the masked forward over what is known gives the
-    same new tokens."""
+    """Sampling in 4 steps is 4 teacher-forced passes: masked forwards over what is known give the same new tokens."""
     model, orders = tiny_model(head_start="trained"), fixed_orders(2)
     final = greedy(model)
     labels = torch.tensor([3, 7])
@@ -210,17 +184,10 @@ def test_each_step_continues_from_the_dequantized_tokens():
 @pytest.mark.parametrize("num_iter", [1, 2, 16, 17, 40])
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_any_number_of_steps(num_iter, cfg):
-    """Every latent is a level of the quantizer, in one step, one token a step, or with idle steps; on_step hears of
-    each."""
+    """Every latent is a level, in one step, one token a step, or with idle steps; on_step is called for each."""
     model, steps = tiny_model(), []
-    latents = model.sample_tokens(
-        3,
-        num_iter=num_iter,
-        cfg=cfg,
-        labels=[1, 2, 3],
-        seeds=[1, 2, 3],
-        on_step=lambda step, total: steps.append((step, total)),
-    )
+    options = dict(labels=[1, 2, 3], seeds=[1, 2, 3], on_step=lambda step, total: steps.append((step, total)))
+    latents = model.sample_tokens(3, num_iter=num_iter, cfg=cfg, **options)
     assert latents.shape == (3, 16, 4, 4) and latents.dtype == torch.float32
     levels = model.dequantize(torch.arange(16))
     assert torch.isin(latents, levels).all() and len(latents.unique()) > 4
@@ -228,8 +195,7 @@ def test_any_number_of_steps(num_iter, cfg):
 
 
 def test_one_token_at_a_time():
-    """L steps reveal between one and a few tokens each; more steps than tokens give the same first token, and idle
-    steps run no pass."""
+    """With more steps than tokens, idle steps run no pass."""
     passes, heads = count_passes(tiny_model(), num_iter=40)
     assert len(passes) == len(heads) <= 16 and sum(heads) == 2 * 16
 
@@ -265,12 +231,10 @@ def test_no_labels_means_fake_latent():
 
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
 def test_a_seed_is_an_image_whatever_the_batch(cfg):
-    model, seeds, labels = tiny_model(), [11, 12, 13, 14, 15, 16], [0, 1, 2, 3, 4, 5]
+    model = tiny_model()
 
     def images(*numbers: int) -> Tensor:
-        return model.sample_tokens(
-            len(numbers), 4, cfg, labels=[labels[i] for i in numbers], seeds=[seeds[i] for i in numbers]
-        )
+        return model.sample_tokens(len(numbers), 4, cfg, labels=numbers, seeds=[11 + i for i in numbers])
 
     together = images(0, 1, 2, 3, 4, 5)
     assert torch.equal(torch.cat([images(0, 1), images(2, 3, 4), images(5)]), together)
@@ -289,9 +253,8 @@ def test_seeds_are_not_labels():
 
 def test_generator_and_global_state():
     model = tiny_model()
-    first, same, other = (
-        model.sample_tokens(2, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
-    )
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
+    first, same, other = (model.sample_tokens(2, 4, generator=generator) for generator in generators)
     assert torch.equal(first, same) and not torch.equal(first, other)
     torch.manual_seed(1)
     one, two = model.sample_tokens(2, 4), model.sample_tokens(2, 4)
@@ -300,8 +263,7 @@ def test_generator_and_global_state():
 
 
 def test_given_orders_are_used():
-    """At temperature 0 nothing else is random: another order is another image, the same order the same one whatever the
-    seed."""
+    """At temperature 0 nothing else is random: another order is another image, whatever the seed."""
     model, orders = tiny_model(), fixed_orders(2)
     first, same = (greedy(model, orders=orders, seeds=seeds) for seeds in ([1, 2], [3, 4]))
     assert torch.equal(first, same) and not torch.equal(first, greedy(model, orders=orders.flip(1)))
@@ -319,19 +281,13 @@ def test_temperature():
 
 
 def test_draws_follow_the_logits():
-    """One step, 1,000 images of one class: the first dimension in head order is distributed as the softmax of its
-    logits at T = 0.8."""
-    model = tiny_model(head_start="trained")
+    """One step, 1,000 images of a class: the leading dimension follows the softmax of its logits at T = 0.8."""
+    model = tiny_model(head_start="trained", vae_embed_dim=3, channel_order=[2, 0, 1])
     with torch.no_grad():
-        # token 6
-        logits = (
-            model(torch.zeros(1, 16, 4, 4), torch.tensor([4]), torch.ones(1, 16), return_details=True)
-            .logits[6, 0]
-            .double()
-        )
-    expected = (logits / 0.8).softmax(-1)
+        details = model(torch.zeros(1, 3, 4, 4), torch.tensor([4]), torch.ones(1, 16), return_details=True)
+    expected = (details.logits[6, 0].double() / 0.8).softmax(-1)
     latents = model.sample_tokens(1000, 1, labels=[4] * 1000, temperature=0.8, seeds=range(1000))
-    drawn = model.quantize(latents[:, 8, 1, 2])[0]  # dimension 8 leads KL-16's order; token 6 is row 1, column 2
+    drawn = model.quantize(latents[:, 2, 1, 2])[0]  # dimension 2 leads the order; token 6 is row 1, column 2
     counts = torch.bincount(drawn, minlength=16).double() / 1000
     assert ((counts - expected).abs() <= 4 * (expected * (1 - expected) / 1000).sqrt() + 1e-3).all()
 
@@ -353,17 +309,16 @@ def test_no_host_sync(cfg, temperature):
     model = tiny_model()
     with RecordOps() as ops:
         model.sample_tokens(2, 8, cfg=cfg, temperature=temperature, seeds=[1, 2])
-    assert len(ops.names) > 500 and HOST_SYNCS.isdisjoint(ops.names)
+    assert len(ops.names) > 500 and SYNC_OPS.isdisjoint(ops.names)
 
 
 def test_no_host_sync_in_the_loop_with_labels_and_orders():
     """Those are checked where they lie, on the CPU, before the loop; after the first encoder pass nothing waits."""
     model, ops, first = tiny_model(), RecordOps(), []
-    hook = model.z_proj.register_forward_pre_hook(lambda *_: first.append(len(ops.names)))
+    model.z_proj.register_forward_pre_hook(lambda *_: first.append(len(ops.names)))
     with ops:
         greedy(model, cfg=2.0)
-    hook.remove()
-    assert len(first) == 4 + 1 and HOST_SYNCS.isdisjoint(ops.names[first[0] :])
+    assert len(first) == 4 + 1 and SYNC_OPS.isdisjoint(ops.names[first[0] :])
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,8 @@ from util.presets import load_preset
 
 SPEC = (REPO / "docs" / "spec.md").read_text()
 DOC = (REPO / "docs" / "reproduce.md").read_text()
-VARIANTS = [{}, {"quick": True}, {"guidance": (1.0, 4.0)}, {"demo": True}, {"train": "large"}]
-VARIANTS += [{"train": "huge", "gpus": 4}, {"train": "large", "demo": True, "steps": 20}]
+VARIANTS = [{}, {"quick": True}, {"guidance": (1.0, 4.0)}, {"demo": True, "data_path": ""}, {"train": "large"}]
+VARIANTS += [{"train": "huge", "gpus": 4}, {"train": "large", "demo": True, "steps": 20, "data_path": ""}]
 
 
 def words_of_spec() -> list[str]:
@@ -88,7 +88,8 @@ def test_dry_run_prints_the_published_commands(name: str, more: str, capsys: pyt
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_every_command_is_accepted_by_its_script(changes: dict, tmp_path: Path) -> None:
-    options = Options(data_path="DIR", output_dir=str(tmp_path), demo_dir=str(tmp_path / "none"), **changes)
+    places = dict(data_path="DIR", output_dir=str(tmp_path), demo_dir=str(tmp_path / "none"))
+    options = Options(**places | changes)
     stages = Plan(options).stages()
     assert len({stage.name for stage in stages}) == len(stages)
     for words in (stage.command for stage in stages if stage.command):
@@ -137,6 +138,10 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("good", "--train huge --quick", 8, r"quick does not go with train"),
         ("good", "--demo --quick", 8, r"quick does not go with demo"),
         ("good", "--guidance -1", 8, r"guidance must be at least 0, got -1.0"),
+        ("good", "--guidance 2 --only speed", 8, r"guidance goes with large and huge, only speed has neither"),
+        ("good", "--demo", 8, r"data_path does not go with demo, which has its own images \(--data_path\)"),
+        ("good", "--steps 100", 8, r"steps goes with train only \(--steps\)"),
+        ("good", "--demo_dir x", 8, r"demo_dir goes with demo only \(--demo_dir\)"),
         (None, "", 8, r"data_path is needed: the ImageNet folder .*\(--data_path\)"),
     ],
 )

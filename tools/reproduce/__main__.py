@@ -24,10 +24,12 @@ from tools.reproduce.plan import CLASSES, Options, Plan
 from tools.reproduce.report import build_report, problems, write_report
 from training.progress import duration
 from util import dist
-from util.cli import ROOT, check_writable, make_parser, run_cli
+from util.cli import ROOT, check_writable, make_parser, parse, run_cli
 from util.locks import folder_lock
 from util.options import ArgumentError, add_options, flag_names, read_options
 from util.stages import StageRunner
+
+NEEDS = {"steps": "train", "cached_path": "train", "bands": "train", "demo_dir": "demo"}  # flag -> another
 
 
 def print_commands(stages: Sequence[PlannedStage]) -> None:
@@ -110,9 +112,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add_options(parser, Options)
     parser.add_argument("--dry_run", action="store_true", help="print the commands, and do nothing")
-    args = parser.parse_args(argv)
+    args, given = parse(parser, argv)
     with flag_names(parser):
         options = read_options(Options, args)
+        for name, other in NEEDS.items():
+            if name in given and not getattr(args, other):
+                raise ArgumentError(name, f"{name} goes with {other} only")
         if args.dry_run:
             return print_commands(Plan(options).stages())
         if Path.cwd() != ROOT:  # the published paths are relative to the repository

@@ -64,8 +64,11 @@ class Options:
         for name in ("quick", "only", "guidance") if self.train else ():
             if getattr(self, name):
                 raise ArgumentError(name, f"{name} does not go with train, which runs a training only")
-        if self.quick and self.demo:
-            raise ArgumentError("quick", "quick does not go with demo, which is quicker")
+        if self.guidance and not set(MODELS_PUBLISHED) & set(self.sections):
+            raise ArgumentError("guidance", f"guidance goes with large and huge, only {self.only} has neither")
+        for name, reason in (("quick", "which is quicker"), ("data_path", "which has its own images")):
+            if self.demo and getattr(self, name):
+                raise ArgumentError(name, f"{name} does not go with demo, {reason}")
 
     @property
     def sections(self) -> tuple[str, ...]:
