@@ -146,7 +146,8 @@ def run_cli(main: Callable[[], object]) -> int:
     0; 2 for bad input, and files that cannot be read or written (ValueError, OSError); 130 after ctrl-C; 1 for what
     was not foreseen, whose line says what was being done. TOKENBRIDGE_DEBUG=1 shows the traceback instead.
     """
-    started_here = signal.getsignal(signal.SIGINT) is start.end_at_once
+    before, code = signal.getsignal(signal.SIGINT), 0
+    started_here = before is start.end_at_once
     if started_here:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
@@ -157,6 +158,7 @@ def run_cli(main: Callable[[], object]) -> int:
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes on what the terminal sent already
         code, text = start.INTERRUPTED, "interrupted"
     except Exception as error:
         code = 2 if isinstance(error, (ValueError, OSError)) else 1
@@ -166,9 +168,11 @@ def run_cli(main: Callable[[], object]) -> int:
         if os.environ.get("TOKENBRIDGE_DEBUG"):
             raise
     finally:
-        if started_here:
+        if started_here and code != start.INTERRUPTED:
             signal.signal(signal.SIGINT, start.end_at_once)
     print(text, file=sys.stderr, flush=True)
+    if code == start.INTERRUPTED:
+        signal.signal(signal.SIGINT, start.end_quietly if started_here else before)
     return code
 
 

@@ -19,6 +19,11 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
     os._exit(INTERRUPTED)
 
 
+def end_quietly(number: int, frame: FrameType | None) -> None:
+    """Handler of SIGINT after the line that says so."""
+    os._exit(INTERRUPTED)
+
+
 def is_a_command() -> bool:
     """Whether Python was started with `-m` or with a script of this repository."""
     script, root = os.path.realpath(sys.argv[0]), os.path.dirname(os.path.dirname(os.path.realpath(__file__)))

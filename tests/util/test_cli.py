@@ -340,6 +340,15 @@ def test_ctrl_c_is_taken_over_by_commands_only(monkeypatch, script, expected):
 
 
 DURING_IMPORTS = "import sys; sys.argv[0] = '-m'; import os, util.start; os.kill(os.getpid(), 2); print('went on')"
+TWICE = """
+import os, sys
+sys.argv[0] = "-m"
+import util.start
+from util.cli import run_cli
+code = run_cli(lambda: os.kill(os.getpid(), 2))
+os.kill(os.getpid(), 2)
+print("went on")
+"""
 IN_A_WORKER = """
 import os, signal, sys
 sys.argv[0] = "-m"
@@ -373,7 +382,12 @@ sys.exit(run_cli(main))
 
 @pytest.mark.parametrize(
     ("code", "out"),
-    [(DURING_IMPORTS, ""), (IN_A_WORKER, "the worker went on\n"), (IN_A_SPAWNED_WORKER, "the worker went on\n")],
+    [
+        (DURING_IMPORTS, ""),
+        (TWICE, ""),
+        (IN_A_WORKER, "the worker went on\n"),
+        (IN_A_SPAWNED_WORKER, "the worker went on\n"),
+    ],
 )
 def test_ctrl_c_in_a_process_of_its_own(code, out):
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60)
