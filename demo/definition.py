@@ -10,6 +10,8 @@ from sklearn.base import BaseEstimator, clone
 
 from evaluation.metrics import FeatureStatistics, fid
 
+TORCHRUN = "torchrun --standalone --nproc_per_node=2"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
@@ -23,6 +25,7 @@ class Demo:
     estimator: BaseEstimator  # the classifier, unfitted; decision_function gives one margin per pair of classes
     img_size: int  # pixels
     vae: str  # flags of main_vae.py
+    vae_launcher: str = "python"  # or TORCHRUN
     quantizers: str  # flags of reconstruction.py
     sampling: Mapping[str, float | str]  # options of the sampler
     sizes: Mapping[str, int]  # vae_steps, steps, samples, reconstructed (held-out images)

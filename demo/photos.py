@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 from dataset.images import atomic_write, read_image
-from demo.definition import Demo
+from demo.definition import TORCHRUN, Demo
 
 SIZE, HEIGHT = 64, 288  # pixels: side of a crop; height to which each picture is resized first
 QUARTER = HEIGHT // 4  # rows that are held out, at the bottom or, of these classes, at the top
@@ -105,11 +105,12 @@ PHOTOS = Demo(
     features=features,
     estimator=make_pipeline(StandardScaler(), SVC(C=10, decision_function_shape="ovo")),
     img_size=SIZE,
-    vae="--vae_embed_dim 8 --width 16 --ch_mult 1,2,4,4 --norm_groups 2 --num_res_blocks 1 --no_attention"
-    " --kl_weight 2e-6 --lr 2e-3 --batch_size 8",
+    vae="--vae_embed_dim 8 --width 8 --ch_mult 1,1,4,8 --norm_groups 1 --num_res_blocks 1 --no_attention"
+    " --kl_weight 2e-6 --lr 1e-3 --batch_size 4",
+    vae_launcher=TORCHRUN,
     quantizers="--bits 6 3 4 5 7 8 --range 5.0 2.0 3.0 4.0",
     sampling=dict(cfg=2.0, temperature=0.9, num_iter=16),
-    sizes=dict(vae_steps=4000, steps=1600, samples=100, reconstructed=200),
+    sizes=dict(vae_steps=3000, steps=1600, samples=100, reconstructed=200),
     expected={  # of shorter trainings, docs/demos.md; at this size not measured
         "images": "93 %",
         "train VAE": "18.5 dB or more",

@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 
 from dataset.images import atomic_write, read_image
-from demo.definition import Classifier, Demo, list_images
+from demo.definition import TORCHRUN, Classifier, Demo, list_images
 from demo.digits import DIGITS
 from demo.photos import PHOTOS
 from tools.plot import read_columns, smooth
@@ -38,14 +38,14 @@ TRAINING = "main_tokenbridge.py --preset {name} --use_cached" + ON_CPU
 # Name -> command, with {out}, a demo's fields and its sizes filled in.
 COMMANDS = {
     "images": "",  # done in this process
-    "train VAE": "python main_vae.py --data_path {out}/{name} --img_size {img_size} --no_flip {vae}"
+    "train VAE": "{vae_launcher} main_vae.py --data_path {out}/{name} --img_size {img_size} --no_flip {vae}"
     " --max_steps {vae_steps} --save_freq 200 --log_freq 50 --output_dir {out}/vae --resume {out}/vae" + ON_CPU,
     "reconstruct": "python reconstruction.py --vae_path {out}/vae/vae.pth --image_dir {out}/{name}/val"
     " --img_size {img_size} {quantizers} --images_per_class all --num_images {reconstructed} --no_rfid --save_images"
     " --grid_images 10 --output_dir {out}/reconstruction" + ON_CPU,
     "cache": "python main_cache.py --vae_path {out}/vae/vae.pth --data_path {out}/{name} --img_size {img_size}"
     " --no_flip --cached_path {out}/cache" + ON_CPU,
-    "train TokenBridge": "torchrun --standalone --nproc_per_node=2 " + TRAINING + " --max_steps {steps}"
+    "train TokenBridge": TORCHRUN + " " + TRAINING + " --max_steps {steps}"
     " --vae_path {out}/vae/vae.pth --cached_path {out}/cache --output_dir {out}/model --resume {out}/model",
     "sample": "python main_tokenbridge.py --sample --resume {out}/model --vae_path {out}/vae/vae.pth --classes all"
     " --seed 0 --num_images {samples} {sampling} --output_dir {out}/samples" + ON_CPU,
@@ -164,7 +164,7 @@ def run_stages(stages: Sequence[Stage], out: Path) -> list[dict]:
 def fill(word: str, values: Mapping[str, object]) -> list[str]:
     """A word of COMMANDS with its values: one word, or the several flags that {vae} and the like stand for."""
     filled = word.format(**values)
-    return filled.split() if word in ("{vae}", "{quantizers}", "{sampling}") else [filled]
+    return filled.split() if word in ("{vae_launcher}", "{vae}", "{quantizers}", "{sampling}") else [filled]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
