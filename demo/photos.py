@@ -111,9 +111,9 @@ PHOTOS = Demo(
     quantizers="--bits 6 3 4 5 7 8 --range 5.0 2.0 3.0 4.0",
     sampling=dict(cfg=2.0, temperature=0.9, num_iter=16),
     sizes=dict(vae_steps=3000, steps=1600, samples=100, reconstructed=200),
-    expected={  # of shorter trainings, docs/demos.md; at this size not measured
+    expected={
         "images": "93 %",
-        "train VAE": "18.5 dB or more",
+        "train VAE": "22.5 dB or more",
         "reconstruct": "6 bits within 0.2 dB of the VAE",
         "cache": "4000",
     },
