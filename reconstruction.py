@@ -164,7 +164,7 @@ def run(options: ReconstructionOptions, settings: dict, device: torch.device) ->
         raise ArgumentError("image_dir", f"{options.image_dir}: not one of the {len(bad)} chosen images can be read")
     if measures.extractor is not None and len(done) < 2:
         measures.no_rfid = measures.no_fid = f"it needs at least two images, there is {len(done)}"
-    originals = out.originals.merge().as_dict() if measures.no_rfid is None else None
+    originals = out.originals.merge().pool.as_dict() if measures.no_rfid is None else None
     about = (len(done), vae.embed_dim, device, originals, measures.reference, options.beside_published)
     rows = [summarise(variant, *about) for variant in variants]
     pictures, first_scores = gathered(out.pictures), gathered(variants[1].scores)

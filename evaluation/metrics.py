@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.inception import FEATURE_DIM, LOGITS_DIM
-from util.dist import all_reduce_sum, float32_precision
+from evaluation.inception import FEATURE_DIM, LOGITS_DIM, SPATIAL_DIM
+from util.dist import all_reduce_sum, float32_precision, gather_objects, gather_to_main
 
 CPU = torch.device("cpu")
 IS_SPLITS, IS_SEED = 10, 2020  # parts over which the Inception Score is averaged, torch-fidelity's shuffle
@@ -215,29 +215,71 @@ def fid_infinity(features: Tensor, reference: Statistics, points: int = 10) -> f
     return float(np.polyfit(1 / sizes, distances, 1)[1])
 
 
-@dataclass
-class Generated:
-    """What metrics are computed from: the generated images of all processes."""
+class FeatureSums:
+    """What every score is computed from: sums over the features of numbered images, merged over all processes.
 
-    pool: FeatureStatistics
-    spatial: FeatureStatistics | None
-    classes: InceptionScoreSums
-    features: Tensor | None  # (N, 2048) pool features on the CPU, where a metric keeps them
-    device: torch.device = CPU  # for distances of all pairs of images
+    num_images: of all processes, for the Inception Score; None without it. spatial: ADM's spatial features too. keep:
+    numbers of the images whose pool features are kept. device: for distances of all pairs of images.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_images: int | None = None,
+        *,
+        spatial: bool = False,
+        keep: Collection[int] = (),
+        device: torch.device = CPU,
+    ):
+        self.pool = FeatureStatistics(dim)
+        self.spatial = FeatureStatistics(SPATIAL_DIM) if spatial else None
+        self.classes = None if num_images is None else InceptionScoreSums(num_images)
+        self.keep, self.device = keep, device
+        self.kept: dict[int, Tensor] = {}  # first image of a batch -> pool features of its images
+        self.features: Tensor | None = None  # (N, F) of the kept images in their order, on the CPU, after `merge`
+
+    def add(self, numbers: Sequence[int], found: dict[str, Tensor]) -> None:
+        """Features of the images with these numbers, by FEATURE_KEYS."""
+        self.pool.update(found["2048"])
+        if self.spatial is not None:
+            self.spatial.update(found["spatial"])
+        if self.classes is not None:
+            self.classes.update(numbers, found["logits_unbiased"])
+        if rows := [row for row, number in enumerate(numbers) if number in self.keep]:
+            self.kept[numbers[0]] = found["2048"][rows].cpu()
+
+    def merge(self, features_everywhere: bool = False) -> "FeatureSums":
+        """All processes' sums, in place on every process; the kept features on rank 0 only, unless everywhere."""
+        for sums in (self.pool, self.spatial, self.classes):
+            if sums is not None:
+                sums.merge()
+        if not self.keep:
+            return self
+        parts, self.kept = (gather_objects if features_everywhere else gather_to_main)(self.kept), {}
+        if parts is not None:
+            owner = {first: batches for batches in parts for first in batches}
+            self.features = torch.empty(len(self.keep), len(self.pool.mean))
+            done = 0
+            for first in sorted(owner):
+                part = owner[first].pop(first)  # batches are freed as they are copied
+                self.features[done : done + len(part)] = part
+                done += len(part)
+            self.features = self.features[:done]
+        return self
 
 
 @dataclass(frozen=True)
 class Metric:
     """A metric of the registry. It is computed where the reference has what it needs."""
 
-    compute: Callable[[Generated, Reference], Sequence[float]]  # the columns' values
+    compute: Callable[[FeatureSums, Reference], Sequence[float]]  # the columns' values
     columns: dict[str, str]  # key in records and CSV -> title in tables; without a title, only in records and CSV
     needs: str | None = None  # the attribute of Reference that must be there
-    keeps_features: bool = False  # whether it needs Generated.features
+    keeps_features: bool = False  # whether it needs FeatureSums.features
     on_request: bool = False  # computed only if asked for by name
 
 
-def _precision_recall(generated: Generated, real: Reference) -> tuple[float, float]:
+def _precision_recall(generated: FeatureSums, real: Reference) -> tuple[float, float]:
     return precision_recall(generated.features.to(generated.device), real.features.to(generated.device))
 
 

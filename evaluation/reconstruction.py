@@ -18,7 +18,7 @@ from tqdm import tqdm
 from dataset.folders import ImageFolderDataset, readable_images, spread_evenly
 from dataset.images import save_png, to_uint8
 from evaluation.image_metrics import psnr, ssim
-from evaluation.metrics import IS_SPLITS, FeatureStatistics, InceptionScoreSums, Reference, Statistics, fid
+from evaluation.metrics import IS_SPLITS, FeatureSums, Reference, Statistics, fid
 from evaluation.reconstruction_options import Measures, ReconstructionOptions
 from evaluation.report import published_figures
 from models.quantizer import TableQuantizer
@@ -110,8 +110,7 @@ class Variant:
     num_latents: int = 0
     # image number -> PSNR, SSIM and, with weights, LPIPS
     scores: dict[int, tuple[float, ...]] = field(default_factory=dict)
-    statistics: FeatureStatistics | None = None
-    classes: InceptionScoreSums | None = None
+    sums: FeatureSums | None = None
 
     @property
     def pair(self) -> tuple[int, float] | None:
@@ -188,7 +187,7 @@ class Outcome:
 
     done: list[int] = field(default_factory=list)  # numbers of the images that were read
     bad: list[int] = field(default_factory=list)  # and of those that could not be
-    originals: FeatureStatistics | None = None
+    originals: FeatureSums | None = None
     # number -> original, VAE alone, first pair; uint8 (3, S, S)
     pictures: dict[int, list[Tensor]] = field(default_factory=dict)
 
@@ -207,16 +206,16 @@ def reconstruct(
     extractor, out = measures.extractor, Outcome()
     places = {number: place for place, number in enumerate(chosen)}  # it decides the split of the Inception Score
     if extractor is not None:
-        out.originals = FeatureStatistics(extractor.dim)
+        out.originals, enough = FeatureSums(extractor.dim), len(chosen) if len(chosen) >= IS_SPLITS else None
         for variant in variants:
-            variant.statistics = FeatureStatistics(extractor.dim)
-            variant.classes = InceptionScoreSums(len(chosen)) if len(chosen) >= IS_SPLITS else None
+            variant.sums = FeatureSums(extractor.dim, enough)
     local = chosen[dist.rank() :: dist.world_size()]
     batches = encode_batches(vae, folder, local, options, device, out.bad)
     for batch in tqdm(batches, total=-(-len(local) // options.batch_size), disable=not dist.is_main(), unit="batch"):
         out.done += batch.numbers
+        numbers = [places[number] for number in batch.numbers]
         if extractor is not None:
-            out.originals.update(extractor(batch.originals)["2048"])
+            out.originals.add(numbers, extractor(batch.originals))
         versions = [batch.originals]
         for variant in variants:
             images = variant.decode(vae, batch, options)
@@ -225,10 +224,7 @@ def reconstruct(
             per_image = zip(*(values.tolist() for values in scores), strict=True)
             variant.scores.update(zip(batch.numbers, per_image, strict=True))
             if extractor is not None:
-                found = extractor(images)
-                variant.statistics.update(found["2048"])
-                if variant.classes is not None:
-                    variant.classes.update([places[n] for n in batch.numbers], found["logits_unbiased"])
+                variant.sums.add(numbers, extractor(images))
             if len(versions) < 3:  # original, VAE alone, first pair
                 versions.append(images)
         for i, number in enumerate(batch.numbers):
@@ -292,14 +288,12 @@ def summarise(
         figures |= _rates(variant, num_images, num_channels, device)
     if originals is None:
         return figures
-    statistics = variant.statistics.merge().as_dict()
-    if variant.classes is not None:
-        variant.classes.merge()
+    sums = variant.sums.merge()
     if dist.is_main():  # an eigenvalue problem: seconds on all cores
-        figures["rfid"] = fid(statistics, originals)
-        figures["fid"] = None if reference is None else fid(statistics, reference.pool)
-        if variant.classes is not None:
-            figures["inception_score"], figures["inception_score_std"] = variant.classes.score()
+        figures["rfid"] = fid(sums.pool.as_dict(), originals)
+        figures["fid"] = None if reference is None else fid(sums.pool.as_dict(), reference.pool)
+        if sums.classes is not None:
+            figures["inception_score"], figures["inception_score_std"] = sums.classes.score()
     return figures
 
 

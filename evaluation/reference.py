@@ -23,7 +23,7 @@ from dataset.folders import list_folder, spread_evenly
 from dataset.images import center_crop_adm, read_image
 from dataset.loader import build_loader
 from evaluation.inception import FEATURE_DIM, SPATIAL_DIM, InceptionFeatures
-from evaluation.metrics import FeatureStatistics, Reference
+from evaluation.metrics import FeatureSums, Reference
 from generation.sample import sampled_files
 from util import dist
 from util.files import plain_reason, replacing
@@ -167,38 +167,19 @@ def make_reference(
     them. Features are kept of `keep_features` images, evenly spaced, so that each class has its share.
     """
     images = source if isinstance(source, ImageSource) else open_images(source, **opening)
-    count, stream = images.batches(batch_size, num_workers)
-    kept = set(spread_evenly(range(images.total), keep_features))
-    pool, spatial, features = _extract(stream, count, extractor, kept, images.path)
-    statistics = (pool.mu, pool.sigma, spatial.mu, spatial.sigma)
-    about = (images.size, images.crop, images.total, extractor.sha256, images.available, SELECTION)
-    return Reference(*statistics, features, *about)
-
-
-def _extract(
-    stream: Iterator[tuple[range, Tensor]], count: int, extractor: InceptionFeatures, keep: set[int], source: Path
-) -> tuple[FeatureStatistics, FeatureStatistics, Tensor | None]:
-    """Merged statistics of pool and spatial features of all processes' batches, and pool features of the images
-    `keep`.
-    """
-    pool, spatial, kept, error = FeatureStatistics(FEATURE_DIM), FeatureStatistics(SPATIAL_DIM), {}, None
+    sums = FeatureSums(FEATURE_DIM, spatial=True, keep=set(spread_evenly(range(images.total), keep_features)))
+    (count, stream), error = images.batches(batch_size, num_workers), None
     try:
-        for done, (batch, images) in enumerate(stream, 1):
-            found = extractor(images)
-            pool.update(found["2048"])
-            spatial.update(found["spatial"])
-            if rows := [row for row, number in enumerate(batch) if number in keep]:
-                kept[batch[0]] = found["2048"][rows].cpu()
+        for done, (batch, pixels) in enumerate(stream, 1):
+            sums.add(batch, extractor(pixels))
             if done % 50 == 0 or done == count:
-                logger.info("features of %d of %d batches of %s", done, count, source)
+                logger.info("features of %d of %d batches of %s", done, count, images.path)
     except (ValueError, OSError) as caught:
         error = caught
     dist.agree(error)
-    features = None
-    if keep:
-        parts = {first: part for local in dist.gather_objects(kept) for first, part in local.items()}
-        features = torch.cat([parts[first] for first in sorted(parts)])
-    return pool.merge(), spatial.merge(), features
+    pool, spatial = sums.merge(features_everywhere=True).pool, sums.spatial
+    about = (images.size, images.crop, images.total, extractor.sha256, images.available, SELECTION)
+    return Reference(pool.mu, pool.sigma, spatial.mu, spatial.sigma, sums.features, *about)
 
 
 def save_reference(path: str | Path, reference: Reference) -> None:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from evaluation.inception import FEATURE_KEYS, SPATIAL_DIM, InceptionFeatures
-from evaluation.metrics import FeatureStatistics, Generated, InceptionScoreSums, Reference, columns, computable
+from evaluation.inception import FEATURE_KEYS, InceptionFeatures
+from evaluation.metrics import FeatureSums, Reference, columns, computable
 from evaluation.store import EvalStore, batches_of, image_flaws
 from util import dist
 from util.log import get_logger
@@ -28,8 +28,8 @@ FLAWS = {
 }
 
 
-class Scores:
-    """Sums over the images of all processes, and their scores; features are kept only if a metric needs them.
+class Scores(FeatureSums):
+    """Sums over generated images, their flaws and their scores; features are kept only if a metric needs them.
 
     requested: names of metrics that are computed on request only. device: for the distances of all pairs of images.
     """
@@ -37,51 +37,29 @@ class Scores:
     def __init__(
         self, num_images: int, reference: Reference, requested: Collection[str] = (), device: torch.device = CPU
     ):
-        self.num_images, self.reference, self.device = num_images, reference, device
-        self.metrics = computable(reference, requested)
-        self.pool = FeatureStatistics(len(reference.mu))
-        self.spatial = FeatureStatistics(SPATIAL_DIM) if reference.spatial is not None else None
-        self.classes = InceptionScoreSums(num_images)
-        self.kept: dict[int, Tensor] | None = {} if any(metric.keeps_features for metric in self.metrics) else None
+        self.num_images, self.reference, self.metrics = num_images, reference, computable(reference, requested)
+        keep = range(num_images) if any(metric.keeps_features for metric in self.metrics) else ()
+        spatial = reference.spatial is not None
+        super().__init__(len(reference.mu), num_images, spatial=spatial, keep=keep, device=device)
         self.flaws = torch.zeros(1 + len(FLAWS), dtype=torch.float64)  # images, and how many have each flaw
 
     def add(self, numbers: Sequence[int], found: dict[str, Tensor]) -> None:
         """A batch's features and flaws, by FEATURE_KEYS and FLAWS."""
-        self.pool.update(found["2048"])
-        if self.spatial is not None:
-            self.spatial.update(found["spatial"])
-        self.classes.update(numbers, found["logits_unbiased"])
-        if self.kept is not None:
-            self.kept[numbers[0]] = found["2048"].cpu()
+        super().add(numbers, found)
         self.flaws += torch.tensor([len(numbers), *(float(found[key].sum()) for key in FLAWS)], dtype=torch.float64)
 
     def finish(self) -> dict[str, float | None] | None:
         """The scores, None for those without what they need; on rank 0 (None elsewhere). Every process must call it."""
-        for sums in (self.pool, self.classes, self.spatial):
-            if sums is not None:
-                sums.merge()
+        self.merge()
         images, *flawed = dist.all_reduce_sum(self.flaws).tolist()
-        parts = dist.gather_to_main(self.kept) if self.kept is not None else None
         if not dist.is_main():
             return None
         if images != self.num_images:
             raise RuntimeError(f"{images:.0f} images were scored instead of {self.num_images}")
-        features = None if parts is None else self._join(parts)
-        self.kept = None
-        generated = Generated(self.pool, self.spatial, self.classes, features, self.device)
         scores: dict[str, float | None] = dict.fromkeys(columns())
         for metric in self.metrics:
-            scores |= zip(metric.columns, metric.compute(generated, self.reference), strict=True)
+            scores |= zip(metric.columns, metric.compute(self, self.reference), strict=True)
         return scores | {f"{key}_share": count / images for key, count in zip(FLAWS, flawed, strict=True)}
-
-    def _join(self, parts: list[dict[int, Tensor]]) -> Tensor:
-        """Features (N, F) in the images' order; batches are freed as they are copied."""
-        features = torch.empty(self.num_images, len(self.reference.mu))
-        for batches in parts:
-            while batches:
-                first, part = batches.popitem()
-                features[first : first + len(part)] = part
-        return features
 
 
 def warn_of_flaws(scores: dict) -> None:

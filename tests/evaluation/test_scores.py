@@ -12,7 +12,7 @@ from torch import Tensor
 from dataset.images import read_image
 from evaluation import evaluator, metrics, report
 from evaluation.evaluator import spread_of_labels, vae_roundtrip
-from evaluation.metrics import METRICS, FeatureStatistics, Generated, Metric, Reference, fid, kid, precision_recall
+from evaluation.metrics import METRICS, FeatureStatistics, FeatureSums, Metric, Reference, fid, kid, precision_recall
 from evaluation.scores import Scores, evaluate, warn_of_flaws
 from evaluation.store import EvalStore, batches_of, image_flaws
 from generation.pipeline import GenerationSettings
@@ -91,7 +91,7 @@ def test_a_metric_is_a_function_and_a_registry_line(
 ) -> None:
     """Scores, the printed line, the table and the CSV follow from METRICS."""
 
-    def brightness(generated: Generated, reference: Reference) -> list[float]:
+    def brightness(generated: FeatureSums, reference: Reference) -> list[float]:
         return [float(generated.pool.mu.mean()), 0.25]
 
     monkeypatch.setitem(METRICS, "brightness", Metric(brightness, {"brightness": "light", "brightness_std": ""}))
