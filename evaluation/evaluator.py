@@ -168,16 +168,6 @@ def plain(settings: GenerationSettings) -> dict[str, object]:
     return record | {"arithmetic": record.pop("precision")}
 
 
-def store_key(settings: GenerationSettings, inputs: dict[str, object], about: dict[str, object]) -> dict[str, object]:
-    """Everything that an evaluation's images and features depend on; references and the checkpoint's path do not.
-
-    about: the hashes of the weights, the configs of model and VAE, the device.
-    """
-    key = plain(settings) | inputs | about
-    others = ("checkpoint", "fid_stats", "fid_stats_sha256", "pr_reference", "pr_reference_sha256")
-    return {name: value for name, value in key.items() if name not in others}
-
-
 def model_record(model: TokenBridge, device: torch.device) -> dict[str, object]:
     """What a record says of the model and of where it ran."""
     return {
@@ -300,10 +290,15 @@ class Evaluator:
             self(model, vae, settings=settings, step=step, weights="ema")
 
     def store(self, model: TokenBridge, settings: GenerationSettings, about: dict[str, object]) -> EvalStore:
-        """Where the features (and images) of one setting are kept: OUT/eval/cfg..., with settings.json in it."""
-        where = {"device": self.device.type, "tf32": dist.allows_tf32(self.device)}
-        what = {"model_config": model.config.to_dict(), "classes": self.trained_classes(model)}
-        key = store_key(settings, self.inputs, about | what | where)
+        """Where the features (and images) of one setting are kept: OUT/eval/cfg..., with settings.json in it.
+
+        The name follows from all that images and features depend on. about: hashes of the weights, the VAE's config.
+        """
+        key = plain(settings) | self.inputs | about
+        key |= {"device": self.device.type, "tf32": dist.allows_tf32(self.device)}
+        key |= {"model_config": model.config.to_dict(), "classes": self.trained_classes(model)}
+        for name in ("checkpoint", "fid_stats", "fid_stats_sha256", "pr_reference", "pr_reference_sha256"):
+            key.pop(name, None)  # neither the references nor the file's place
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
         pair = (settings.cfg, settings.temperature)
         folder = self.output / "eval" / "cfg{:g}-t{:g}-{}".format(*pair, digest)

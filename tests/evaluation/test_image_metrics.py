@@ -17,11 +17,7 @@ def test_psnr_is_scikit_images() -> None:
     b = damaged(a, 12.0)
     expected = [peak_signal_noise_ratio(x, y, data_range=255) for x, y in zip(a.numpy(), b.numpy(), strict=True)]
     np.testing.assert_allclose(psnr(a, b).numpy(), expected, rtol=1e-6)
-
-
-def test_psnr_of_equal_images_is_finite() -> None:
-    a = as_tensor(crops(2, 16, seed=1))
-    assert psnr(a, a).tolist() == [100.0, 100.0]
+    assert psnr(a, a).tolist() == [100.0] * 4
     one_pixel = a.clone()
     one_pixel[:, 0, 0, 0] ^= 1
     assert (psnr(a, one_pixel) < 100).all()
@@ -41,10 +37,6 @@ def test_ssim_is_scikit_images(height: int, width: int) -> None:
     found = ssim(a, b)
     assert found.shape == (20,)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
-
-
-def test_ssim_of_equal_images_is_one_and_small_ones_are_refused() -> None:
-    a = as_tensor(crops(2, 32, seed=3))
     np.testing.assert_allclose(ssim(a, a).numpy(), 1.0, atol=1e-7)
     with pytest.raises(ValueError, match="at least 11 pixels"):
         ssim(a[..., :10], a[..., :10])

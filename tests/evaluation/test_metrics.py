@@ -44,13 +44,6 @@ def test_statistics_in_batches_are_numpys() -> None:
     assert statistics.sigma.dtype == statistics.mu.dtype == np.float64
 
 
-def test_statistics_of_one_image_are_refused() -> None:
-    statistics = FeatureStatistics(4)
-    statistics.update(torch.ones(1, 4))
-    with pytest.raises(ValueError, match="at least two images"):
-        _ = statistics.sigma
-
-
 def test_statistics_merge_sums_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes' statistics, here with the other one's sums handed in; test_command.py has two real ones."""
     x = random_features(30, 6, seed=4, shift=100.0)
@@ -72,8 +65,10 @@ def test_a_process_without_images_merges_as_nothing(monkeypatch: pytest.MonkeyPa
     statistics.update(torch.from_numpy(x))
     statistics.update(torch.zeros(0, 4))
     np.testing.assert_allclose(statistics.merge().sigma, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-10)
+    alone = FeatureStatistics(4)
+    alone.update(torch.ones(1, 4))
     with pytest.raises(ValueError, match="at least two images"):
-        _ = FeatureStatistics(4).merge().sigma
+        _ = alone.merge().sigma
 
 
 def test_fid_is_the_formula() -> None:
@@ -82,14 +77,6 @@ def test_fid_is_the_formula() -> None:
     expected = difference @ difference + np.trace(a["sigma"] + b["sigma"] - 2 * sqrtm(a["sigma"] @ b["sigma"]).real)
     assert fid(a, b) == pytest.approx(expected, rel=1e-8)
     assert fid(b, a) == pytest.approx(expected, rel=1e-8)
-
-
-def test_fid_of_equal_and_shifted_statistics() -> None:
-    x = random_features(200, 16, seed=1)
-    assert abs(fid(stats_of(x), stats_of(x))) < 1e-6 * np.trace(stats_of(x)["sigma"])
-    moved = stats_of(x) | {"mu": stats_of(x)["mu"] + 2.0}
-    # equal covariances: the squared distance of the means
-    assert fid(stats_of(x), moved) == pytest.approx(16 * 4.0, rel=1e-6)
 
 
 def test_fid_of_two_gaussians_in_closed_form() -> None:
