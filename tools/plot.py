@@ -69,13 +69,13 @@ class Expected:
     about: dict[str, object] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: str) -> "Expected":
+    def read(cls, path: str | Path, flag: str = "--expected") -> "Expected":
         """From a JSON file with these names. ValueError or FileNotFoundError naming it."""
         try:
             numbers = {"steps": [int], "loss": [float], "width": int, "tolerance": float}
             return cls(**read_json(path, numbers | {"about?": dict}))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} (--expected) must hold steps, loss, width and tolerance: {error}") from error
+            raise ValueError(f"{path} ({flag}) must hold steps, loss, width and tolerance: {error}") from error
 
     def report(self, columns: dict[str, np.ndarray]) -> str:
         """A line for each step where the run's loss is out of range; if there is none, how many steps were compared."""

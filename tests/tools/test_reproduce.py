@@ -355,6 +355,9 @@ def test_the_first_run_records_a_band_and_the_next_is_compared(tmp_path: Path) -
         found = training_figures("large", read_training(tmp_path / name, *where))
         assert {figure.within for figure in found if not figure.clock} == {within} and len(found) == 8
     assert math.isclose(found[0].difference, 0.05, abs_tol=1e-3) and "four standard errors" in found[0].reason
+    next((tmp_path / "bands").iterdir()).write_text("{}")
+    with pytest.raises(ValueError, match=r"bands/tokenbridge_large-\S+\.json \(--bands\) must hold steps, loss"):
+        read_training(tmp_path / "a", *where)
 
 
 # ---- the whole, killed and continued

@@ -93,6 +93,8 @@ def reproduce(options: Options) -> None:
     finished = StageRunner(stages, options.out).finished()
     check_before_work(options, plan, stages, finished)
     check_writable(options.out, "--output_dir")
+    if options.train:
+        check_writable(options.bands, "--bands")
     config = plan.config(options.train or "large")
     with folder_lock(options.out, "--output_dir"):
         runner = StageRunner(stages, options.out)

@@ -75,7 +75,7 @@ def read_training(
     ours, path = band_of(columns["step"], columns["loss"], about, run), band_file(bands, about)
     if not path.is_file():
         write_json(path, asdict(ours) | {"about": ours.about | describe_machine(device)})
-    band = Expected.read(str(path))
+    band = Expected.read(path, "--bands")
     means = [columns["loss"][(columns["step"] > s - band.width) & (columns["step"] <= s)].mean() for s in band.steps]
     speed = read_speed(out / "log.jsonl")
     settings = args | {"global_batch": batch, "cache": cache_in_words(read_record(cache))}
