@@ -8,7 +8,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# The modules of torch and the like are compiled once and kept; otherwise each process of a test spends seconds on it.
+# Compiled modules are kept; otherwise each process of a test compiles torch for seconds.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: toy demo demo-photos test test-all test-gpu lint extras clean
@@ -46,6 +46,7 @@ clean:
 # uv installs the same packages several times faster than pip; where it is not to be had, pip does it.
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
-	($(BIN)/python -m pip install --quiet uv && $(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.txt) \
+	($(BIN)/python -m pip install --quiet uv && $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python \
+		-r requirements.txt) \
 		|| $(BIN)/python -m pip install -r requirements.txt
 	touch $@

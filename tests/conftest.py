@@ -11,9 +11,10 @@ import torch
 import main_cache
 from tests.helpers import CACHE_SIZE, Argv, argv_of, save_cache_vae, save_toy_vae, write_image_folder
 
-torch.set_num_threads(
-    1
-)  # tiny models gain nothing from more, and lose much where the cores are shared; the same sums on any machine
+# tiny models gain nothing from more, and lose much where the cores are shared; the same sums on any machine
+torch.set_num_threads(1)
+for module in (torch.utils.data._utils, torch.utils.data._utils.worker):
+    module.MP_STATUS_CHECK_INTERVAL = 0.5  # seconds that a loader waits for a process that failed; torch's are 5
 
 
 class _Messages(logging.Handler):

@@ -59,12 +59,16 @@ def run(
         epoch, done = divmod(state.step, s.steps_per_epoch)
         sampler.set_epoch(epoch, done * accum_iter)
         train_one_epoch(state, tiny_vae().to(device), loader, s, device, log)
+    if log is not None:
+        log.close()
     snapshots = SnapshotWriter(out.parent / out.stem, "toy", state.step)
     snapshots.take(state.step, state.power_emas, fsdp)
     snapshots.close()
     average = state.averaged_model()
     snapshot = state.snapshot(s.steps_per_epoch)
+    seen = dist.gather_objects(loader.dataset.seen)
     if snapshot is not None:
+        snapshot["seen"] = seen  # numbers of the images by rank
         snapshot["snapshot"] = read_snapshot(snapshot_path(snapshots.folder, state.step), "toy")
         snapshot["averaged"] = average.state_dict()
     return snapshot

@@ -1,11 +1,4 @@
-"""Train the tiny model for a few steps on fixed moments and write its weights; test_engine.py runs it in one process
-and in two.
-
-train_tiny.py OUT.pth BATCH_PER_PROCESS ACCUM_ITER STEPS [NaN step, rank]
-"""
-
-import sys
-from pathlib import Path
+"""Train the tiny model for a few steps on fixed moments."""
 
 import torch
 from torch import Tensor
@@ -17,7 +10,6 @@ from tests.helpers import tiny_model, tiny_vae
 from training.settings import TrainSettings
 from training.state import TrainState
 from util import dist
-from util.cli import run_cli
 from util.log import JsonlLog
 
 IMAGES = 48
@@ -88,21 +80,3 @@ def run(
         sampler.set_epoch(epoch, done * accum_iter)
         train_one_epoch(state, vae, loader, s, torch.device("cpu"), log)
     return state, dataset.seen
-
-
-def main() -> None:
-    out, batch_size, accum_iter, steps = Path(sys.argv[1]), *map(int, sys.argv[2:5])
-    spoil_from, spoilt_rank = (int(x) for x in sys.argv[5:7]) if len(sys.argv) > 5 else (None, -1)
-    try:
-        dist.init("cpu", "env://")
-        log = JsonlLog(out.with_suffix(".jsonl")) if dist.is_main() else None
-        state, seen = run(batch_size, accum_iter, steps, log, spoil_from if dist.rank() == spoilt_rank else None)
-        everybody = dist.gather_objects(seen)
-        if dist.is_main():
-            torch.save({"model": state.model.state_dict(), "ema": state.ema.state_dict(), "seen": everybody}, out)
-    finally:
-        dist.shutdown()
-
-
-if __name__ == "__main__":
-    sys.exit(run_cli(main))

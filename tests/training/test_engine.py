@@ -16,9 +16,8 @@ import engine_tokenbridge
 from generation.pipeline import GenerationSettings, generate_batches
 from generation.sample import balanced_labels
 from models.tokenbridge import TokenBridge
-from tests.helpers import REPO, tiny_model, tiny_vae
+from tests.helpers import tiny_model, tiny_vae
 from tests.processes import train_tiny
-from tests.processes.forked import run_processes
 from training import step as training_step
 from training.lr_sched import learning_rate
 from training.settings import TrainSettings
@@ -256,34 +255,6 @@ def test_accumulated_micro_batches_are_the_big_batch(monkeypatch: pytest.MonkeyP
     assert seen_in_parts == seen
     assert_close(state.model.state_dict(), whole.model.state_dict())
     assert_close(state.ema.state_dict(), whole.ema.state_dict())
-
-
-def two_processes(tmp_path: Path, *arguments: object) -> tuple[object, Path]:
-    out = tmp_path / "two.pth"
-    result = run_processes([REPO / "tests" / "processes" / "train_tiny.py", out, *arguments], nproc=2)
-    return result, out
-
-
-def test_two_processes_are_one_with_two_micro_batches(big_batch: tuple, tmp_path: Path) -> None:
-    result, out = two_processes(tmp_path, 8, 1, 10)
-    assert result.returncode == 0, result.stderr[-2000:]
-    content = torch.load(out, weights_only=True)
-    first, second = content["seen"]
-    assert [n for i in range(0, 80, 8) for part in (first, second) for n in part[i : i + 8]] == big_batch[1]
-    assert_close(content["model"], big_batch[0].model.state_dict())
-    assert_close(content["ema"], big_batch[0].ema.state_dict())
-    ours = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
-    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in big_batch[2]], abs=2e-5)
-
-
-def test_nan_on_one_of_two_processes_stops_both(tmp_path: Path) -> None:
-    result, out = two_processes(tmp_path, 8, 1, 20, 32, 1)  # rank 1's images are NaN from its fifth step on
-    assert result.returncode != 0 and not out.exists()
-    assert (
-        result.stderr.count("3 steps in a row had a loss or gradient that is not finite; stopped at step 7 with lr")
-        == 2
-    )
-    assert "grad norm" in result.stderr and "lower the learning rate" in result.stderr
 
 
 def test_bad_steps_are_skipped_counted_and_stop_the_run(tmp_path: Path) -> None:

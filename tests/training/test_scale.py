@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from models.tokenbridge import TokenBridge
-from tests.helpers import REPO, fake_gpu, skip_unless_shardable, tiny_batch, tiny_config, tiny_model
+from tests.helpers import REPO, fake_gpu, log_of, skip_unless_shardable, tiny_batch, tiny_config, tiny_model
 from tests.processes import train_scaled
 from tests.processes.forked import run_processes
 from tools.bench.counting import OpCounter, count, fake_mode
@@ -61,6 +61,13 @@ DROPOUT = dict(attn_dropout=0.2, proj_dropout=0.2, head_chunk=40)  # several gro
 
 
 @pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+    """As `alone` with dropout, and its log."""
+    out = tmp_path_factory.mktemp("one") / "a.pth"
+    return train_scaled.run(out, batch_size=8, accum_iter=2, **DROPOUT), out.with_suffix(".jsonl")
+
+
+@pytest.fixture(scope="module")
 def alone_with_dropout(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Four steps of 4 micro-batches of 4 images by one process, with dropout."""
     return train_scaled.run(tmp_path_factory.mktemp("alone") / "a.pth", batch_size=4, accum_iter=4, **DROPOUT)
@@ -86,7 +93,8 @@ def assert_same_training(found: dict, alone: dict, atol: float = 2e-5) -> None:
     ]
 
 
-def test_the_averaged_model_has_the_ema_and_the_tables(alone: dict) -> None:
+def test_the_averaged_model_has_the_ema_and_the_tables(one: tuple[dict, Path]) -> None:
+    alone = one[0]
     assert all(torch.equal(value, alone["averaged"][name]) for name, value in alone["model_ema"].items())
     assert all(
         torch.equal(alone["averaged"][name], alone["model"][name])
@@ -101,12 +109,19 @@ def test_accumulation_and_checkpointing_under_ddp(alone_with_dropout: dict, tmp_
     assert_same_training(found, alone_with_dropout)
 
 
-@pytest.mark.parametrize("fsdp", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_two_processes_drop_what_one_drops(tmp_path: Path, fsdp: bool) -> None:
-    one = train_scaled.run(tmp_path / "one.pth", batch_size=8, accum_iter=2, **DROPOUT)
-    assert_same_training(two_processes(tmp_path / "two.pth", batch_size=8, fsdp=fsdp, **DROPOUT), one)
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_are_one_with_two_micro_batches(one: tuple[dict, Path], tmp_path: Path, fsdp: bool) -> None:
+    """Weights, averages, images, losses; with dropout."""
+    alone, log = one
+    found = two_processes(tmp_path / "two.pth", batch_size=8, fsdp=fsdp, **DROPOUT)
+    assert_same_training(found, alone)
+    first, second = found["seen"]
+    assert [n for i in range(0, 32, 8) for rank in (first, second) for n in rank[i : i + 8]] == alone["seen"][0]
+    losses = [[line["loss"] for line in log_of(path.parent, path.name)] for path in (log, tmp_path / "two.jsonl")]
+    assert losses[1] == pytest.approx(losses[0], abs=2e-5) and len(losses[0]) == 4
 
 
+@pytest.mark.slow
 def test_sharded_training_is_the_same_and_its_checkpoint_too(alone: dict, tmp_path: Path) -> None:
     assert_same_training(two_processes(tmp_path / "a.pth", batch_size=8, fsdp=True), alone)
 
@@ -145,27 +160,19 @@ def test_sharded_and_plain_runs_continue_each_other(tmp_path: Path, first: str) 
     )
 
 
-@pytest.mark.slow
-def test_nan_on_one_of_two_stops_both_when_sharded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_nan_on_one_of_two_processes_stops_both(tmp_path: Path, fsdp: bool) -> None:
     """Rank 1's images are NaN from its third step on; with three bad steps in a row allowed, both end with the same
     words, none hangs.
-
-    (test_engine.py has the same for DDP.)
     """
-    skip_unless_shardable()
-    result = run_processes(
-        [
-            REPO / "tests" / "processes" / "train_scaled.py",
-            tmp_path / "a.pth",
-            json.dumps(dict(batch_size=8, steps=20, fsdp=True, spoil_from=16)),
-        ],
-        nproc=2,
-    )
-    assert result.returncode != 0 and not (tmp_path / "a.pth").exists()
-    assert (
-        result.stderr.count("3 steps in a row had a loss or gradient that is not finite; stopped at step 5 with lr")
-        == 2
-    ), result.stderr[-3000:]
+    if fsdp:
+        skip_unless_shardable()
+    options, out = dict(batch_size=8, steps=20, fsdp=fsdp, spoil_from=16), tmp_path / "a.pth"
+    result = run_processes([REPO / "tests" / "processes" / "train_scaled.py", out, json.dumps(options)], nproc=2)
+    assert result.returncode != 0 and not out.exists()
+    words = "3 steps in a row had a loss or gradient that is not finite; stopped at step 5 with lr"
+    assert result.stderr.count(words) == 2, result.stderr[-3000:]
+    assert "grad norm" in result.stderr and "lower the learning rate" in result.stderr
 
 
 # ---- one process
