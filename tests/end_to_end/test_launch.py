@@ -11,9 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.helpers import REPO, tiny_vae, torchrun
+from tests.helpers import REPO, Argv, torchrun
 from util.checkpoint import load_latest
 
 SCRIPTS = sorted((REPO / "scripts").glob("*.sh"))
@@ -25,25 +24,11 @@ FAKE_SLURM = {
 }
 
 
-TRAINING = (
-    "--model tokenbridge_digits --img_size 32 --class_num 2 --buffer_size 4 --batch_size 4 --warmup_epochs 1 --lr 1e-3"
-    " --epochs 100 --num_workers 0 --device cpu --seed 3 --log_freq 1 --save_last_freq 1000"
-    " --save_every_steps 1000 --max_steps 200"
-)
-
-
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Callable[..., list[str]]:
+def flags(toy_flags: Argv) -> Callable[..., list[str]]:
     """flags(name=value, ...): a training of 12 images, 3 steps per epoch, up to 200 steps, a checkpoint at the end."""
-    path = tmp_path_factory.mktemp("vae") / "vae.pth"
-    vae = tiny_vae(embed_dim=4, ch_mult=(1, 1, 2, 2))
-    torch.save({"model": vae.state_dict(), "config": vae.config}, path)
-    files = ["--vae_path", str(path), "--data_path", str(image_root)]
-    return lambda **changes: [
-        *TRAINING.split(),
-        *files,
-        *(part for name, value in changes.items() for part in (f"--{name}", str(value))),
-    ]
+    usual = dict(warmup_epochs=1, epochs=100, max_steps=200, log_freq=1, save_last_freq=1000, save_every_steps=1000)
+    return lambda **changes: toy_flags(None, **(usual | changes))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
