@@ -259,6 +259,7 @@ def test_training_counts_of_the_presets(capsys: pytest.CaptureFixture) -> None:
         ("cache --shape 3 4 4", "shape takes 2C h w"),
         ("gpu --budget 0", "budget must be above 0"),
         ("eval --num_images 9", "num_images must be at least 10"),
+        pytest.param("gpu", "no GPU here", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")),
     ],
 )
 def test_bad_input(command: str, message: str, capsys: pytest.CaptureFixture) -> None:

@@ -36,7 +36,7 @@ from util import dist
 from util.cli import check_writable
 from util.files import write_json
 from util.log import first_line
-from util.options import option
+from util.options import ArgumentError, option
 
 # Share of the budget, in order of worth.
 SECTIONS = {
@@ -140,6 +140,8 @@ def run(options: Options) -> None:
     if options.dry:
         return count_steps(options)
     device = dist.init(options.device)
+    if device.type == "cpu" and options.device == "auto":  # the default sizes need the memory of a GPU
+        raise ArgumentError("device", "there is no GPU here: give dry to count, or device cpu and a small model")
     precision = dist.pick_precision(options.precision, device)
     bench = Bench(options, device, precision)
     about = {"device": dist.device_name(device), "torch": torch.__version__, "precision": precision}
