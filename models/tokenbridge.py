@@ -226,6 +226,8 @@ class TokenBridge(ChannelAR):
                 ratio = draw_mask_ratio(self.mask_ratio_min, cpu_uniform(generator))
                 num_masked = num_masked_tokens(ratio, self.num_tokens)
             mask = mask_from_orders(random_orders(len(latents), self.num_tokens, generator, latents.device), num_masked)
+        elif tuple(mask.shape) != (len(latents), self.num_tokens):
+            raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(len(latents), self.num_tokens)}")
         mask, num_masked = check_mask(mask, len(latents), self.num_tokens, num_masked)
         by_mask = mask.to(torch.uint8).argsort(dim=1, stable=True)  # visible first, each part in grid order
         visible, masked = by_mask.split([self.num_tokens - num_masked, num_masked], dim=1)  # (B, V), (B, M)

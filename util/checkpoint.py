@@ -139,7 +139,7 @@ def _why_unreadable(error: Exception) -> str:
             f"holds code ({code[1] or code[2]}), which is never run: weights need none; get it from its "
             "author as safetensors or a plain state dict"
         )
-    return f"cannot be read as a checkpoint; it is cut short, or another kind of file: {first_line(error)}"
+    return f"cannot be read as a checkpoint; it is truncated, or another kind of file: {first_line(error)}"
 
 
 def _detached(value: object) -> object:
@@ -159,7 +159,7 @@ def _read_safetensors(path: Path, argument: str) -> dict:
     try:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
-        message = f"{path} cannot be read as safetensors; it is cut short, or another kind of file: {error}"
+        message = f"{path} cannot be read as safetensors; it is truncated, or another kind of file: {error}"
         raise ArgumentError(argument, message) from error
     beside = path.with_name("config.json") if path.name == SAFE else path.with_suffix(".json")
     try:

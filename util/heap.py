@@ -13,7 +13,7 @@ def keep_freed_memory(keep: bool = True) -> bool:
     glibc returns blocks above 32 MiB to the kernel, which clears every page when it is next touched. Measured in CPU
     seconds, user and system: KL-16 decodes an image of 256 px in 2.39 instead of 2.84 (344,000 fewer page faults); a
     training step of base gains at most 1 %, since the head's groups make no such blocks. Peak memory is the same up to
-    0.15 of 1.3 GiB. keep=False: what glibc arrives at by itself.
+    0.15 of 1.3 GiB. keep=False: about glibc's own limits.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -101,7 +101,7 @@ def check_mask(mask: Tensor, batch: int, num_tokens: int, count: int | None = No
     mask: of any dtype; one row stands for all images. A `count` is trusted, which spares a host sync.
     """
     mask = torch.as_tensor(mask) != 0
-    if mask.numel() not in (num_tokens, batch * num_tokens):
+    if mask.numel() != num_tokens and (mask.numel() != batch * num_tokens or len(mask) != batch):
         expected = f"{(batch, num_tokens)} or one row for all images"
         raise ArgumentError("mask", f"mask has shape {tuple(mask.shape)}, expected {expected}")
     mask = mask.reshape(-1, num_tokens).expand(batch, -1)

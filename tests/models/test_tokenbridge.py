@@ -478,6 +478,8 @@ def test_arguments_that_do_not_fit(change, message):
         (dict(labels=torch.tensor([0, 1, -1, 2])), r"labels must be in \[0, 10\)"),
         (dict(labels=torch.tensor([0, 1, 2])), r"labels has shape \(3,\), expected \(4,\)"),
         (dict(mask=torch.ones(4, 15)), r"mask has shape \(4, 15\), expected \(4, 16\)"),
+        (dict(mask=torch.ones(16, 4)), r"mask has shape \(16, 4\), expected \(4, 16\)"),
+        (dict(mask=torch.ones(1, 16)), r"mask has shape \(1, 16\), expected \(4, 16\)"),
         (dict(mask=torch.zeros(4, 16)), "at least one"),
         (dict(mask=torch.ones(4, 16).tril()), "same number of tokens"),
     ],

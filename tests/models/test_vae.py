@@ -254,7 +254,7 @@ def test_truncated_absent_foreign_and_hostile_files(tmp_path):
     save(tmp_path / "small.ckpt", {"model": AutoencoderKL(**BIT_OF_EVERYTHING).state_dict()})
     save(tmp_path / "code.pth", {"model": {"x": Explosive(tmp_path / "boom")}})
     for name, message in (
-        ("vae.pth", "cut short"),
+        ("vae.pth", "truncated"),
         ("text.ckpt", "text.ckpt"),
         ("empty.ckpt", "empty.ckpt"),
         ("small.ckpt", "lacks"),  # without a config it is KL-16

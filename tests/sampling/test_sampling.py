@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.sampling.orders import SEQUENCES, token_orders
+from models.sampling.orders import SEQUENCES, check_mask, token_orders
 from models.sampling.schedules import guidance_scale, keep_masked, unmasking_plan
 from models.tokenbridge import TokenBridge
 from tests.helpers import RecordOps, golden_arrays, golden_json, tiny_model
@@ -356,3 +356,11 @@ def test_a_sequence_that_is_no_permutation(tokens: list[int], monkeypatch: pytes
     monkeypatch.setitem(SEQUENCES, "wrong", lambda grid: tokens)
     with pytest.raises(ValueError, match="order wrong does not list each of the 4 tokens once"):
         token_orders("wrong", torch.arange(4).unsqueeze(0), 2)
+
+
+def test_a_transposed_mask_is_refused() -> None:
+    mask = torch.zeros(4, 16)
+    mask[:, :3] = 1
+    assert check_mask(mask, 4, 16)[1] == check_mask(mask[0].view(4, 4), 4, 16)[1] == 3
+    with pytest.raises(ValueError, match=r"mask has shape \(16, 4\), expected \(4, 16\) or one row"):
+        check_mask(mask.T, 4, 16)

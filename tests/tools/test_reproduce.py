@@ -114,7 +114,7 @@ def test_the_first_steps_have_the_published_learning_rate() -> None:
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 1,000 empty class folders in train/ and val/, and damaged ones beside it."""
+    """A folder with 1,000 empty class folders in train/ and val/, and incomplete variants of it."""
     root = tmp_path_factory.mktemp("imagenet")
     for part in ("train", "val"):
         for i in range(1000):

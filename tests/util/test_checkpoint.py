@@ -71,7 +71,7 @@ def test_broken_files_are_named(tmp_path, kind, mmap):
             "directory entry cut": content[:-30],
         }[kind]
     )
-    with pytest.raises(ValueError, match="checkpoint-last.pth.*cut short") as caught:
+    with pytest.raises(ValueError, match="checkpoint-last.pth.*truncated") as caught:
         read_file(path, "resume", mmap=mmap)
     assert "\n" not in str(caught.value) and caught.value.argument == "resume"
 
