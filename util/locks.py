@@ -112,6 +112,7 @@ def _is_own(number: int, new: bool, path: Path, named: str) -> bool:
 
 def _refuse_if_held(number: int, locked: bool | None, path: Path, named: str) -> None:
     """ValueError if another process holds the open file; locked: whether this one has the kernel's lock of it."""
+    before = os.fstat(number)
     try:
         holder = parse_json(os.pread(number, 4096, 0))
         host, pid, start = str(holder["host"]), int(holder["pid"]), str(holder["start"])
@@ -122,7 +123,7 @@ def _refuse_if_held(number: int, locked: bool | None, path: Path, named: str) ->
     if not held and (host != host_name() or not pid and locked is None):
         words = "%s was locked by %s, which cannot be asked: taken over unless it shows itself within %g seconds"
         logging.getLogger("tokenbridge").warning(words, named, who, SILENT)
-        held = _is_touched(path)
+        held = _is_touched(path, before)
     if held:
         advice = f"wait for it, or choose another folder. If it no longer runs, delete {path}"
         raise ValueError(f"{named} is in use by {who}: two runs would mix their files; {advice}")
@@ -138,15 +139,15 @@ def _move_away(number: int, path: Path) -> None:
     os.unlink(away)
 
 
-def _is_touched(path: Path) -> bool:
-    """Whether somebody touches the file within SILENT seconds, longer than network file systems keep its time.
+def _is_touched(path: Path, before: os.stat_result) -> bool:
+    """Whether somebody writes or touches the file within SILENT seconds, longer than network file systems keep its time.
 
     It is not opened: closing it would release this process's lock.
     """
-    before, end = os.stat(path), time.monotonic() + SILENT
+    end = time.monotonic() + SILENT
     while time.monotonic() < end:
         time.sleep(min(SILENT / 30, 2))
         now = os.stat(path)
-        if (now.st_ino, now.st_mtime_ns) != (before.st_ino, before.st_mtime_ns):
+        if any(getattr(now, key) != getattr(before, key) for key in ("st_ino", "st_mtime_ns", "st_size")):
             return True
     return False

@@ -1,6 +1,5 @@
 """A run that was killed or stopped at any moment, and resumed, is the uninterrupted run."""
 
-import os
 import random
 import signal
 import time
@@ -27,16 +26,16 @@ def flags(toy_flags: Argv) -> Callable[..., list[str]]:
     )
 
 
-def train(flags: list[str], log: Path, die_in_save: int | None = None) -> BaseProcess:
-    """A training, started, its messages in the file `log`. die_in_save: the checkpoint in which it kills itself."""
-    dying = [REPO / "tests" / "processes" / "run_killed.py", str(die_in_save)]
-    return start([*(dying if die_in_save else [REPO / "main_tokenbridge.py"]), *flags], log, log)
+def train(flags: list[str], log: Path, killed: str = "") -> BaseProcess:
+    """A training, started, its messages in the file `log`. killed: the arguments of run_killed.py."""
+    script = [REPO / "tests" / "processes" / "run_killed.py", *killed.split()]
+    return start([*(script if killed else [REPO / "main_tokenbridge.py"]), *flags], log, log)
 
 
-def finish(flags: list[str], log: Path, code: int = 0, **more: int) -> float:
+def finish(flags: list[str], log: Path, code: int = 0, killed: str = "") -> float:
     """Run to the end; seconds it took."""
     started = time.perf_counter()
-    process = train(flags, log, **more)
+    process = train(flags, log, killed)
     process.join(120)
     assert process.exitcode == code, log.read_text()[-2000:]
     return time.perf_counter() - started
@@ -62,24 +61,20 @@ def assert_same_run(mine: Path, other: Path) -> None:
 def test_killed_at_ten_random_points(flags: Argv, whole: tuple[Path, float], tmp_path: Path) -> None:
     """kill -9, each time at a random moment of a whole run's length; then to the end."""
     folder, seconds = whole
-    out, rng, kills = tmp_path / "run", random.Random(0), 0
-    steps = []
-    while kills < 10:
+    out, rng, steps = tmp_path / "run", random.Random(0), []  # of the newest checkpoint after each kill
+    while len(steps) < 10 or not any(steps):
         process = train(flags(out), tmp_path / "log.txt")
         process.join(rng.uniform(0.2, 0.7) * seconds)
-        if process.exitcode is not None:  # it was quicker than the kill; begin again
-            assert process.exitcode == 0, (tmp_path / "log.txt").read_text()[-2000:]
-            assert_same_run(out, folder)
-            out = tmp_path / f"run{kills}"
-            continue
         process.kill()
         process.join()
-        assert process.exitcode == -signal.SIGKILL
-        kills += 1
+        assert process.exitcode in (0, -signal.SIGKILL), (tmp_path / "log.txt").read_text()[-2000:]
+        if process.exitcode == 0:  # it was quicker than the kill; begin again
+            assert_same_run(out, folder)
+            out = out.with_name(f"run{len(steps)}")
+            continue
         steps.append(load_latest(str(out))[1]["step"] if (out / LAST).exists() else 0)
     finish(flags(out), tmp_path / "log.txt")
     assert_same_run(out, folder)
-    assert max(steps) > 0, "no kill came after the first checkpoint"
 
 
 @pytest.mark.parametrize(("number", "step"), [(1, 2), (3, 4)])  # checkpoints at 2, at 3, the end of epoch 0, and at 4
@@ -88,7 +83,7 @@ def test_killed_in_the_middle_of_a_checkpoint(
 ) -> None:
     """Half of its bytes are on the disk, under another name: the one before it is taken, or none before the first."""
     out = tmp_path / "run"
-    finish(flags(out), tmp_path / "log.txt", code=-signal.SIGKILL, die_in_save=number)
+    finish(flags(out), tmp_path / "log.txt", code=-signal.SIGKILL, killed=f"KILL save {number}")
     (left,) = out.glob(".*.tmp")
     assert left.name.startswith(".checkpoint-last.pth.")
     assert (out / LAST).exists() == (number > 1)
@@ -101,21 +96,14 @@ def test_killed_in_the_middle_of_a_checkpoint(
     ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("name", ["TERM", "USR1"])
 def test_a_signal_ends_the_run_with_a_checkpoint(
-    flags: Argv, whole: tuple[Path, float], tmp_path: Path, number: int
+    flags: Argv, whole: tuple[Path, float], tmp_path: Path, name: str
 ) -> None:
     """In the middle of an epoch, where no checkpoint is due: exit code 0, a message, and the rest of the run equal."""
     out, log = tmp_path / "run", tmp_path / "log.txt"
-    process = train(flags(out, save_every_steps=1000, save_last_freq=1000, log_freq=1), log)
-    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 4:
-        assert process.is_alive() or process.exitcode == 0, log.read_text()[-2000:]
-        time.sleep(0.005)
-    os.kill(process.pid, number)
-    process.join(60)
-    assert process.exitcode == 0
-    step = load_latest(str(out))[1]["step"]
-    assert 4 <= step < STEPS and f"stopped by a signal after step {step} of {STEPS}" in log.read_text()
+    finish(flags(out, save_every_steps=1000, save_last_freq=1000, log_freq=1), log, killed=f"{name} step 4")
+    assert load_latest(str(out))[1]["step"] == 5 and f"stopped by a signal after step 5 of {STEPS}" in log.read_text()
     finish(flags(out, log_freq=1), log)
     a, b = load_latest(str(out))[1], load_latest(str(whole[0]))[1]
     assert all(torch.equal(value, b["model"][key]) for key, value in a["model"].items())
@@ -149,16 +137,13 @@ def test_one_process_continues_as_two(flags: Argv, tmp_path: Path) -> None:
     same = dict(max_steps=16, batch_size=2)
     finish(flags(tmp_path / "one", accum_iter=2, **same), tmp_path / "log.txt")
     out = tmp_path / "two"
-    process = train(flags(out, accum_iter=2, save_every_steps=7, save_last_freq=1000, **same), tmp_path / "log.txt")
-    while not (out / LAST).exists():
-        time.sleep(0.005)
-    process.kill()
-    process.join()
-    step = load_latest(str(out))[1]["step"]
-    assert step in (3, 7, 14)  # 3 ends epoch 0
+    saving = dict(save_every_steps=7, save_last_freq=1000)
+    killed = dict(code=-signal.SIGKILL, killed="KILL step 5")
+    finish(flags(out, accum_iter=2, **saving, **same), tmp_path / "log.txt", **killed)
+    assert load_latest(str(out))[1]["step"] == 3  # the end of epoch 0
     result = run_processes([REPO / "main_tokenbridge.py", *flags(out, **same)], nproc=2)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert f"at step {step}" in result.stderr
+    assert "at step 3" in result.stderr
     one, two = log_of(tmp_path / "one"), log_of(out)
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], abs=2e-4)
     a, b = load_latest(str(tmp_path / "one"))[1]["model_ema"], load_latest(str(out))[1]["model_ema"]

@@ -31,18 +31,17 @@ def no_locks(*_: object) -> None:
     raise OSError(errno.ENOLCK, "No locks available")
 
 
-def holder(folder: Path) -> subprocess.Popen:
-    """A process that holds the lock of `folder` until it is ended."""
+def start_locked(folder: Path) -> subprocess.Popen:
+    """A process that takes the lock of `folder`, says "ready", and holds it until its input is closed."""
     command = [sys.executable, "-c", LOCKED, str(folder)]
-    process = subprocess.Popen(command, cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
-    return process
+    return subprocess.Popen(command, cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def test_a_locked_folder_is_refused_until_its_process_ends(tmp_path: Path) -> None:
     """By exit or by kill -9; the message names host and process."""
     for end in (lambda process: process.communicate(timeout=60), lambda process: process.kill()):
-        process = holder(tmp_path)
+        process = start_locked(tmp_path)
+        assert process.stdout.readline() == "ready\n"
         words = rf"\(--output_dir\) is in use by process {process.pid} on \S+, started 20\d\d-.*choose another folder"
         with pytest.raises(ValueError, match=words), folder_lock(tmp_path, "--output_dir"):
             pass
@@ -57,13 +56,14 @@ def test_a_locked_folder_is_refused_until_its_process_ends(tmp_path: Path) -> No
 
 
 def test_only_one_of_many_gets_a_lock_that_a_dead_process_left(tmp_path: Path) -> None:
-    process = holder(tmp_path)
+    process = start_locked(tmp_path)
+    assert process.stdout.readline() == "ready\n"
     process.kill()
     process.wait(60)
-    code = LOCKED.replace("sys.stdin.read()", "import time; time.sleep(2)")
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    several = [subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert sum("ready" in one.communicate(timeout=60)[0] for one in several) == 1
+    several = [start_locked(tmp_path) for _ in range(3)]
+    assert sorted(one.stdout.readline() for one in several) == ["", "", "ready\n"]  # all have answered, one holds it
+    for one in several:
+        one.communicate(timeout=60)
 
 
 def test_a_lock_is_touched_while_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
