@@ -21,7 +21,7 @@ from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from training import posthoc_ema, recipe
 from training.flops import step_flops
-from training.guard import stop_message, warn_if_skipped
+from training.guard import stop_message
 from training.lr_sched import learning_rate
 from training.outputs import RunOutputs
 from training.preempt import StopRequest
@@ -79,8 +79,7 @@ def train(
             end_of_epoch(state, vae, settings, samples, outputs, score, epoch=epoch, stopped=stopped)
     if stopped:
         logger.info("%s", stop_message(state.step, settings.total_steps, outputs.saved, outputs.folder))
-    else:
-        warn_if_skipped(state.step, state.bad_in_row)
+    state.skipped.warn(state.step, finished=not stopped)
 
 
 def start(
@@ -147,7 +146,7 @@ def train_one_epoch(
         stop = should_stop()
         save_now = outputs is not None and outputs.due()
         if stop or save_now or state.step == last or progress.due(state.step, norm):
-            state.bad_in_row = progress.flush(state.step, state.bad_in_row)
+            progress.flush(state.step, state.skipped)
         if outputs is not None:
             outputs.after_step()
     return stop

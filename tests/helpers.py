@@ -234,7 +234,7 @@ def skip_unless_shardable() -> None:
 
 class RecordOps(TorchDispatchMode):
     """Within the block: `names` of the aten operations in order, and of each tensor they made its `devices` entry and
-    `largest` size.
+    `largest` size; not of tensors without elements (torch 2.11 makes one on the CPU for each checkpointed function).
     """
 
     def __init__(self) -> None:
@@ -248,7 +248,7 @@ class RecordOps(TorchDispatchMode):
         name = func.overloadpacket.__name__
         self.names.append(name)
         for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.numel():
                 self.devices.append((name, tensor.device.type))
                 self.largest = max(self.largest, tensor.numel())
         return out

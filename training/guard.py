@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,35 @@ from util.log import get_logger
 from util.options import ArgumentError
 
 logger = get_logger()
+
+
+@dataclass
+class SkippedSteps:
+    """Counts the steps that changed no weight, because their loss or gradient was not finite; on all ranks alike."""
+
+    in_row: int = 0  # the last ones
+    total: int = 0
+    steps: int = 0  # skipped or not, since this process started
+
+    def count(self, finite: bool) -> None:
+        """One more step."""
+        self.in_row = 0 if finite else self.in_row + 1
+        self.total += not finite
+        self.steps += 1
+
+    def warn(self, step: int, finished: bool) -> None:
+        """At the end of a run, after step `step`: how many were skipped, and whether the last one was.
+
+        The last one alone: a finished run whose last two were skipped ended with an error (`check_bad_steps`).
+        """
+        if self.total > 1:
+            counts = self.total, self.steps, 100 * self.total / self.steps
+            logger.warning("%d of %d steps (%.3g %%) were skipped: their loss or gradient was not finite", *counts)
+        if finished and self.in_row:
+            what = (
+                "the last step, %d, was skipped (its loss or gradient was not finite): the weights are those of step %d"
+            )
+            logger.warning(what, step, step - self.in_row)
 
 
 def may_save(
@@ -47,13 +77,6 @@ def check_bad_steps(bad_in_row: int, settings: LoopSettings, step: int, *, loss:
             f"lr {lr:.3g}, loss {loss}, grad norm {norm}. Those steps changed no weight and the files written so "
             "far are as they were. Check the data, lower the learning rate or grad_clip, or use precision bf16 or fp32",
         )
-
-
-def warn_if_skipped(step: int, bad_in_row: int) -> None:
-    """The last line of a run whose last step was skipped: one, or the run would have ended with an error."""
-    if bad_in_row:
-        what = "the last step, %d, was skipped (its loss or gradient was not finite): the weights are those of step %d"
-        logger.warning(what, step, step - bad_in_row)
 
 
 def stop_message(step: int, total: int, saved: int | None, folder: object) -> str:

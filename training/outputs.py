@@ -80,7 +80,7 @@ class RunOutputs:
     def _may_save(self) -> bool:
         state, final = self.state, self.state.step >= self.settings.total_steps
         lr = state.optimizer.param_groups[0]["lr"]
-        return may_save(state.step, state.bad_in_row, state.weights(), lr, final=final, saved=self.saved)
+        return may_save(state.step, state.skipped.in_row, state.weights(), lr, final=final, saved=self.saved)
 
     def save_averages(self) -> None:
         """A snapshot of the averages of --posthoc_ema_freq, once for each step, unless steps are being skipped."""

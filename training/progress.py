@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.guard import check_bad_steps
+from training.guard import SkippedSteps, check_bad_steps
 from training.settings import LoopSettings
 from util import dist
 from util.log import JsonlLog, get_logger
@@ -73,36 +73,34 @@ class Progress:
         """Whether to flush after `step` steps: every log_freq steps, and on a CPU at once after a bad step."""
         return step % self.settings.log_freq == 0 or self.device.type == "cpu" and not math.isfinite(norm)
 
-    def flush(self, step: int, bad_in_row: int) -> int:
-        """Fetch and log the window that ends after `step` steps; returns how many steps in a row, up to now, were
-        skipped.
+    def flush(self, step: int, skipped: SkippedSteps) -> None:
+        """Fetch, count and log the steps of the window that ends after `step` steps.
 
-        ArgumentError once those are too many (`check_bad_steps`).
+        ArgumentError once too many in a row were skipped (`check_bad_steps`).
         """
         w, self.window = self.window, Window()
         count, width = len(w.losses), len(self.parts)
         if not count:
-            return bad_in_row
+            return
         sent = [torch.stack(w.losses).flatten(), *([] if w.details is None else [w.details.flatten()])]
         numbers = dist.all_reduce_mean(torch.cat(sent)).tolist()  # one message for all
-        losses, details = np.reshape(numbers[: count * width], (count, width)), numbers[count * width :]
+        losses = np.reshape(numbers[: count * width], (count, width))
         norms, pace = torch.stack(w.norms).tolist(), self._pace(w)
-        for number, loss, norm, lr in zip(
-            range(step - count + 1, step + 1), losses.tolist(), norms, w.lrs, strict=True
-        ):
-            finite = math.isfinite(norm) and math.isfinite(loss[0])
-            bad_in_row = 0 if finite else bad_in_row + 1
+        finite = np.isfinite(norms) & np.isfinite(losses[:, 0])
+        details = by_dimension(numbers[count * width :]) if finite[-1] else {}
+        for i, number in enumerate(range(step - count + 1, step + 1)):
+            skipped.count(finite[i])
+            record = {"step": number, "epoch": (number - 1) // self.settings.steps_per_epoch, "lr": w.lrs[i]}
+            values = dict(zip(self.parts, losses[i].tolist(), strict=True)) | {"grad_norm": norms[i]}
+            record |= values if finite[i] else {"skipped": True}
             if self.log is not None:
-                record = {"step": number, "epoch": (number - 1) // self.settings.steps_per_epoch, "lr": lr}
-                record |= (
-                    dict(zip(self.parts, loss, strict=True)) | {"grad_norm": norm} if finite else {"skipped": True}
-                )
-                self.log.write(record | pace | (by_dimension(details) if number == step and finite else {}))
-            check_bad_steps(bad_in_row, self.settings, number, loss=loss[0], norm=norm, lr=lr)
-        eta = (self.settings.total_steps - step) * self.settings.images_per_step / pace["images_per_s"]
-        numbers = [self.in_words(*losses.mean(0)), f"lr {w.lrs[-1]:.2e}", f"grad norm {norms[-1]:.2f}"]
-        self._line(step, numbers, by_dimension(details), pace, eta, bad_in_row)
-        return bad_in_row
+                self.log.write(record | pace | (details if number == step else {}))
+            check_bad_steps(skipped.in_row, self.settings, number, loss=losses[i, 0], norm=norms[i], lr=w.lrs[i])
+        means = losses[finite if finite.any() else slice(None)].mean(0)
+        words = [self.in_words(*means), f"lr {w.lrs[-1]:.2e}", f"grad norm {norms[-1]:.2f}"]
+        bad = int(count - finite.sum())
+        more = [f"({bad} of {count} steps skipped, {skipped.in_row} in a row)"] if bad else []
+        self._line(step, words, details, pace, more)
 
     def _pace(self, w: Window) -> dict[str, float]:
         seconds = time.perf_counter() - w.started
@@ -113,18 +111,16 @@ class Progress:
             pace["mfu"] = pace["tflops"] / self.peak_tflops
         return pace | {"data_wait": w.data_wait / seconds, "memory_gib": dist.peak_memory_gib(self.device)}
 
-    def _line(
-        self, step: int, numbers: list[str], details: dict, pace: dict[str, float], eta: float, bad_in_row: int
-    ) -> None:
+    def _line(self, step: int, words: list[str], details: dict, pace: dict[str, float], more: list[str]) -> None:
         epoch, total = (step - 1) // self.settings.steps_per_epoch, self.settings.total_steps
-        parts = [f"epoch {epoch} step {step}/{total}", *numbers, f"{pace['images_per_s']:.1f} images/s"]
+        eta = (total - step) * self.settings.images_per_step / pace["images_per_s"]
+        parts = [f"epoch {epoch} step {step}/{total}", *words, f"{pace['images_per_s']:.1f} images/s"]
         parts += [f"{pace['tflops']:.3g} TFLOP/s"] if "tflops" in pace else []
         parts += [f"MFU {pace['mfu']:.1%}"] if "mfu" in pace else []
         if details:
             parts += [f"{details['bits_per_dim']:.2f} bits/dim", f"accuracy {details['token_accuracy']:.1%}"]
         parts += [f"data wait {pace['data_wait']:.0%}", f"memory {pace['memory_gib']:.1f} GiB", f"ETA {duration(eta)}"]
-        parts += [f"({bad_in_row} steps skipped in a row)"] if bad_in_row else []
-        logger.info("  ".join(parts))
+        logger.info("  ".join(parts + more))
 
 
 def by_dimension(numbers: list[float]) -> dict[str, object]:

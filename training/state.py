@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.tokenbridge import TokenBridge
 from training.ema import SIGMA_RELS, ModelEma, PowerEma
+from training.guard import SkippedSteps
 from training.optimizer_state import load_optimizer, saved_groups
 from training.settings import TrainSettings
 from training.sharding import full, shard, to_host
@@ -115,7 +116,7 @@ class TrainState:
         self.power_emas = [PowerEma(model, sigma_rel) for sigma_rel in SIGMA_RELS] if settings.posthoc_ema_freq else []
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.step = 0  # optimizer steps done
-        self.bad_in_row = 0  # steps skipped one after another, up to now
+        self.skipped = SkippedSteps()
 
     def update_averages(self) -> None:
         """After an optimizer step, before it is counted. No host sync."""

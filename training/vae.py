@@ -20,12 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from dataset.folders import BAD_IMAGE_CHOICES
 from models.latent_space import DiagonalGaussian
 from models.vae import LARGEST, MOST_LEVELS, AutoencoderKL
-from training.guard import may_save
+from training.guard import SkippedSteps, may_save
 from training.lr_sched import learning_rate
 from training.optimizer_state import load_optimizer
 from training.progress import Progress
 from training.settings import LoopSettings
-from training.step import optimizer_step, set_learning_rate
+from training.step import nan_gradients_if_not_finite, optimizer_step, set_learning_rate
 from util import checkpoint, dist
 from util.log import JsonlLog, get_logger
 from util.options import ArgumentError, option
@@ -170,7 +170,7 @@ class VaeState:
         self.optimizer = torch.optim.Adam(vae.parameters(), lr=0.0, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.step = 0
-        self.bad_in_row = 0  # steps skipped one after another, up to now
+        self.skipped = SkippedSteps()
         self.output = Path(settings.output_dir)
         self.saved: int | None = None  # step of the last vae_state.pth there
 
@@ -192,7 +192,7 @@ class VaeState:
         """
         weights, lr = dict(self.vae.named_parameters()), self.optimizer.param_groups[0]["lr"]
         final = self.step >= settings.total_steps
-        if not may_save(self.step, self.bad_in_row, weights, lr, final=final, saved=self.saved):
+        if not may_save(self.step, self.skipped.in_row, weights, lr, final=final, saved=self.saved):
             return
         self.saved = self.step
         if dist.is_main():
@@ -242,7 +242,7 @@ def train_epoch(
         noise = step_noise((len(images), vae.embed_dim, side, side), s.seed, state.step, device)
         with dist.autocast(device, s.precision):
             parts = state.wrapped(images, noise)  # (4,)
-        state.scaler.scale(parts[0]).backward()
+        state.scaler.scale(nan_gradients_if_not_finite(parts[0])).backward()
         norm = optimizer_step(state, parameters, s.grad_clip)
         state.optimizer.zero_grad(set_to_none=True)
         progress.window.add(parts.detach(), norm, lr)
@@ -250,7 +250,7 @@ def train_epoch(
         stop = should_stop()
         save_now = stop or state.step % s.save_freq == 0 and state.step < s.total_steps
         if save_now or state.step == last or progress.due(state.step, norm):
-            state.bad_in_row = progress.flush(state.step, state.bad_in_row)
+            progress.flush(state.step, state.skipped)
         if save_now:
             state.save(s)
     return stop

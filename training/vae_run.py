@@ -13,7 +13,7 @@ from dataset.images import to_uint8
 from dataset.latent_statistics import frequency_order, latent_scale
 from dataset.loader import GlobalBatchSampler, build_loader
 from models.vae import AutoencoderKL
-from training.guard import stop_message, warn_if_skipped
+from training.guard import stop_message
 from training.outputs import open_log
 from training.preempt import StopRequest
 from training.state import changes
@@ -153,10 +153,10 @@ def train(
             stopped = train_epoch(state, loader, settings, log, stop.agreed)
     if stopped:
         logger.info("%s", stop_message(state.step, settings.total_steps, state.saved, output))
-        return
-    state.save(settings)
-    write_result(state, dataset, val, settings, psnr)
-    warn_if_skipped(state.step, state.bad_in_row)
+    else:
+        state.save(settings)
+        write_result(state, dataset, val, settings, psnr)
+    state.skipped.warn(state.step, finished=not stopped)
 
 
 def resume(state: VaeState, settings: VaeSettings, content: dict, source: Path) -> None:

@@ -93,7 +93,7 @@ def test_a_nan_step_changes_nothing(device: torch.device, precision: str, tmp_pa
     train_to(state, s, 3, log=JsonlLog(tmp_path / "log.jsonl"), spoil_from=0)
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["skipped"]
     assert_same([state.model.state_dict(), state.optimizer.state_dict()["state"]], before)
-    assert state.bad_in_row == 1 and all(value.isfinite().all() for value in state.ema.shadow.values())
+    assert state.skipped.in_row == 1 and all(value.isfinite().all() for value in state.ema.shadow.values())
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])

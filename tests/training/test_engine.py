@@ -19,7 +19,9 @@ from models.tokenbridge import TokenBridge
 from tests.helpers import tiny_model, tiny_vae
 from tests.processes import train_tiny
 from training import step as training_step
+from training.guard import SkippedSteps
 from training.lr_sched import learning_rate
+from training.progress import Progress
 from training.settings import TrainSettings
 from training.state import TrainState, weight_decay_groups
 from training.step import draw_step, masked_counts, optimizer_step
@@ -265,6 +267,16 @@ def test_bad_steps_are_skipped_counted_and_stop_the_run(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line.get("skipped", False) for line in lines] == [False] * 3 + [True] * 3
     assert all("loss" not in line for line in lines[3:])  # no NaN in the JSON
+
+
+def test_a_window_with_a_bad_step_reports_the_others(messages: list[str]) -> None:
+    """As on a GPU, where a window is fetched only when its line is due."""
+    progress, skipped = Progress(train_tiny.settings(16, 1, 10), CPU, None), SkippedSteps()
+    for loss in (1.0, math.nan, 3.0):
+        progress.window.add(torch.tensor(loss), torch.tensor(loss), 1e-3)
+    progress.flush(3, skipped)
+    assert "  loss 2.0000  " in messages[0] and messages[0].endswith("  (1 of 3 steps skipped, 0 in a row)")
+    assert skipped == SkippedSteps(in_row=0, total=1, steps=3)
 
 
 # ---- generation

@@ -4,6 +4,7 @@ main_tokenbridge.py and main_vae.py at toy size, in this process.
 """
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -105,17 +106,23 @@ def test_nothing_is_written_while_steps_are_skipped(
     assert held[-1].endswith("that of step 3 stays") and not (tmp_path / "vae.pth").exists()
 
 
-@pytest.mark.parametrize(("bad", "saved"), [(range(1, 6), None), (range(4, 6), 3), (range(5, 6), 5)])
+@pytest.mark.parametrize(
+    ("bad", "saved"), [(range(1, 6), None), (range(4, 6), 3), (range(5, 6), 5), (range(1, 6, 2), 5)]
+)
 @pytest.mark.parametrize("train", LIGHT, indirect=True)
 def test_a_run_that_ends_with_skipped_steps(
     train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str], bad: range, saved: int | None
 ) -> None:
-    """Two or more at its end, though fewer than max_bad_steps, are an error; one changed nothing, and is named."""
+    """Two or more at its end, though fewer than max_bad_steps, are an error; one changed nothing, and is named. A run
+    that skipped several says how many.
+    """
     after_each_step(monkeypatch, train.name, spoil(bad))
     code = run_cli(lambda: train(tmp_path, max_bad_steps=100))
     assert code == (0 if saved == 5 else 2)
     last = "the last step, 5, was skipped (its loss or gradient was not finite): the weights are those of step 4"
     assert (last in messages) == (saved == 5)
+    counted = "3 of 5 steps (60 %) were skipped: their loss or gradient was not finite"
+    assert (counted in messages) == (len(bad) == 3)
     assert (read_file(tmp_path / train.file)["step"] if (tmp_path / train.file).exists() else None) == saved
 
 
@@ -123,12 +130,19 @@ def test_a_run_that_ends_with_skipped_steps(
 def test_a_run_of_one_step_without_a_loss_is_an_error(
     train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """No weight is changed, although backpropagation through the loss itself gives finite gradients."""
     model = TokenBridge if train.name == "tokenbridge" else training_vae.Objective
     real = model.forward
-    monkeypatch.setattr(model, "forward", lambda self, *inputs, **more: real(self, *inputs, **more) * float("nan"))
+    monkeypatch.setattr(model, "forward", lambda self, *inputs, **more: real(self, *inputs, **more) + float("inf"))
+    norms: list[float] = []
+
+    def gradients(state: object, step: int) -> None:
+        norms.extend(float(p.grad.norm()) for group in state.optimizer.param_groups for p in group["params"])
+
+    after_each_step(monkeypatch, train.name, gradients)
     with pytest.raises(ValueError, match=r"1 steps in a row had a loss .* not finite; stopped at step 1"):
         train(tmp_path, max_steps=1)
-    assert not (tmp_path / train.file).exists()
+    assert not (tmp_path / train.file).exists() and norms and all(map(math.isnan, norms))
 
 
 @pytest.mark.parametrize("train", LIGHT, indirect=True)
