@@ -17,7 +17,7 @@ from checkpoints import download
 from dataset.images import to_uint8
 from evaluation.image_metrics import psnr
 from evaluation.inception import InceptionFeatures, fetch_inception_weights
-from evaluation.metrics import IS_SPLITS, METRICS, Reference
+from evaluation.metrics import FEWEST_FOR_PRC, INFINITY_POINTS, IS_SPLITS, METRICS, Reference
 from evaluation.reference import check_published, load_reference_stats, load_references
 from evaluation.report import scores_in_words
 from evaluation.scores import evaluate
@@ -28,7 +28,7 @@ from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util import dist
 from util.cli import check_writable
-from util.files import file_sha256, unchanged, write_json, writing
+from util.files import append_json, file_sha256, unchanged, write_json
 from util.log import get_logger
 from util.options import ArgumentError, check_options, option
 
@@ -67,10 +67,12 @@ class EvaluationOptions:
         check_options(self)
 
     def check_enough_images(self) -> None:
-        """ArgumentError if there are fewer images than the Inception Score needs."""
-        if self.num_images < IS_SPLITS:
-            needs = f"the Inception Score needs at least {IS_SPLITS} images, one per split"
-            raise ArgumentError("num_images", f"num_images {self.num_images}: {needs}")
+        """ArgumentError if there are fewer images than the scores need."""
+        fewest, reason = IS_SPLITS, f"the Inception Score needs at least {IS_SPLITS} images, one per split"
+        if self.fid_infinity:
+            fewest, reason = 2 * INFINITY_POINTS, f"fid_infinity needs at least {2 * INFINITY_POINTS} images"
+        if self.num_images < fewest:
+            raise ArgumentError("num_images", f"num_images {self.num_images}: {reason}")
 
     @property
     def requested(self) -> list[str]:
@@ -226,8 +228,10 @@ class Evaluator:
         if reference.features is None and dist.is_main():
             published = img_size == download.PUBLISHED_SIZE
             hint = download.PRECISION_RECALL_HINT if published else "they need images or features (--pr_reference)"
-            message = "%s (--fid_stats) holds statistics alone, so precision, recall and KID are not computed: %s"
-            logger.info(message, options.fid_stats, hint)
+            few = (reference.num_images or FEWEST_FOR_PRC) < FEWEST_FOR_PRC
+            held = f"fewer than {FEWEST_FOR_PRC} images" if few else "statistics alone"
+            message = "%s (--fid_stats) holds %s, so precision, recall and KID are not computed: %s"
+            logger.info(message, options.fid_stats, held, hint)
         if options.num_images < FEW_IMAGES and dist.is_main():
             logger.warning(
                 "%d images make FID too high: compare with runs of as many only, or add --fid_infinity; "
@@ -270,9 +274,7 @@ class Evaluator:
         record = scores | {"vae_roundtrip": make_images.roundtrip} | plain(settings) | self.inputs | self.about | about
         record |= model_record(model, self.device) | {"classes": classes}
         record |= {"seconds": time.perf_counter() - started, "time": time.time()}
-        lines = self.output / "eval.jsonl"
-        with writing(lines), lines.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        append_json(self.output / "eval.jsonl", record)
         pair = (settings.cfg, settings.temperature, settings.num_iter)
         logger.info("cfg %g, temperature %g, %d iterations: %s", *pair, scores_in_words(record))
         return record

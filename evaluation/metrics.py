@@ -21,6 +21,7 @@ from util.dist import all_reduce_sum, float32_precision, gather_objects, gather_
 CPU = torch.device("cpu")
 IS_SPLITS, IS_SEED = 10, 2020  # parts over which the Inception Score is averaged, torch-fidelity's shuffle
 PRC_NEIGHBOURS, PRC_CHUNK = 3, 250  # precision and recall: k, and rows of the distance matrix at a time
+FEWEST_FOR_PRC, INFINITY_POINTS = PRC_NEIGHBOURS + 1, 10
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 Statistics = dict[str, np.ndarray]  # "mu" (F,) and "sigma" (F, F), float64
 
@@ -168,7 +169,7 @@ def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
     """
     from torch_fidelity import metric_prc
 
-    if min(len(generated), len(real)) <= PRC_NEIGHBOURS:
+    if min(len(generated), len(real)) < FEWEST_FOR_PRC:
         counts = f"{len(generated)} and {len(real)}"
         raise ValueError(f"precision and recall need more than {PRC_NEIGHBOURS} images of each kind, got {counts}")
     settings = dict(prc_neighborhood=PRC_NEIGHBOURS, prc_batch_size=PRC_CHUNK, save_cpu_ram=True, verbose=False)
@@ -192,7 +193,7 @@ def kid(generated: Tensor, real: Tensor) -> tuple[float, float]:
 
 
 @float32_precision(CPU)
-def fid_infinity(features: Tensor, reference: Statistics, points: int = 10) -> float:
+def fid_infinity(features: Tensor, reference: Statistics, points: int = INFINITY_POINTS) -> float:
     """FID extrapolated to infinitely many images (Chong and Forsyth 2020).
 
     The intercept of FID over 1/n, n from a tenth of the images to all. features (N, F) of generated images in their

@@ -23,18 +23,20 @@ from dataset.folders import list_folder, spread_evenly
 from dataset.images import center_crop_adm, read_image
 from dataset.loader import build_loader
 from evaluation.inception import FEATURE_DIM, SPATIAL_DIM, InceptionFeatures
-from evaluation.metrics import FeatureSums, Reference
+from evaluation.metrics import FEWEST_FOR_PRC, FeatureSums, Reference
 from generation.sample import sampled_files
 from util import dist
 from util.files import plain_reason, replacing
+from util.json_reader import check_schema
 from util.log import get_logger
 from util.options import ArgumentError
 
 logger = get_logger()
 CROPS = ("adm", "none")
 KEEP_FEATURES = 10_000  # as many images as ADM's reference batches have
+ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "features")
 # what a file of ours records of its images
-ABOUT = ("img_size", "crop", "num_images", "inception_sha256", "num_available", "selection")
+ABOUT = dict(img_size=int, crop=str, num_images=int, inception_sha256=str, num_available=int, selection=str)
 SELECTION = "evenly spaced"  # num_images of the num_available images, sorted by class and path, and features of these
 TOOL = "python -m tools.fid_stats"
 
@@ -184,10 +186,8 @@ def make_reference(
 
 def save_reference(path: str | Path, reference: Reference) -> None:
     """An .npz with ADM's keys and ours."""
-    arrays = {key: getattr(reference, key) for key in ("mu", "sigma", "mu_s", "sigma_s", *ABOUT)}
-    arrays = {key: value for key, value in arrays.items() if value is not None}
-    if reference.features is not None:
-        arrays["features"] = reference.features.numpy()
+    arrays = {key: getattr(reference, key) for key in (*ARRAYS, *ABOUT)}
+    arrays = {key: np.asarray(value) for key, value in arrays.items() if value is not None}
     with replacing(path, sync=True) as file:
         np.savez(file, **arrays)
 
@@ -200,14 +200,16 @@ def _read_arrays(path: Path) -> dict[str, object]:
             raise ValueError(f"it has no array {' or '.join(missing)}, only {', '.join(arrays.files[:6])}")
         if ("mu_s" in arrays) != ("sigma_s" in arrays):
             raise ValueError("it has only one of mu_s and sigma_s")
-        found = {key: arrays[key] for key in ("mu", "sigma", "mu_s", "sigma_s", "features") if key in arrays}
+        found = {key: arrays[key] for key in ARRAYS if key in arrays}
         for key, values in found.items():
             if values.dtype.kind not in "fiu":
                 raise ValueError(f"{key} holds {values.dtype} instead of real numbers")
             found[key] = values.astype(np.float32 if key == "features" else np.float64)
         if "features" in found:
             found["features"] = torch.from_numpy(found["features"])
-        return found | {key: arrays[key].item() for key in ABOUT if key in arrays}
+        about = {key: arrays[key].item() for key in ABOUT if key in arrays}
+        check_schema(about, {f"{key}?": kind for key, kind in ABOUT.items()})
+        return found | about
 
 
 def load_reference_stats(
@@ -231,12 +233,12 @@ def load_reference_stats(
         if mean.shape != (size,) or covariance.shape != (size, size):
             shapes = f"{mu} {mean.shape}, {sigma} {covariance.shape}"
             raise ValueError(f"{path} ({flag}): {shapes}; expected ({size},) and ({size}, {size})")
-        for name, values in ((mu, mean), (sigma, covariance)):
-            if not np.isfinite(values).all():
-                raise ValueError(f"{path} ({flag}): {name} holds NaN or infinite values")
     features = reference.features
     if features is not None and (features.ndim != 2 or features.shape[1] != dim):
         raise ValueError(f"{path} ({flag}): features {tuple(features.shape)}, expected (N, {dim})")
+    for name in ARRAYS:
+        if getattr(reference, name) is not None and not np.isfinite(np.asarray(getattr(reference, name))).all():
+            raise ValueError(f"{path} ({flag}): {name} holds NaN or infinite values")
     return reference
 
 
@@ -302,12 +304,18 @@ def load_references(
     Arguments and errors as `load_reference`; ValueError too if pr_reference holds statistics alone.
     """
     reference = load_reference(fid_stats, extractor, img_size, **loading)
+    reference.features = _enough(reference.features)
     if pr_reference:
-        features = load_reference(pr_reference, extractor, img_size, flag="--pr_reference", **loading).features
-        if features is None:
+        other = load_reference(pr_reference, extractor, img_size, flag="--pr_reference", **loading)
+        reference.features = _enough(other.features)
+        if reference.features is None:
             raise ValueError(
-                f"{pr_reference} (--pr_reference) holds neither images (arr_0) nor features of them; "
-                "python -m tools.download adm_batch fetches ADM's reference batch of ImageNet 256"
+                f"{pr_reference} (--pr_reference) holds neither images (arr_0) nor features of them, or fewer than "
+                f"{FEWEST_FOR_PRC}; python -m tools.download adm_batch fetches ADM's reference batch of ImageNet 256"
             )
-        reference.features = features
     return reference
+
+
+def _enough(features: Tensor | None) -> Tensor | None:
+    """The features, None if they are too few for precision, recall and KID."""
+    return None if features is None or len(features) < FEWEST_FOR_PRC else features

@@ -92,7 +92,7 @@ class EvalStore:
         if self.save_images == "png":
             for number, image in zip(numbers, images, strict=True):
                 save_png(self.picture(number), image)
-        elif self.save_images == "npz":
+        elif self.save_images == "npz" and not self.archive.is_file():
             with replacing(self._batch_file(numbers[0])) as file:
                 np.save(file, images.permute(0, 2, 3, 1).cpu().numpy())
         with replacing(self.shard(numbers[0])) as file:

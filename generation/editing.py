@@ -17,6 +17,7 @@ from models.vae import AutoencoderKL
 from util.options import ArgumentError
 
 Picture = Image.Image | Tensor | np.ndarray
+LARGEST_VALUE = 1.5  # of a tensor to edit: what a decoder gives may exceed 1 somewhat
 
 
 @dataclass
@@ -38,12 +39,14 @@ def make_edit(model: TokenBridge, vae: AutoencoderKL, init: Picture | None, mask
 
 
 def picture_tensor(picture: Picture, size: int) -> Tensor:
-    """(3, S, S) in [-1, 1] of a PIL image or a uint8 array (S, S, 3); a tensor is taken as it is.
+    """(3, S, S) in [-1, 1] of a PIL image, a uint8 array (S, S, 3), or a tensor (3, S, S), uint8 or in [-1, 1].
 
-    ArgumentError for another size.
+    ArgumentError for another size or range.
     """
     if isinstance(picture, Tensor):
-        x = picture.float()
+        x = picture.float() / 127.5 - 1 if picture.dtype == torch.uint8 else picture.float()
+        if not (x.abs() <= LARGEST_VALUE).all():
+            raise ArgumentError("init", "the tensor to edit has values outside [-1, 1], and is not of type uint8")
     else:
         image = picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))
         x = to_tensor(to_rgb(image))
@@ -56,14 +59,16 @@ def picture_tensor(picture: Picture, size: int) -> Tensor:
 def token_mask(mask: Picture, size: int, grid: int) -> Tensor:
     """(L,) bool: the tokens to regenerate.
 
-    A mask of S x S pixels chooses a token if any of its pixels is white (above half); a mask of H x W entries chooses
-    tokens directly (nonzero). ArgumentError for another size, or if no token is chosen.
+    A mask of S x S pixels chooses a token if any of its pixels is white (above half; in an array that is not of type
+    uint8, above 0.5); a mask of H x W entries chooses tokens directly (nonzero). ArgumentError for another size, or if
+    no token is chosen.
     """
     if isinstance(mask, Image.Image):
         chosen = torch.from_numpy(np.array(to_rgb(mask, "black").convert("L"))) > 127
     else:
         mask = torch.as_tensor(mask)
-        chosen = mask > 127 if mask.dtype == torch.uint8 and mask.shape[-1] == size else mask != 0
+        half = 127 if mask.dtype == torch.uint8 else 0.5
+        chosen = mask > half if mask.shape[-1] == size else mask != 0
     if tuple(chosen.shape) == (size, size):
         chosen = chosen.view(grid, size // grid, grid, size // grid).any(3).any(1)  # (H, W)
     if tuple(chosen.shape) != (grid, grid):

@@ -45,7 +45,8 @@ def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         ordered = torch.cat([ordered[:, :top_k], torch.full_like(ordered[:, top_k:], -torch.inf)], dim=-1)
     if top_p < 1:
         p = ordered.softmax(-1)
-        ordered = ordered.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf)  # the most likely level always stays
+        top_p = max(top_p, torch.finfo(p.dtype).tiny)  # not 0 in float32: the most likely level always stays
+        ordered = ordered.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf)
     return torch.full_like(logits, -torch.inf).scatter_(-1, place, ordered)
 
 

@@ -233,6 +233,16 @@ def write_json(path: str | Path, content: object) -> None:
         file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
+def append_json(path: str | Path, content: object) -> None:
+    """`content` as the last line of a .jsonl file, also after a line that a full disk or a kill left incomplete."""
+    with writing(path), Path(path).open("ab+") as file:
+        line = json.dumps(content).encode() + b"\n"
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        file.write(line)
+
+
 def refuse_existing(path: str | Path, flag: str, advice: str = "choose another name, or delete it first") -> None:
     """FileExistsError if there is something at `path`: a command writes a file of its own only under a new name."""
     if os.path.lexists(path):

@@ -68,10 +68,11 @@ class SamplerOptions:
         check_options(self)
         if len(self.cfg_interval) != 2 or self.cfg_interval[0] > self.cfg_interval[1]:
             raise ArgumentError("cfg_interval", f"cfg_interval must be two shares, from <= to, got {self.cfg_interval}")
-        for name in ("temperature", "temperature_end"):
-            if 0 < getattr(self, name) < LOWEST_TEMPERATURE:
+        low = {"temperature": (self.temperature,), "temperature_end": (self.temperature_end,)}
+        for name, values in (low | {"channel_temperature": self.channel_temperature}).items():
+            if any(0 < value < LOWEST_TEMPERATURE for value in values):
                 lowest = f"{name} must be 0, which takes the likeliest level, or at least {LOWEST_TEMPERATURE:g}"
-                raise ArgumentError(name, f"{lowest}; got {getattr(self, name):g}")
+                raise ArgumentError(name, f"{lowest}; got {min(values):g}")
         for name in ("reuse_features", "reuse_guidance"):
             if self.compile and getattr(self, name) > 1:
                 raise ArgumentError(name, f"compile and {name} cannot be combined: the shapes of reused parts change")

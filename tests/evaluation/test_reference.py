@@ -129,6 +129,10 @@ def test_adms_batch_beside_other_statistics(tmp_path: Path) -> None:
         match=r"stats\.npz \(--pr_reference\) holds neither images \(arr_0\) nor features.*tools\.download adm_batch",
     ):
         load_references(batch, stats, Colours(), SIZE)
+    few = write_stats(tmp_path / "few.npz", arr_0=crops(3), **adm_arrays())
+    assert load_references(few, None, Colours(), SIZE).features is None  # the other scores need no features
+    with pytest.raises(ValueError, match=r"few\.npz \(--pr_reference\) holds neither .*, or fewer than 4"):
+        load_references(stats, few, Colours(), SIZE)
     with pytest.raises(FileNotFoundError, match=r"none\.npz \(--pr_reference\).*adm_batch"):
         load_references(stats, tmp_path / "none.npz", Colours(), SIZE)
 
@@ -147,6 +151,8 @@ def small_arrays(**changes: object) -> dict[str, object]:
         (small_arrays(mu_s=np.zeros(5), sigma_s=np.eye(5)), 4, r"mu_s \(5,\), sigma_s \(5, 5\); expected \(2023,\)"),
         (small_arrays(features=np.zeros((3, 5))), 4, r"features \(3, 5\), expected \(N, 4\)"),
         (small_arrays(sigma=np.eye(4) * np.nan), 4, "sigma holds NaN"),
+        (small_arrays(features=np.full((5, 4), np.nan)), 4, "features holds NaN"),
+        (small_arrays(num_images="many"), 4, "num_images is 'many'"),
     ],
 )
 def test_bad_statistics(arrays: dict, dim: int, message: str, tmp_path: Path) -> None:

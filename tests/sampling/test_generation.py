@@ -111,7 +111,7 @@ def test_token_masks():
     image[0, 17], image[63, 63], image[40, 2] = 255, 200, 100  # the last is dark: kept
     expected = torch.zeros(16, dtype=torch.bool)
     expected[[1, 15]] = True
-    for mask in (Image.fromarray(image), image, expected.view(4, 4)):
+    for mask in (Image.fromarray(image), image, image / np.float32(255), expected.view(4, 4)):
         assert torch.equal(token_mask(mask, 64, 4), expected)
 
 
@@ -121,6 +121,7 @@ def test_token_masks():
         (dict(mask=np.ones((32, 64), np.uint8)), "mask.*64 x 64"),
         (dict(mask=np.zeros((64, 64), np.uint8)), "chooses nothing"),
         (dict(init=photo(32)), "32 x 32 pixels.*64 x 64"),
+        (dict(init=torch.full((3, 64, 64), 128.0)), r"values outside \[-1, 1\], and is not of type uint8"),
         (dict(mask=None), "both an image and a mask"),
         (dict(seed=-1), "negative"),
         (dict(order="spiral"), "random, confidence, halton, raster, subsample"),
@@ -138,7 +139,8 @@ def test_bad_input(pipeline, change, message):
 def test_picture_tensors():
     array = photographs()[0][:64, :64]
     x = picture_tensor(array, 64)
-    assert torch.equal(x, picture_tensor(Image.fromarray(array), 64)) and torch.equal(x, picture_tensor(x, 64))
+    for same in (Image.fromarray(array), torch.from_numpy(array.transpose(2, 0, 1).copy()), x):
+        assert torch.equal(x, picture_tensor(same, 64))
     assert np.array_equal(to_uint8(x).permute(1, 2, 0).numpy(), array)
 
 

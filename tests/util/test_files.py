@@ -21,6 +21,7 @@ from tests.helpers import REPO
 from util import files
 from util.files import (
     CannotWrite,
+    append_json,
     file_sha256,
     refuse_existing,
     replacing,
@@ -31,6 +32,7 @@ from util.files import (
     write_json,
     writing,
 )
+from util.json_reader import read_lines
 
 
 @pytest.mark.parametrize("sync", [False, True])
@@ -170,6 +172,16 @@ def test_a_second_name_is_the_same_file_or_a_copy(tmp_path: Path, monkeypatch: p
     second_name(tmp_path / "a", tmp_path / "copy")
     assert not (tmp_path / "copy").samefile(tmp_path / "a") and (tmp_path / "copy").read_text() == "content"
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_line_is_appended_also_behind_an_incomplete_one(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    append_json(path, {"a": 1})
+    append_json(path, {"a": 2})
+    assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
+    path.write_text('{"a": 1}\n{"a"')
+    append_json(path, {"a": 3})
+    assert list(read_lines(path)) == [{"a": 1}, {"a": 3}]
 
 
 def test_what_is_there_is_refused(tmp_path: Path) -> None:
