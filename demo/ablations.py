@@ -38,7 +38,7 @@ from util.json_reader import read_json
 from util.locks import folder_lock
 from util.log import get_logger
 from util.presets import load_preset
-from util.stages import STAMP
+from util.stages import STAMP, StageRunner
 
 logger = get_logger()
 
@@ -68,7 +68,7 @@ def prepare(out: Path, sizes: Mapping[str, int]) -> None:
     if os.path.lexists(folder) and not (folder / STAMP).is_file():
         what = f"was not made by this command (it has no {STAMP}), which would replace its files"
         raise ValueError(f"{folder} {what}: choose another --output_dir, or move that folder away")
-    run_stages(build_stages(DIGITS, out, out, sizes)[:4], out)
+    run_stages(StageRunner(build_stages(DIGITS, out, out, sizes)[:4], out))
     write_json(folder / STAMP, {"made by": "python -m demo.ablations"})
     content = torch.load(out / "vae" / "vae.pth", weights_only=True)
     content["config"]["channel_order"] = content["config"]["channel_order"][::-1]

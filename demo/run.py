@@ -152,9 +152,9 @@ def build_stages(demo: Demo, out: Path, pictures: Path, sizes: Mapping[str, int]
     return stages
 
 
-def run_stages(stages: Sequence[Stage], out: Path) -> list[dict]:
+def run_stages(runner: StageRunner) -> list[dict]:
     """The stages' records; ValueError if one failed."""
-    rows = StageRunner(stages, out).run()
+    rows = runner.run()
     for row in rows:
         if "error" in row:
             raise ValueError(f"{row['name']} failed: {row['error']}; rerun to continue from here")
@@ -184,10 +184,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     stages, own = build_stages(demo, out, pictures, TOY if args.toy else demo.sizes), out / ".pictures.json"
     paths = [pictures / name for name in demo.pictures]
     with folder_lock(out, "--output_dir"):
-        StageRunner(stages, out).check_folders()
+        runner = StageRunner(stages, out)
         refuse_others(paths, own, "--pictures")
         try:
-            rows = run_stages(stages, out)
+            rows = run_stages(runner)
         finally:
             record_own(paths, own)
     print_table(stages, rows, args.toy)

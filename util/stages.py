@@ -54,11 +54,15 @@ class Stage:
 
 
 class StageRunner:
-    """Runs stages, which write to the folder `out`, and keeps their records. ValueError for a damaged record."""
+    """Runs stages, which write to the folder `out`, and keeps their records.
+
+    ValueError, before any work, for a damaged record, and if a stage would write to a folder that it did not make.
+    """
 
     def __init__(self, stages: Sequence[Stage], out: Path):
         self.stages, self.out = stages, out
         self.records = {stage.name: self._read(stage) for stage in stages}
+        self._check_folders()
 
     def _path(self, stage: Stage) -> Path:
         return self.out / "stages" / f"{stage.name.replace(' ', '-')}.json"
@@ -107,8 +111,7 @@ class StageRunner:
                 names.add(stage.name)
         return names
 
-    def check_folders(self) -> None:
-        """ValueError, before any work, if a stage would write to a folder that it did not make (it has no STAMP)."""
+    def _check_folders(self) -> None:
         skipped = self.finished()
         for stage in self.stages:
             folder = stage.folder
@@ -123,7 +126,6 @@ class StageRunner:
 
         A stage that fails leaves those running that do not need it. more: further entries of new records.
         """
-        self.check_folders()
         skipped, rows = self.finished(), {}
         for number, stage in enumerate(self.stages, 1):
             title, found = f"[{number}/{len(self.stages)}] {stage.name}", self.records[stage.name]

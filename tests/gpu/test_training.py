@@ -114,13 +114,15 @@ def test_flash_attention_serves_every_shape(device: torch.device, head_dim: int,
 
 def test_peak_memory(device: torch.device, report: Callable) -> None:
     """Large at batch 64 in bf16, no flag given: below what tools.bench counts on fake tensors."""
-    from tools.bench.gpu import counted_memory, measured_memory
+    from tools.bench.train import Options, counted_memory, our_loop
 
     counted = counted_memory("tokenbridge_large", 64)
     total = dist.total_memory_gib(device)
     if total < counted + 2:
         pytest.skip(f"large at batch 64 needs {counted:.1f} GiB of GPU memory, here are {total:.1f}")
-    measured = measured_memory("tokenbridge_large", 64, device)
+    dist.free_memory(device)
+    our_loop(Options(model="tokenbridge_large", batch_size=64), device, "bf16")[1]()
+    measured = dist.peak_memory_gib(device)
     report(f"peak memory of a training step, large, batch 64, bf16: {measured:.2f} GiB, counted {counted:.2f} GiB")
     assert measured <= counted
 

@@ -21,7 +21,7 @@ from tools.bench.baselines import baseline_loss
 from tools.bench.counting import OpCounter, count, no_fake_gpu
 from tools.bench.quantizer import quantize_by_distance
 from tools.bench.sample import REUSE, HeadPositions, count_samplers, samplers
-from tools.bench.train import SAVINGS, count_training
+from tools.bench.train import SAVINGS, count_training, counted_memory
 from training.flops import mean_mask_ratio
 from util.cli import run_cli
 
@@ -275,11 +275,11 @@ def test_gpu_bench_names_what_it_skips(
 ) -> None:
     """What it has no time for, and a section that fails; those after it are run."""
 
-    def fails(_: gpu.Bench) -> None:
+    def fails(_: object) -> None:
         raise torch.OutOfMemoryError("out of memory\nand more")
 
     path = tmp_path / "gpu.json"
-    monkeypatch.setitem(gpu.RUN, "sampling", fails)
+    monkeypatch.setitem(gpu.SECTIONS, "sampling", (0.26, fails))
     sections = "ceilings", "training", "sampling", "images", "reuse"
     main([*GPU.split(), "--budget", "1", "--json", str(path), "--only", *sections])
     found, out = json.loads(path.read_text()), capsys.readouterr().out
@@ -312,7 +312,7 @@ def test_gpu_counts_without_a_gpu(capsys: pytest.CaptureFixture) -> None:
     rows = {line[:44].strip(): line[44:].split() for line in capsys.readouterr().out.splitlines()}
     assert int(rows["step 3 of 6, 1 image(s), cfg 3.1"][0]) == int(rows["step 3 of 6, 2 image(s), cfg 3.1"][0]) > 200
     assert float(rows["training, batch 2, forward"][1]) > 0
-    assert 1e-3 < gpu.counted_memory("tokenbridge_digits", 1) < 1
+    assert 1e-3 < counted_memory("tokenbridge_digits", 1) < 1
 
 
 def test_unknown_model_lists_what_exists(capsys: pytest.CaptureFixture) -> None:

@@ -249,6 +249,14 @@ def step_gib(
     return counter.peak_bytes / GIB
 
 
+def counted_memory(name: str, batch_size: int) -> float:
+    """GiB that a step in bf16 with dropout is counted to need: weights, EMA, AdamW's moments, the forward and the
+    backward pass with gradients and half-precision copies of weights."""
+    with torch.device("meta"):
+        numbers = sum(p.numel() for p in MODELS[name]().parameters())
+    return 4 * 4 * numbers / GIB + step_gib(name, batch_size)
+
+
 def preset_cells(preset: Preset) -> dict[str, str]:
     """{row: cell} of what a training preset needs on ImageNet."""
     name, batch = preset.flags["model"], preset.global_batch

@@ -98,7 +98,6 @@ def reproduce(options: Options) -> None:
     config = plan.config(options.train or "large")
     with folder_lock(options.out, "--output_dir"):
         runner = StageRunner(stages, options.out)
-        runner.check_folders()
         if len(finished) < len(stages):
             rates = rates_here(plan.device, config.decoder_embed_dim, config.decoder_num_heads, plan.precision)
             print_plan(options, stages, finished, rates)

@@ -10,7 +10,7 @@ from checkpoints import build
 from evaluation.published import reference_differences, run_settings
 from evaluation.report import FIDS_BY_BITS, FIDS_BY_RANGE
 from models.tokenbridge import TokenBridge
-from tools.bench.gpu import PAPER_HEAD
+from tools.bench.gpu_sampling import PAPER_HEAD
 from util.checkpoint import find_file, read_file
 from util.json_reader import read_json, read_lines
 from util.presets import differences, load_preset
