@@ -14,7 +14,7 @@ from tests.helpers import REPO, Argv, assert_same, log_of
 from tests.processes.forked import run_processes, start
 from util.checkpoint import LAST, load_latest, numbered
 
-STEPS = 24  # 3 per epoch
+STEPS = 12  # 3 per epoch
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +32,19 @@ def train(flags: list[str], log: Path, killed: str = "") -> BaseProcess:
     return start([*(script if killed else [REPO / "main_tokenbridge.py"]), *flags], log, log)
 
 
-def finish(flags: list[str], log: Path, code: int = 0, killed: str = "") -> float:
-    """Run to the end; seconds it took."""
-    started = time.perf_counter()
+def finish(flags: list[str], log: Path, code: int = 0, killed: str = "") -> None:
+    """Run to the end."""
     process = train(flags, log, killed)
     process.join(120)
     assert process.exitcode == code, log.read_text()[-2000:]
-    return time.perf_counter() - started
 
 
 @pytest.fixture(scope="module")
-def whole(flags: Argv, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """The folder of a run never stopped, and its seconds."""
+def whole(flags: Argv, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run never stopped."""
     folder = tmp_path_factory.mktemp("whole")
-    finish(flags(folder / "warm", max_steps=1), folder / "log.txt")
-    return folder / "run", finish(flags(folder / "run"), folder / "log.txt")
+    finish(flags(folder / "run"), folder / "log.txt")
+    return folder / "run"
 
 
 def assert_same_run(mine: Path, other: Path) -> None:
@@ -58,9 +56,11 @@ def assert_same_run(mine: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_points(flags: Argv, whole: tuple[Path, float], tmp_path: Path) -> None:
+def test_killed_at_ten_random_points(flags: Argv, whole: Path, tmp_path: Path) -> None:
     """kill -9, each time at a random moment of a whole run's length; then to the end."""
-    folder, seconds = whole
+    started = time.perf_counter()
+    finish(flags(tmp_path / "timed"), tmp_path / "log.txt")
+    seconds = time.perf_counter() - started
     out, rng, steps = tmp_path / "run", random.Random(0), []  # of the newest checkpoint after each kill
     while len(steps) < 10 or not any(steps):
         process = train(flags(out), tmp_path / "log.txt")
@@ -69,52 +69,45 @@ def test_killed_at_ten_random_points(flags: Argv, whole: tuple[Path, float], tmp
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL), (tmp_path / "log.txt").read_text()[-2000:]
         if process.exitcode == 0:  # it was quicker than the kill; begin again
-            assert_same_run(out, folder)
+            assert_same_run(out, whole)
             out = out.with_name(f"run{len(steps)}")
             continue
         steps.append(load_latest(str(out))[1]["step"] if (out / LAST).exists() else 0)
     finish(flags(out), tmp_path / "log.txt")
-    assert_same_run(out, folder)
+    assert_same_run(out, whole)
 
 
-@pytest.mark.parametrize(("number", "step"), [(1, 2), (3, 4)])  # checkpoints at 2, at 3, the end of epoch 0, and at 4
-def test_killed_in_the_middle_of_a_checkpoint(
-    flags: Argv, whole: tuple[Path, float], tmp_path: Path, number: int, step: int
-) -> None:
+def test_killed_in_the_middle_of_a_checkpoint(flags: Argv, whole: Path, tmp_path: Path) -> None:
     """Half of its bytes are on the disk, under another name: the one before it is taken, or none before the first."""
-    out = tmp_path / "run"
-    finish(flags(out), tmp_path / "log.txt", code=-signal.SIGKILL, killed=f"KILL save {number}")
-    (left,) = out.glob(".*.tmp")
-    assert left.name.startswith(".checkpoint-last.pth.")
-    assert (out / LAST).exists() == (number > 1)
-    if number > 1:
-        assert load_latest(str(out))[1]["step"] == step - 1
-    finish(flags(out), tmp_path / "log.txt")
-    assert_same_run(out, whole[0])
-    assert not list(out.glob(".*.tmp")) and [path.name for path in numbered(out)] == [
-        f"checkpoint-{step:08d}.pth" for step in (STEPS - 2, STEPS)
-    ]
+    out, log = tmp_path / "run", tmp_path / "log.txt"
+    for number in (1, 3):  # checkpoints are saved after step 2, after 3, the end of epoch 0, and after 4
+        finish(flags(out), log, code=-signal.SIGKILL, killed=f"KILL save {number}")
+        (left,) = out.glob(".*.tmp")
+        assert left.name.startswith(".checkpoint-last.pth.") and (out / LAST).exists() == (number > 1)
+    assert load_latest(str(out))[1]["step"] == 3
+    finish(flags(out), log)
+    assert_same_run(out, whole)
+    kept = [f"checkpoint-{step:08d}.pth" for step in (STEPS - 2, STEPS)]
+    assert not list(out.glob(".*.tmp")) and [path.name for path in numbered(out)] == kept
 
 
-@pytest.mark.parametrize("name", ["TERM", "USR1"])
-def test_a_signal_ends_the_run_with_a_checkpoint(
-    flags: Argv, whole: tuple[Path, float], tmp_path: Path, name: str
-) -> None:
+def test_a_signal_ends_the_run_with_a_checkpoint(flags: Argv, whole: Path, tmp_path: Path) -> None:
     """In the middle of an epoch, where no checkpoint is due: exit code 0, a message, and the rest of the run equal."""
     out, log = tmp_path / "run", tmp_path / "log.txt"
-    finish(flags(out, save_every_steps=1000, save_last_freq=1000, log_freq=1), log, killed=f"{name} step 4")
-    assert load_latest(str(out))[1]["step"] == 5 and f"stopped by a signal after step 5 of {STEPS}" in log.read_text()
+    rarely = dict(save_every_steps=1000, save_last_freq=1000, log_freq=1)
+    for name, step in (("TERM", 4), ("USR1", 7)):  # each arrives when that step has begun
+        finish(flags(out, **rarely), log, killed=f"{name} step {step}")
+        assert load_latest(str(out))[1]["step"] == step + 1
+        assert f"stopped by a signal after step {step + 1} of {STEPS}" in log.read_text()
     finish(flags(out, log_freq=1), log)
-    a, b = load_latest(str(out))[1], load_latest(str(whole[0]))[1]
+    a, b = load_latest(str(out))[1], load_latest(str(whole))[1]
     assert all(torch.equal(value, b["model"][key]) for key, value in a["model"].items())
     assert [(line["step"], line["loss"]) for line in log_of(out)] == [
-        (line["step"], line["loss"]) for line in log_of(whole[0])
+        (line["step"], line["loss"]) for line in log_of(whole)
     ]
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(
-    flags: Argv, whole: tuple[Path, float], tmp_path: Path
-) -> None:
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(flags: Argv, tmp_path: Path) -> None:
     """As after a power cut on a disk that lied about fsync: checkpoint-last.pth is half a file."""
     out, log = tmp_path / "run", tmp_path / "log.txt"
     finish(flags(out, max_steps=8, epochs=100), log)
