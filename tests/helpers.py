@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models import MODELS
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from tools.bench.counting import no_fake_gpu
@@ -30,6 +31,11 @@ REPO = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
 torch.set_num_threads(1)
+
+# The toy trainings' model is the demo's, one block deep: half of the time goes into each of them.
+DIGITS_MODEL = MODELS["tokenbridge_digits"]
+SMALLER = dict(encoder_embed_dim=64, decoder_embed_dim=64, encoder_depth=1, decoder_depth=1, channel_depth=1)
+MODELS["tokenbridge_digits"] = functools.partial(DIGITS_MODEL, **SMALLER)
 
 
 # ------------------------------------------------------------------------------------------------------- golden arrays

@@ -66,7 +66,7 @@ def write_bad_checkpoints(root: Path) -> None:
     torch.save({"state_dict": {}, "epoch": 3}, root / "other_dict.pth")
     torch.save({k: v for k, v in torch.load(last, weights_only=True).items() if k != "model_ema"}, root / "plain.pth")
     for name, tensor in (
-        ("nan", torch.full((1, 1, 128), float("nan"))),
+        ("nan", torch.full((1, 1, 64), float("nan"))),
         ("shape", torch.zeros(1, 1, 5)),
         ("less", None),
     ):
@@ -88,7 +88,7 @@ def write_bad_checkpoints(root: Path) -> None:
     for name, tensor in (
         ("expanded", torch.zeros(1).expand(10**6, 10**6)),
         ("sparse", torch.eye(3).to_sparse()),
-        ("meta", torch.zeros(1, 1, 128, device="meta")),
+        ("meta", torch.zeros(1, 1, 64, device="meta")),
     ):
         torch.save({"model": {"mask_token": tensor}}, root / f"{name}.pth")
     torch.save({"model": {"diffloss.net.x": torch.zeros(2)}, "model_ema": {}, "args": {}}, root / "mar.pth")

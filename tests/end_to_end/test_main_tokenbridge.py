@@ -23,7 +23,8 @@ from main_tokenbridge import main
 from models.config import TokenBridgeConfig
 from models.tokenbridge import TokenBridge
 from models.vae_loading import load_vae
-from tests.helpers import REPO, Argv, argv_of, assert_same, log_of, torchrun
+from tests.helpers import REPO, Argv, argv_of, assert_same, log_of
+from tests.processes.forked import run_processes
 from training.recipe import RECIPE
 from training.sharding import cannot_shard
 from util import checkpoint, dist
@@ -173,7 +174,7 @@ def test_fine_tuning_on_other_classes(
     before = content["model_ema" if layout == "EMA alone" else "model"]
     for key, value in tuned["model"].items():
         if key == "class_emb.weight":
-            assert value.shape == (5, 128) and 0.015 < value.std() < 0.025
+            assert value.shape == (5, 64) and 0.015 < value.std() < 0.025
         elif key in before:
             assert torch.equal(value, before[key]), key
     assert any("with a newly initialised class embedding of 5 classes" in line for line in messages)
@@ -210,9 +211,9 @@ def test_a_run_begun_without_dropout_in_the_head_continues_with_it_and_says_so(
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains(flags: Argv, tmp_path: Path, precision: str) -> None:
-    main(flags(tmp_path / "run", precision=precision, max_steps=1, batch_size=2))
+    main(flags(tmp_path / "run", precision=precision, max_steps=3, batch_size=2))  # fp16 may skip the first steps
     content = load(tmp_path / "run")
-    assert math.isfinite(log_of(tmp_path / "run")[0]["loss"])
+    assert math.isfinite(log_of(tmp_path / "run")[-1]["loss"])
     assert all(value.dtype == torch.float32 for value in content["model"].values() if value.is_floating_point())
     assert ("scaler" in content) == (precision == "fp16") and content.get("scaler", {"scale": 1.0})["scale"] > 0
 
@@ -421,8 +422,8 @@ def test_checkpoints_and_evaluations_are_due_as_published(
     assert scored == [(step, scale, 0.9, "ema") for step in (3, 15, 18) for scale in scales]
 
 
-def test_two_processes_train_and_sample(flags: Argv, toy_vae: Path, tmp_path: Path) -> None:
-    result = torchrun([REPO / "main_tokenbridge.py", *flags(tmp_path / "run", batch_size=2)], nproc=2)
+def test_two_processes_train(flags: Argv, tmp_path: Path) -> None:
+    result = run_processes([REPO / "main_tokenbridge.py", *flags(tmp_path / "run", batch_size=2)], nproc=2)
     assert result.returncode == 0, result.stderr[-2000:]
     assert checkpoint.read_file(tmp_path / "run" / "checkpoint-last.pth")["step"] == 6
     assert len(log_of(tmp_path / "run")) == 6

@@ -5,13 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from models import MODELS
 from models.sampling import compiled
 from models.sampling.loop import Sampler, sampling_noise
 from models.sampling.options import SamplerOptions
 from models.tokenbridge import TokenBridge
 from tests.gpu.checks import Borders, no_host_sync, on, sampled
-from tests.helpers import tiny_model
+from tests.helpers import DIGITS_MODEL, tiny_model
 from util import dist
 
 pytestmark = pytest.mark.gpu
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.gpu
 def small() -> TokenBridge:
     """256 tokens of 16 dimensions, random weights."""
     torch.manual_seed(0)
-    model = MODELS["tokenbridge_digits"](buffer_size=8, class_num=10)
+    model = DIGITS_MODEL(buffer_size=8, class_num=10)
     for layer in model.modulation_layers:
         torch.nn.init.xavier_uniform_(layer[1].weight)
     return model

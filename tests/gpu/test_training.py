@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models import MODELS
 from tests.gpu.checks import deterministic, largest, tiny_trainer, train_to, trainer_settings, wait_for_host
-from tests.helpers import REPO, assert_same, tiny_batch, tiny_model, torchrun
+from tests.helpers import DIGITS_MODEL, REPO, assert_same, tiny_batch, tiny_model, torchrun
 from tests.processes import train_scaled
 from training.sharding import cannot_shard
 from training.state import compile_blocks
@@ -30,7 +29,7 @@ def test_half_precision_losses(device: torch.device, report: Callable, precision
     """Of an untrained and of the golden model: within the bound of float32; gradients are finite."""
     latents, labels = (x.to(device) for x in tiny_batch(16))
     mask = torch.arange(16, device=device).expand(16, -1) < 13
-    for name, model in (("golden", tiny_model()), ("untrained", MODELS["tokenbridge_digits"](img_size=64))):
+    for name, model in (("golden", tiny_model()), ("untrained", DIGITS_MODEL(img_size=64))):
         model, losses = model.train().to(device), []
         for p in ("fp32", precision):
             torch.manual_seed(0)
