@@ -308,10 +308,10 @@ def test_gpu_bench_runs_every_section(tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.skipif(bool(no_fake_gpu()), reason=no_fake_gpu())
 def test_gpu_counts_without_a_gpu(capsys: pytest.CaptureFixture) -> None:
-    main([*GPU.split(), "--dry"])
+    main([*GPU.split(), "--batch_size", "16", "--dry"])
     rows = {line[:44].strip(): line[44:].split() for line in capsys.readouterr().out.splitlines()}
     assert int(rows["step 3 of 6, 1 image(s), cfg 3.1"][0]) == int(rows["step 3 of 6, 2 image(s), cfg 3.1"][0]) > 200
-    assert float(rows["training, batch 2, forward"][1]) > 0
+    assert float(rows["training, batch 16, forward"][1]) > 0
     assert 1e-3 < counted_memory("tokenbridge_digits", 1) < 1
 
 
