@@ -140,7 +140,7 @@ def _move_away(number: int, path: Path) -> None:
 
 
 def _is_touched(path: Path, before: os.stat_result) -> bool:
-    """Whether somebody writes or touches the file within SILENT seconds: network file systems keep times for less.
+    """Whether somebody writes or touches the file within SILENT seconds, longer than network file systems keep its time.
 
     It is not opened: closing it would release this process's lock.
     """

@@ -80,13 +80,13 @@ class Bench:
                 reason = ""
             except Exception as error:  # the cases after it are worth their time
                 reason = f"{type(error).__name__}: {first_line(str(error))}"
+            gc.collect()
+            with contextlib.suppress(RuntimeError):  # after an error that the device keeps
+                dist.free_memory(self.device)
         if reason:
             self.results["skipped"].append({"name": name, "reason": reason})
             write_json(self.options.json, self.results)
             print(f"        skipped {name}: {reason}", flush=True)
-        gc.collect()
-        with contextlib.suppress(RuntimeError):  # after an error that the device keeps
-            dist.free_memory(self.device)
 
     @property
     def ceiling(self) -> float | None:
