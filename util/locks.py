@@ -140,9 +140,10 @@ def _move_away(number: int, path: Path) -> None:
 
 
 def _is_touched(path: Path, before: os.stat_result) -> bool:
-    """Whether somebody writes or touches the file within SILENT seconds, longer than network file systems keep its time.
+    """Whether somebody writes to the file or touches it within SILENT seconds, counted from `before`.
 
-    It is not opened: closing it would release this process's lock.
+    Network file systems keep a file's time for less than that. The file is not opened: closing it would release this
+    process's lock.
     """
     end = time.monotonic() + SILENT
     while time.monotonic() < end:
