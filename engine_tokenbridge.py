@@ -21,7 +21,7 @@ from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from training import posthoc_ema, recipe
 from training.flops import step_flops
-from training.guard import stop_message
+from training.guard import check_same_start, stop_message
 from training.lr_sched import learning_rate
 from training.outputs import RunOutputs
 from training.preempt import StopRequest
@@ -59,6 +59,7 @@ def train(
     """
     trained_classes = ((resumed[0] or {}).get("config") or {}).get("classes")
     dataset = build_dataset(data, model, vae, model.config.img_size, trained_classes)
+    check_same_start(dataset, resumed[0], run.resume)
     sampler = GlobalBatchSampler(len(dataset), settings.batch_size, dist.rank(), dist.world_size(), settings.seed)
     settings = settings.prepared(steps_in_epoch(len(dataset), len(sampler), settings), device)
     check_sharding(settings.fsdp, device)

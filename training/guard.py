@@ -1,4 +1,7 @@
-"""No broken checkpoint takes the place of a good one: what every training asks before it writes one."""
+"""What every training asks before it starts, before it writes a checkpoint, and after steps that were skipped.
+
+No broken checkpoint takes the place of a good one.
+"""
 
 import math
 from collections.abc import Mapping
@@ -6,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from training.settings import LoopSettings
 from training.sharding import local
@@ -43,6 +47,15 @@ class SkippedSteps:
                 "the last step, %d, was skipped (its loss or gradient was not finite): the weights are those of step %d"
             )
             logger.warning(what, step, step - self.in_row)
+
+
+def check_same_start(dataset: Dataset, content: Mapping | None, resume: str) -> None:
+    """ValueError on every process unless all have the same data and the same checkpoint `content` of `resume`, or none.
+
+    A folder that is not on a shared disk would otherwise leave the processes waiting for each other.
+    """
+    dist.check_same((len(dataset), list(dataset.classes)), "the training data (--data_path, --cached_path)")
+    dist.check_same(content and (content.get("epoch"), content.get("step")), f"{resume} (--resume)")
 
 
 def may_save(

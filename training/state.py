@@ -201,13 +201,6 @@ class TrainState:
                 saved_steps,
                 steps_per_epoch,
             )
-        steps = dist.gather_objects(self.step)
-        if len(set(steps)) > 1:
-            raise ArgumentError(
-                "resume",
-                f"the processes read different checkpoints of {source}: they are at steps {steps}; is it on a disk "
-                "that all nodes share?",
-            )
 
     def _load_power_emas(self, content: dict, source: str) -> None:
         """They weigh the steps by their number, so they can only be kept from the first one on."""

@@ -13,7 +13,7 @@ from dataset.images import to_uint8
 from dataset.latent_statistics import frequency_order, latent_scale
 from dataset.loader import GlobalBatchSampler, build_loader
 from models.vae import AutoencoderKL
-from training.guard import stop_message
+from training.guard import check_same_start, stop_message
 from training.outputs import open_log
 from training.preempt import StopRequest
 from training.state import changes
@@ -128,6 +128,7 @@ def train(
     size, bad = settings.img_size, settings.on_bad_image
     dataset = ImageFolderDataset(root / "train", size, not settings.no_flip, bad, settings.class_num)
     val = ImageFolderDataset(root / "val", size, False, bad) if (root / "val").is_dir() else None
+    check_same_start(dataset, content, settings.resume)
     sampler = GlobalBatchSampler(len(dataset), settings.batch_size, dist.rank(), dist.world_size(), settings.seed)
     settings = settings.prepared(len(sampler), device)
     state = VaeState(vae.to(device), settings)

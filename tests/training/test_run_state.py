@@ -6,9 +6,11 @@ main_tokenbridge.py and main_vae.py at toy size, in this process.
 import json
 import math
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ import main_vae
 from models.tokenbridge import TokenBridge
 from tests.helpers import Argv, argv_of, contents
 from training import vae as training_vae
-from util import checkpoint
+from util import checkpoint, dist
 from util.checkpoint import LAST, read_file
 from util.cli import run_cli
 from util.files import CannotWrite
@@ -192,6 +194,28 @@ def test_a_signal_while_steps_are_skipped_keeps_the_checkpoint_before(
     assert read_file(tmp_path / train.file)["step"] == 2
     where = f"the same command with --resume {tmp_path} continues from the checkpoint of step 2"
     assert f"stopped by a signal after step 3 of 5; {where}" in messages
+
+
+# ---- several nodes
+
+
+@pytest.mark.parametrize("train", LIGHT, indirect=True)
+def test_processes_without_a_shared_disk_all_stop(
+    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another node has other data, or does not see the checkpoint: an error, where the ranks would wait for ever."""
+    train(tmp_path, max_steps=1)
+    before, real = contents(tmp_path), dist.check_same
+    for named in ("the training data (--data_path, --cached_path)", f"{tmp_path} (--resume)"):
+
+        def check(value: object, what: str, named: str = named) -> None:
+            with mock.patch.object(dist, "gather_objects", lambda here: [here, None if what == named else here]):
+                real(value, what)
+
+        monkeypatch.setattr(dist, "check_same", check)
+        with pytest.raises(ValueError, match=f"different contents of {re.escape(named)}: is it on a disk that all"):
+            train(tmp_path, resume=tmp_path)
+    assert contents(tmp_path) == before
 
 
 # ---- other runs' files
