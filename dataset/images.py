@@ -60,6 +60,7 @@ def read_image(path: str | Path, background: str = "white") -> Image.Image:
 def decode(file: str | Path | BinaryIO, background: str = "white", most_pixels: float = math.inf) -> Image.Image:
     """As `read_image`, also of an open file, with the decoders' own errors. ValueError for more than `most_pixels`."""
     with Image.open(file, formats=readable_formats()) as image:
+        image.filename = ""  # then Pillow maps no memory: of a TIFF on its side it would map rows of the wrong length
         check_ratio(image)
         if image.width * image.height > most_pixels:
             raise ValueError(f"{image.width} x {image.height} pixels are too many")
@@ -99,6 +100,19 @@ def scale_transparency(image: Image.Image) -> None:
         image.info["transparency"] = 255 if value else 0
 
 
+def refuse_deep_planes(image: Image.Image) -> None:
+    """ValueError for an uncompressed TIFF of 16-bit colours in separate planes, which Pillow reads as 8-bit ones."""
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    if tags.get(284) == 2 and tags.get(258, (8,))[0] > 8 and image.tile and image.tile[0][0] == "raw":
+        raise ValueError("16-bit colours in separate planes are not supported: save it with 8 bits, or interleaved")
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Whether parts of an image are transparent. In TGA and BMP a fourth byte that is 0 everywhere is padding."""
+    padded = image.format in ("TGA", "BMP") and image.mode in ("LA", "RGBA")
+    return image.has_transparency_data and not (padded and image.getchannel("A").getextrema() == (0, 0))
+
+
 def orientation(image: Image.Image) -> int:
     """EXIF's orientation, 1 to 8; 1 (upright) if there is none or the EXIF data are damaged."""
     try:
@@ -122,13 +136,14 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     and floats, whose black and white are unknown.
     """
     scale_transparency(image)
+    refuse_deep_planes(image)
     image.load()  # some formats store EXIF behind the pixels
     turn = orientation(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = grey_to_8_bits(image)
     if image.mode == "La":
         image = image.convert("LA")
-    if image.has_transparency_data:
+    if has_alpha(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     image = upright(image.convert("RGB"), turn)

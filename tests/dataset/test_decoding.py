@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageCms
 
 from dataset import images
@@ -198,6 +199,17 @@ def test_grey_tiff_of_12_and_16_bits(tmp_path: Path) -> None:
         assert np.asarray(read_image(path))[0, :, 0].tolist() == expected
 
 
+def test_colour_tiff_of_16_bits_in_planes(tmp_path: Path) -> None:
+    """Pillow reads the bytes of an uncompressed one as twice as many pixels; compressed ones go through libtiff."""
+    pixels, path = np.asarray(hidden_colours())[..., :3], tmp_path / "scan.tif"
+    planes, options = pixels.transpose(2, 0, 1).astype(np.uint16) * 257, dict(photometric="rgb", planarconfig="separate")
+    tifffile.imwrite(path, planes, **options, compression="zlib")
+    assert difference(read_image(path), pixels) == 0
+    tifffile.imwrite(path, planes, **options)
+    with pytest.raises(ValueError, match="scan.tif cannot be read .*separate planes"):
+        read_image(path)
+
+
 @pytest.mark.parametrize("maxval", [1, 15, 255, 1023, 65535])
 def test_portable_grey_maps_of_every_range(tmp_path: Path, maxval: int) -> None:
     path = tmp_path / "a.pgm"
@@ -225,6 +237,26 @@ def test_every_orientation(tmp_path: Path, turn: int, suffix: str) -> None:
     found = read_image(path)
     assert difference(found, shown[turn - 1]) < 12
     assert np.array_equal(np.asarray(to_rgb(found)), np.asarray(found))  # not turned twice
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "RGBA", "CMYK", "I;16"])
+def test_tiff_on_its_side(tmp_path: Path, mode: str) -> None:
+    """Pillow maps the modes with whole words to memory, with the turned width."""
+    image, expected = in_mode(mode)
+    image.crop((0, 0, 32, 24)).save(tmp_path / "a.tif", tiffinfo={0x0112: 6})
+    assert difference(read_image(tmp_path / "a.tif"), np.rot90(expected[:24], -1)) <= (1 if mode in ALPHA else 0)
+
+
+@pytest.mark.parametrize("suffix", ["tga", "bmp"])
+def test_padding_is_no_alpha(tmp_path: Path, suffix: str) -> None:
+    """A fourth byte that is 0 in all pixels would make the picture white."""
+    rgba = hidden_colours()
+    rgba.putalpha(0)
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + bytes(52)
+    header = struct.pack("<2sIIIIiiHHII16x", b"BM", 0, 0, 122, 108, 32, -32, 1, 32, 3, 4096) + masks
+    header = header if suffix == "bmp" else struct.pack("<BBB9xHHBB", 0, 0, 2, 32, 32, 32, 0x20)
+    (tmp_path / f"a.{suffix}").write_bytes(header + rgba.tobytes("raw", "BGRA"))
+    assert difference(read_image(tmp_path / f"a.{suffix}"), np.asarray(rgba)[..., :3]) == 0
 
 
 def test_damaged_exif_is_no_reason_to_refuse(tmp_path: Path) -> None:
