@@ -202,7 +202,8 @@ def test_grey_tiff_of_12_and_16_bits(tmp_path: Path) -> None:
 def test_colour_tiff_of_16_bits_in_planes(tmp_path: Path) -> None:
     """Pillow reads the bytes of an uncompressed one as twice as many pixels; compressed ones go through libtiff."""
     pixels, path = np.asarray(hidden_colours())[..., :3], tmp_path / "scan.tif"
-    planes, options = pixels.transpose(2, 0, 1).astype(np.uint16) * 257, dict(photometric="rgb", planarconfig="separate")
+    planes = pixels.transpose(2, 0, 1).astype(np.uint16) * 257
+    options = dict(photometric="rgb", planarconfig="separate")
     tifffile.imwrite(path, planes, **options, compression="zlib")
     assert difference(read_image(path), pixels) == 0
     tifffile.imwrite(path, planes, **options)
