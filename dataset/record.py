@@ -179,10 +179,18 @@ def check_classes(
 
 
 def check_quantizer(
-    cache: str | Path, record: dict | None, levels: Sequence[float], min_value: float, max_value: float
+    cache: str | Path, record: dict, vae: AutoencoderKL, levels: Sequence[float], min_value: float, max_value: float
 ) -> None:
-    """ValueError if cached indices are of another quantizer than the model's: levels on [-3, 3], and mapped range."""
-    made = (record or {}).get("quantizer") or {}
+    """ValueError if cached indices are of another scale than the VAE's, or another quantizer than the model's.
+
+    levels: on [-3, 3]; min_value, max_value: the range that they are mapped to.
+    """
+    for name in ("scale_factor", "shift"):
+        before, now = record.get(name), vae.config[name]
+        if before not in (None, now):
+            made = f"holds indices of latents with {name} {before}, the VAE (vae_path) has {now}"
+            raise ValueError(f"{cache} (cached_path) {made}: encode the images again, or describe the VAE as then")
+    made = record.get("quantizer") or {}
     cached, limits = made.get("reconstruction_values", []), [made.get("min"), made.get("max")]
     same_levels = len(cached) == len(levels) and np.allclose(cached, levels, rtol=0, atol=1e-5)
     if not same_levels or limits != [min_value, max_value]:

@@ -71,5 +71,5 @@ def cached_set(
             "(cached with another img_size or VAE?)"
         )
     if dataset.mode == "indices":
-        check_quantizer(cache, record, model.reconstruction_values.tolist(), model.quant_min, model.quant_max)
+        check_quantizer(cache, record, vae, model.reconstruction_values.tolist(), model.quant_min, model.quant_max)
     return dataset

@@ -71,7 +71,10 @@ def test_mean_and_index_caches_train(image_root: Path, vae: Path, from_images: l
         cache = cached(image_root, vae, tmp_path / mode, mode=mode, dtype=None)
         losses = train_from(cache, image_root, vae, tmp_path / f"run_{mode}")
         assert losses == pytest.approx(from_images, abs=0.5) and losses != from_images
+    other = Path(shutil.copy(vae, tmp_path / "other.pth"))  # the same weights, described otherwise
+    other.with_suffix(".latents.json").write_text(json.dumps(dict(channels=6, stride=8, scale_factor=3.0)))
     for changes, words in (
+        (dict(vae_path=other), r"indices of latents with scale_factor 2\.0, the VAE .--vae_path. has 3\.0"),
         (dict(quant_bits=5), r"holds indices of a gaussian quantizer with 64 levels .* the model has 32 on"),
         (dict(quant_min=-4), r"on \[-5\.0, 5\.0\]; the model has 64 on \[-4\.0, 5\.0\]"),
         (dict(quantizer="uniform"), "holds indices of a gaussian quantizer"),
