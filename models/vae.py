@@ -289,7 +289,7 @@ def load_weights(vae: nn.Module, path: str | Path, content: dict | None = None) 
     """
     content = read_vae_file(path) if content is None else content
     weights, own = content["model"], vae.state_dict()
-    extra = [key for key in content if key not in ("model", "config", "description")]
+    extra = [key for key in content if key not in ("model", "config", "description", "weights")]
     extra += [key for key in weights if key not in own]
     if extra:
         names = ", ".join(map(str, extra[:8]))

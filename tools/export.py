@@ -55,8 +55,8 @@ def to_folder(source: Path, options: ExportOptions) -> None:
 def to_checkpoint(source: Path, output: Path) -> None:
     """model.safetensors and the files beside it -> checkpoint-last.pth and vae.pth, in the published layout."""
     content = read_file(source)
-    which = content.get("weights", "ema")
-    model, vae, _ = load_model(source, weights=which)
+    which = content["weights"]
+    model, vae, _ = load_model(source, weights=which if which in WEIGHTS else "model")
     state = model.state_dict()
     check_writable(output, "--output_dir")
     atomic_save({"model": vae.state_dict(), "config": vae.config}, output / "vae.pth")

@@ -139,7 +139,8 @@ def _why_unreadable(error: Exception) -> str:
             f"holds code ({code[1] or code[2]}), which is never run: weights need none; get it from its "
             "author as safetensors or a plain state dict"
         )
-    return f"cannot be read as a checkpoint; it is truncated, or another kind of file: {first_line(error)}"
+    reason = "" if "weights_only" in str(error) else f": {first_line(error)}"  # torch's advice is to load it unsafely
+    return f"cannot be read as a checkpoint; it is truncated, or another kind of file{reason}"
 
 
 def _detached(value: object) -> object:
@@ -171,7 +172,9 @@ def _read_safetensors(path: Path, argument: str) -> dict:
     if config.get("sha256") not in (None, file_sha256(path)):
         reason = f"it is damaged, or was changed: then delete sha256 from {beside.name}"
         raise ArgumentError(argument, f"{path} has another SHA-256 than {beside.name} says; {reason}")
-    return {"model": weights} | {key: config[key] for key in ("config", "weights", "step") if key in config}
+    return {"model": weights, "weights": "unnamed"} | {
+        key: config[key] for key in ("config", "weights", "step") if key in config
+    }
 
 
 def numbered(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import generation
@@ -14,7 +15,7 @@ from checkpoints.build import StructureOptions, build_model, continues_run_in, r
 from checkpoints.published import generator_state, one_layout, structure_from_shapes
 from models.tokenbridge import TokenBridge
 from tests.helpers import fill_golden, golden_json, tiny_config, tiny_vae
-from util.checkpoint import LAST
+from util.checkpoint import LAST, SAFE
 from util.options import ArgumentError
 
 SHAPES = {name: golden_json(f"manifest_tokenbridge_{name}") for name in ("base", "large", "huge")}
@@ -81,6 +82,7 @@ LAYOUTS: dict[str, tuple[Callable[[TokenBridge], dict], float]] = {
     "bare": (lambda m: m.state_dict() | ema_of(m), 0),
     "state_dict": (lambda m: {"state_dict": m.state_dict() | ema_of(m), "epoch": 3}, 0),
     "wrapped": (lambda m: {key: wrapped(state) for key, state in published(m).items()}, 0),
+    "bare safetensors": (lambda m: m.state_dict() | ema_of(m), 0),
     "bare and wrapped": (lambda m: wrapped(m.state_dict() | ema_of(m)), 0),
 }
 
@@ -88,7 +90,10 @@ LAYOUTS: dict[str, tuple[Callable[[TokenBridge], dict], float]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_ema(tmp_path: Path, known_size: TokenBridge, layout: str) -> None:
     make, tolerance = LAYOUTS[layout]
-    torch.save(make(known_size), tmp_path / LAST)
+    if layout == "bare safetensors":
+        save_file(make(known_size), tmp_path / SAFE)
+    else:
+        torch.save(make(known_size), tmp_path / LAST)
     vae = tiny_vae()
     torch.save({"model": vae.state_dict(), "config": vae.config}, tmp_path / "vae.pth")
     pipeline = generation.load(tmp_path)

@@ -18,7 +18,7 @@ from models.vae_loading import VAE_CLASSES
 from tests.helpers import tiny_model, tiny_vae
 from tests.hub import Hub
 from tools import export, inspect
-from util.checkpoint import fingerprint, read_file
+from util.checkpoint import LAST, fingerprint, read_file
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +267,14 @@ def test_a_pipeline_goes_to_the_hub_and_back(folder: Path, tmp_path: Path, monke
     with pytest.raises(ValueError, match=r"saved already holds model\.safetensors"):
         pipeline.save_pretrained(tmp_path / "saved")
     assert len([*(tmp_path / "saved").iterdir()]) == 5, "config.json is still there"
+
+
+def test_a_pipeline_without_a_file_is_exported_and_becomes_a_checkpoint(tmp_path: Path) -> None:
+    """It does not know whether its weights are an EMA."""
+    generation.Pipeline(tiny_model(), tiny_vae()).save_pretrained(tmp_path / "saved")
+    export.main([str(tmp_path / "saved"), "--output_dir", str(tmp_path / "back")])
+    content = read_file(tmp_path / "back" / LAST)
+    assert torch.equal(content["model"]["mask_token"], tiny_model().mask_token) and "model_ema" not in content
 
 
 def test_the_model_card(folder: Path, tmp_path: Path) -> None:
