@@ -39,7 +39,7 @@ from util.presets import load_preset
 
 SPEC = (REPO / "docs" / "spec.md").read_text()
 DOC = (REPO / "docs" / "reproduce.md").read_text()
-VARIANTS = [{}, {"quick": True}, {"guidance": (1.0, 4.0)}, {"demo": True, "data_path": ""}, {"train": "large"}]
+VARIANTS = [{}, {"quick": True}, {"guidance": (1.0, 4.1234567)}, {"demo": True, "data_path": ""}, {"train": "large"}]
 VARIANTS += [{"train": "huge", "gpus": 4}, {"train": "large", "demo": True, "steps": 20, "data_path": ""}]
 
 
@@ -98,7 +98,11 @@ def test_every_command_is_accepted_by_its_script(changes: dict, tmp_path: Path) 
         elif "-m" not in words:
             assert words[:2] == ["torchrun", f"--nproc_per_node={options.gpus or (2 if options.demo else 8)}"]
             first = next(i for i, word in enumerate(words) if word.endswith(".py"))
-            importlib.import_module(words[first].removesuffix(".py")).build_parser().parse_args(words[first + 1 :])
+            parser = importlib.import_module(words[first].removesuffix(".py")).build_parser()
+            args = parser.parse_args(words[first + 1 :])
+            read = next(stage.result for stage in stages if stage.command is words)
+            if getattr(read, "func", None) is figures.read_guidance:  # looks for the scales that the command gets
+                assert read.args[1] == args.cfg
     assert not any(tmp_path.iterdir())
 
 

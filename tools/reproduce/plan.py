@@ -44,7 +44,7 @@ class Options:
     gpus: int | None = option(None, "processes, one per GPU; default: 8 as published, with demo 2 on the CPU", lowest=1)
     only: str = option("", f"parts, separated by commas: {', '.join(SECTIONS)}; default: all")
     guidance: tuple[float, ...] = option(
-        (), "also FID at these guidance scales, as many images each, and its plot", nargs="+", lowest=0
+        (), "also FID at these guidance scales, as many images each, and its plot", nargs="+", lowest=0, highest=1e4
     )
     quick: bool = option(False, "5,000 images, 64 iterations: shows that all works, compared with nothing published")
     demo: bool = option(False, "the same stages with the demo's model and random Inception weights, on the CPU")
@@ -223,7 +223,7 @@ class Plan:
         found = [self._evaluation(name, name, "FID, IS, precision, recall")]
         scales = sorted({*o.guidance, float(parse(name)[1]["cfg"][0])})
         if len(scales) > 1:
-            stage = self._evaluation(f"guidance-{name}", name, "FID against guidance", cfg=[f"{x:g}" for x in scales])
+            stage = self._evaluation(f"guidance-{name}", name, "FID against guidance", cfg=scales)
             found.append(replace(stage, result=partial(figures.read_guidance, o.out / name, scales)))
         about = dict(name=f"parameters-{name}", about="size of the checkpoint's model", inputs=(checkpoint,))
         return [*found, PlannedStage(**about, result=partial(figures.count_parameters, checkpoint))]
