@@ -30,28 +30,28 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 
 from checkpoints import download, hub
-from dataset.folders import ImageFolderDataset
+from dataset.folders import ImageFolderDataset, spread_evenly
 from dataset.images import save_grid
-from evaluation import report
+from evaluation import reconstruction_report as report
 from evaluation.reconstruction import (
+    Codec,
     Outcome,
+    Variant,
     decode_variants,
     first_of_each_class,
     gathered,
     latents_to_fit,
-    pictures_of,
     reconstruct,
     several,
-    spread_evenly,
     summarise,
 )
 from evaluation.reconstruction_options import Measures, ReconstructionOptions
 from generation.sample import claim_folder
-from models.vae import AutoencoderKL
 from models.vae_loading import load_vae
 from util import dist
 from util.cli import add_process_flags, check_writable, make_parser, parse, run_cli
@@ -77,25 +77,25 @@ def read_arguments(args: argparse.Namespace) -> ReconstructionOptions:
     return read_options(ReconstructionOptions, args, **more).resolved()
 
 
-def load_inputs(options: ReconstructionOptions) -> tuple[AutoencoderKL, ImageFolderDataset]:
+def load_inputs(options: ReconstructionOptions, device: torch.device) -> Codec:
     """The VAE and the folder of images. ValueError or OSError for what does not fit."""
     download.provide(options.vae_path, "--vae_path", options.no_download)
-    vae = load_vae(options.vae_path, options.vae_embed_dim)
+    vae = load_vae(options.vae_path, options.vae_embed_dim).to(device)
     if options.img_size % vae.stride:
         stride = f"{vae.stride}, the stride of {options.vae_path}"
         raise ArgumentError("img_size", f"img_size {options.img_size} is not a multiple of {stride}")
-    bad, argument = options.on_bad_image, "image_dir"
-    return vae, ImageFolderDataset(options.image_dir, options.img_size, flip=False, on_bad_image=bad, argument=argument)
+    reading = dict(flip=False, on_bad_image=options.on_bad_image, argument="image_dir")
+    return Codec(vae, ImageFolderDataset(options.image_dir, options.img_size, **reading), options, device)
 
 
-def log_start(
-    options: ReconstructionOptions, vae: AutoencoderKL, num_images: int, num_classes: int, measures: Measures
-) -> None:
+def log_start(codec: Codec, num_images: int, measures: Measures) -> None:
     """The run's settings, and what is not computed."""
+    options, vae = codec.options, codec.vae
     logger.info(
         "%d images of %d classes from %s, %d px; VAE %s, scale %s; %s; %s; pixels: %s",
-        *(num_images, num_classes, options.image_dir, options.img_size, options.vae_path, vae.scale_factor),
-        *("posterior mean" if options.mode else "posterior samples", options.precision, options.pixels),
+        *(num_images, len(codec.folder.classes), options.image_dir, options.img_size, options.vae_path),
+        *(vae.scale_factor, "posterior mean" if options.mode else "posterior samples", options.precision),
+        options.pixels,
     )
     if not dist.is_main():
         return
@@ -107,8 +107,9 @@ def log_start(
         logger.info("LPIPS is not computed: %s", measures.no_lpips)
 
 
-def run_record(options: ReconstructionOptions, settings: dict, vae: AutoencoderKL, measures: Measures) -> dict:
+def run_record(codec: Codec, settings: dict, measures: Measures) -> dict:
     """What results.json says of the run besides images and figures."""
+    options, vae = codec.options, codec.vae
     about_vae = {name: getattr(vae, name) for name in ("scale_factor", "shift", "stride")}
     return {
         "settings": settings,
@@ -144,18 +145,18 @@ def all_numbers(own: Sequence[int]) -> list[int]:
 @doing("measuring reconstructions")
 def run(options: ReconstructionOptions, settings: dict, device: torch.device) -> None:
     """Check and load everything, reconstruct, write and print (rank 0). ValueError or OSError for bad input."""
-    vae, folder = load_inputs(options)
-    chosen = first_of_each_class(folder.labels, options.images_per_class, options.num_images)
+    codec = load_inputs(options, device)
+    chosen = first_of_each_class(codec.folder.labels, options.images_per_class, options.num_images)
     measures = Measures.load(options, device)
-    output, vae = check_writable(options.output_dir, "--output_dir"), vae.to(device)
+    output = check_writable(options.output_dir, "--output_dir")
     if options.save_images:
         claim_folder(output, settings, "images.json", re.compile("images"))
     fit = "lloyd" in several(options.quantizer)
-    variants = decode_variants(options, device, latents_to_fit(vae, folder, chosen, options, device) if fit else None)
-    log_start(options, vae, len(chosen), len(folder.classes), measures)
-    shown, out, error = set(spread_evenly(chosen, options.grid_images)), Outcome(), None
+    variants = decode_variants(options, device, latents_to_fit(codec, chosen) if fit else None)
+    log_start(codec, len(chosen), measures)
+    out, error = Outcome(), None
     try:
-        out = reconstruct(vae, variants, folder, chosen, shown, options, device, measures)
+        out = reconstruct(codec, variants, chosen, measures)
     except (ValueError, OSError) as caught:
         error = caught
     dist.agree(error)
@@ -165,28 +166,29 @@ def run(options: ReconstructionOptions, settings: dict, device: torch.device) ->
     if measures.extractor is not None and len(done) < 2:
         measures.no_rfid = measures.no_fid = f"it needs at least two images, there is {len(done)}"
     originals = out.originals.merge().pool.as_dict() if measures.no_rfid is None else None
-    about = (len(done), vae.embed_dim, device, originals, measures.reference, options.beside_published)
-    rows = [summarise(variant, *about) for variant in variants]
-    pictures, first_scores = gathered(out.pictures), gathered(variants[1].scores)
+    rows = [summarise(variant, codec, len(done), originals, measures.reference) for variant in variants]
+    first_scores = gathered(variants[1].scores)
     if not dist.is_main():
         return
-    classes, bad_images = len({folder.labels[n] for n in done}), [folder.samples[n][0] for n in bad]
-    images = {"num_images": len(done), "num_classes": classes, "bad_images": bad_images, "device": str(device)}
-    record = run_record(options, settings, vae, measures) | images | {"rows": rows}
-    write_json(output / "results.json", record)
+    images = {"num_images": len(done), "num_classes": len({codec.folder.labels[n] for n in done})}
+    images |= {"bad_images": [codec.folder.samples[n][0] for n in bad], "device": str(device)}
+    write_json(output / "results.json", run_record(codec, settings, measures) | images | {"rows": rows})
     report.write_reconstruction_csv(output / "results.csv", rows, options.pixels)
     report.draw_rate_distortion(output / "rate_distortion.png", rows)
-    if options.grid_images >= 2:
-        psnr_of = {number: scores[0] for number, scores in first_scores.items()}
-        worst, median = report.worst_and_median(psnr_of, options.grid_images // 2)
-        grid = pictures_of(vae, variants[1].quantizer, folder, worst + median, options, device)
-        save_grid(output / "worst_median.png", grid, columns=3)
-    if pictures:
-        save_grid(output / "grid.png", torch.stack([image for row in pictures.values() for image in row]), columns=3)
+    write_grids(codec, variants[1], {number: scores[0] for number, scores in first_scores.items()}, output)
     if bad:
         logger.warning("%d of %d chosen images could not be read and were left out", len(bad), len(chosen))
     print("\n".join([report.reconstruction_table(rows), *closing_lines(options, measures, len(done))]))
-    columns = f"original | VAE alone | {variants[1].name}"
+
+
+def write_grids(codec: Codec, first: Variant, psnr_of: dict[int, float], output: Path) -> None:
+    """grid.png and worst_median.png: original | VAE alone | first pair. psnr_of: that pair's, by image number."""
+    count = codec.options.grid_images
+    worst, median = report.worst_and_median(psnr_of, count // 2)
+    for name, numbers in (("grid.png", spread_evenly(list(psnr_of), count)), ("worst_median.png", worst + median)):
+        if numbers:
+            save_grid(output / name, codec.pictures(first.quantizer, numbers), columns=3)
+    columns = f"original | VAE alone | {first.name}"
     logger.info("wrote %s and, with columns %s, %s", output / "results.json", columns, output / "grid.png")
 
 

@@ -20,7 +20,7 @@ from dataset.images import save_png, to_uint8
 from evaluation.image_metrics import psnr, ssim
 from evaluation.metrics import IS_SPLITS, FeatureSums, Reference, Statistics, fid
 from evaluation.reconstruction_options import Measures, ReconstructionOptions
-from evaluation.report import published_figures
+from evaluation.reconstruction_report import published_figures
 from models.quantizer import TableQuantizer
 from models.quantizer_tables import build_quantizer
 from models.vae import AutoencoderKL
@@ -31,22 +31,61 @@ from util.seeds import mixed_seed
 FITTED_IMAGES = 256  # Lloyd-Max levels are fitted to the latents of so many images
 
 
-def several(value: object) -> list:
-    """The values of an option that takes one or several, each once."""
-    return list(dict.fromkeys(value)) if isinstance(value, (list, tuple)) else [value]
+@dataclass
+class EncodedBatch:
+    """Some images and their latents."""
+
+    numbers: list[int]
+    originals: Tensor  # (B, 3, S, S) uint8
+    latents: Tensor  # (B, C, h, w) scaled
 
 
-# ---- images
+@dataclass
+class Codec:
+    """The VAE and the images, which are encoded and decoded as the options say."""
 
+    vae: AutoencoderKL
+    folder: ImageFolderDataset
+    options: ReconstructionOptions
+    device: torch.device
 
-def first_of_each_class(labels: Sequence[int], images_per_class: int, num_images: int | None) -> list[int]:
-    """Numbers of the first `images_per_class` samples of each label; of these, `num_images` evenly spaced ones."""
-    counts: Counter[int] = Counter()
-    chosen = []
-    for number, label in enumerate(labels):
-        counts[label] += 1
-        chosen += [number] if counts[label] <= images_per_class else []
-    return chosen if num_images is None else spread_evenly(chosen, num_images)
+    @torch.no_grad()
+    def encode(self, numbers: Sequence[int], bad: list[int] | None = None) -> Iterator[EncodedBatch]:
+        """The images with these numbers in batches; those that cannot be read are left out and added to `bad`."""
+        o, bad = self.options, [] if bad is None else bad
+        for images, found in readable_images(self.folder, numbers, o.batch_size, o.num_workers, o.pin_mem, bad):
+            images = images.to(self.device)  # (B, 3, S, S)
+            with dist.autocast(self.device, o.precision):
+                posterior = self.vae.encode(images)
+            latents = posterior.mean.float()  # (B, C, h, w)
+            if not o.mode:
+                noise = posterior_noise(o.seed, found, latents.shape[1:]).to(self.device)
+                latents = latents + posterior.std.float() * noise
+            latents = finite(self.vae.scale(latents), found, "latents", o.precision)
+            yield EncodedBatch(found, to_uint8(images), latents)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, numbers: Sequence[int]) -> Tensor:
+        """uint8 (B, 3, S, S) of scaled latents of the images with these numbers."""
+        with dist.autocast(self.device, self.options.precision):
+            decoded = self.vae.decode(self.vae.unscale(latents))
+        return to_uint8(finite(decoded, numbers, "pixels", self.options.precision), self.options.pixels)
+
+    def pictures(self, quantizer: TableQuantizer, numbers: Sequence[int]) -> Tensor:
+        """uint8 (3M, 3, S, S): original | VAE alone | quantized, of M images, one image after the other."""
+        pictures, here = {}, replace(self, options=replace(self.options, num_workers=0))
+        for batch in here.encode(list(dict.fromkeys(numbers))):
+            latents = (batch.latents, quantizer(batch.latents))
+            versions = [batch.originals, *(self.decode(one, batch.numbers) for one in latents)]
+            pictures |= {number: [v[i].cpu() for v in versions] for i, number in enumerate(batch.numbers)}
+        return torch.stack([picture for number in numbers for picture in pictures[number]])
+
+    def save(self, numbers: Sequence[int], images: Tensor) -> None:
+        """Write reconstructions (B, 3, S, S) to OUT/images, under the originals' names."""
+        for number, image in zip(numbers, images, strict=True):
+            name = Path(self.folder.samples[number][0]).relative_to(self.options.image_dir)
+            name = name if name.suffix == ".png" else f"{name}.png"
+            save_png(Path(self.options.output_dir) / "images" / name, image)
 
 
 def posterior_noise(seed: int, numbers: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -66,35 +105,14 @@ def finite(x: Tensor, numbers: Sequence[int], what: str, precision: str) -> Tens
     raise ArgumentError("precision", f"{message}: {precision} overflowed; use fp32")
 
 
-@dataclass
-class EncodedBatch:
-    """Some images and their latents."""
-
-    numbers: list[int]
-    originals: Tensor  # (B, 3, S, S) uint8
-    latents: Tensor  # (B, C, h, w) scaled
-
-
-@torch.no_grad()
-def encode_batches(
-    vae: AutoencoderKL,
-    folder: ImageFolderDataset,
-    numbers: Sequence[int],
-    options: ReconstructionOptions,
-    device: torch.device,
-    bad: list[int] | None = None,
-) -> Iterator[EncodedBatch]:
-    """The images with these numbers, encoded in batches; those that cannot be read are left out and added to `bad`."""
-    bad, loading = [] if bad is None else bad, (options.batch_size, options.num_workers, options.pin_mem)
-    for images, found in readable_images(folder, numbers, *loading, bad):
-        images = images.to(device)  # (B, 3, S, S)
-        with dist.autocast(device, options.precision):
-            posterior = vae.encode(images)
-        latents = posterior.mean.float()  # (B, C, h, w)
-        if not options.mode:
-            noise = posterior_noise(options.seed, found, latents.shape[1:]).to(device)
-            latents = latents + posterior.std.float() * noise
-        yield EncodedBatch(found, to_uint8(images), finite(vae.scale(latents), found, "latents", options.precision))
+def first_of_each_class(labels: Sequence[int], images_per_class: int, num_images: int | None) -> list[int]:
+    """Numbers of the first `images_per_class` samples of each label; of these, `num_images` evenly spaced ones."""
+    counts: Counter[int] = Counter()
+    chosen = []
+    for number, label in enumerate(labels):
+        counts[label] += 1
+        chosen += [number] if counts[label] <= images_per_class else []
+    return chosen if num_images is None else spread_evenly(chosen, num_images)
 
 
 # ---- variants
@@ -107,7 +125,6 @@ class Variant:
     quantizer: TableQuantizer | None
     index_counts: Tensor | None = None  # (C, K) int64: how often each index occurred in each dimension
     num_clamped: Tensor | int = 0  # latents outside the quantizer's range
-    num_latents: int = 0
     # image number -> PSNR, SSIM and, with weights, LPIPS
     scores: dict[int, tuple[float, ...]] = field(default_factory=dict)
     sums: FeatureSums | None = None
@@ -125,21 +142,22 @@ class Variant:
         kind = "" if self.quantizer.kind == "gaussian" else f", {self.quantizer.kind}"
         return f"{self.quantizer.bits} bits, ±{self.quantizer.max_value:g}{kind}"
 
-    @torch.no_grad()
-    def decode(self, vae: AutoencoderKL, batch: EncodedBatch, options: ReconstructionOptions) -> Tensor:
-        """uint8 images (B, 3, S, S) of the batch's latents, which are counted if they are quantized."""
-        latents = batch.latents
-        if self.quantizer is not None:
-            indices = self.quantizer.quantize(latents)
-            levels = len(self.quantizer.reconstruction_values)
-            counts = torch.stack([torch.bincount(one.flatten(), minlength=levels) for one in indices.unbind(1)])
-            self.index_counts = counts if self.index_counts is None else self.index_counts + counts
-            self.num_clamped = self.num_clamped + (latents.abs() > self.quantizer.max_value).sum()
-            self.num_latents += latents.numel()
-            latents = self.quantizer.dequantize(indices)
-        with dist.autocast(latents.device, options.precision):
-            decoded = vae.decode(vae.unscale(latents))
-        return to_uint8(finite(decoded, batch.numbers, "pixels", options.precision), options.pixels)
+    def quantize(self, latents: Tensor) -> Tensor:
+        """The latents (B, C, h, w) that are decoded; those that are quantized are counted."""
+        if self.quantizer is None:
+            return latents
+        indices, levels = self.quantizer.quantize(latents), len(self.quantizer.reconstruction_values)
+        counts = torch.stack([torch.bincount(one.flatten(), minlength=levels) for one in indices.unbind(1)])
+        self.index_counts = counts if self.index_counts is None else self.index_counts + counts
+        self.num_clamped = self.num_clamped + (latents.abs() > self.quantizer.max_value).sum()
+        return self.quantizer.dequantize(indices)
+
+    def score(self, images: Tensor, batch: EncodedBatch, measures: Measures) -> None:
+        """Add the scores of the decoded images (B, 3, S, S) of a batch."""
+        scores = [psnr(images, batch.originals), ssim(images, batch.originals)]
+        scores += [measures.lpips(images, batch.originals)] if measures.lpips is not None else []
+        per_image = zip(*(values.tolist() for values in scores), strict=True)
+        self.scores.update(zip(batch.numbers, per_image, strict=True))
 
 
 def decode_variants(
@@ -158,20 +176,19 @@ def decode_variants(
     ]
 
 
-def latents_to_fit(
-    vae: AutoencoderKL,
-    folder: ImageFolderDataset,
-    chosen: Sequence[int],
-    options: ReconstructionOptions,
-    device: torch.device,
-) -> Tensor:
+def several(value: object) -> list:
+    """The values of an option that takes one or several, each once."""
+    return list(dict.fromkeys(value)) if isinstance(value, (list, tuple)) else [value]
+
+
+def latents_to_fit(codec: Codec, chosen: Sequence[int]) -> Tensor:
     """Scaled latents (N, C, h, w) of at most FITTED_IMAGES of the chosen images, on the CPU; rank 0 computes them."""
-    found, problem = [], None
+    found, problem, options = [], None, codec.options
     sampled = replace(options, batch_size=1, precision="fp32", mode=False, num_workers=0)
     try:
         if dist.is_main():
-            numbers = spread_evenly(chosen, FITTED_IMAGES)
-            found = [batch.latents.cpu() for batch in encode_batches(vae, folder, numbers, sampled, device)]
+            batches = replace(codec, options=sampled).encode(spread_evenly(chosen, FITTED_IMAGES))
+            found = [batch.latents.cpu() for batch in batches]
     except (ValueError, OSError) as error:
         problem = error
     dist.agree(problem)
@@ -181,6 +198,9 @@ def latents_to_fit(
     return latents
 
 
+# ---- the pass over the images, and its figures
+
+
 @dataclass
 class Outcome:
     """What one pass over this process's images gives besides the variants' sums."""
@@ -188,52 +208,30 @@ class Outcome:
     done: list[int] = field(default_factory=list)  # numbers of the images that were read
     bad: list[int] = field(default_factory=list)  # and of those that could not be
     originals: FeatureSums | None = None
-    # number -> original, VAE alone, first pair; uint8 (3, S, S)
-    pictures: dict[int, list[Tensor]] = field(default_factory=dict)
 
 
-def reconstruct(
-    vae: AutoencoderKL,
-    variants: Sequence[Variant],
-    folder: ImageFolderDataset,
-    chosen: Sequence[int],
-    shown: Sequence[int],
-    options: ReconstructionOptions,
-    device: torch.device,
-    measures: Measures,
-) -> Outcome:
-    """Fill `variants` from this process's share of the chosen images; pictures are kept of those `shown`."""
+def reconstruct(codec: Codec, variants: Sequence[Variant], chosen: Sequence[int], measures: Measures) -> Outcome:
+    """Fill `variants` from this process's share of the chosen images, and write the first pair's if asked for."""
     extractor, out = measures.extractor, Outcome()
     places = {number: place for place, number in enumerate(chosen)}  # it decides the split of the Inception Score
     if extractor is not None:
         out.originals, enough = FeatureSums(extractor.dim), len(chosen) if len(chosen) >= IS_SPLITS else None
         for variant in variants:
             variant.sums = FeatureSums(extractor.dim, enough)
-    local = chosen[dist.rank() :: dist.world_size()]
-    batches = encode_batches(vae, folder, local, options, device, out.bad)
-    for batch in tqdm(batches, total=-(-len(local) // options.batch_size), disable=not dist.is_main(), unit="batch"):
+    local, size = chosen[dist.rank() :: dist.world_size()], codec.options.batch_size
+    batches = codec.encode(local, out.bad)
+    for batch in tqdm(batches, total=math.ceil(len(local) / size), disable=not dist.is_main(), unit="batch"):
         out.done += batch.numbers
         numbers = [places[number] for number in batch.numbers]
         if extractor is not None:
             out.originals.add(numbers, extractor(batch.originals))
-        versions = [batch.originals]
-        for variant in variants:
-            images = variant.decode(vae, batch, options)
-            scores = [psnr(images, batch.originals), ssim(images, batch.originals)]
-            scores += [measures.lpips(images, batch.originals)] if measures.lpips is not None else []
-            per_image = zip(*(values.tolist() for values in scores), strict=True)
-            variant.scores.update(zip(batch.numbers, per_image, strict=True))
+        for i, variant in enumerate(variants):
+            images = codec.decode(variant.quantize(batch.latents), batch.numbers)
+            variant.score(images, batch, measures)
             if extractor is not None:
                 variant.sums.add(numbers, extractor(images))
-            if len(versions) < 3:  # original, VAE alone, first pair
-                versions.append(images)
-        for i, number in enumerate(batch.numbers):
-            if options.save_images:
-                name = Path(folder.samples[number][0]).relative_to(options.image_dir)
-                name = name if name.suffix == ".png" else f"{name}.png"
-                save_png(Path(options.output_dir) / "images" / name, versions[2][i])
-            if number in shown:
-                out.pictures[number] = [version[i].cpu() for version in versions]
+            if i == 1 and codec.options.save_images:
+                codec.save(batch.numbers, images)
     return out
 
 
@@ -253,28 +251,21 @@ def _rates(variant: Variant, num_images: int, num_channels: int, device: torch.d
     if counts is None:  # a process without images
         counts = torch.zeros(num_channels, levels, dtype=torch.int64, device=device)
     counts = dist.all_reduce_sum(counts)
-    totals = torch.tensor([int(variant.num_clamped), variant.num_latents], device=device)
-    clamped, latents = dist.all_reduce_sum(totals).tolist()
+    clamped, latents = dist.all_reduce_sum(torch.tensor(int(variant.num_clamped), device=device)), int(counts.sum())
     p = counts.double() / counts.sum(1, keepdim=True)  # (C, K)
     entropy = -torch.xlogy(p, p).sum(1) / math.log(2)  # (C,) bits
     tokens = latents / num_images / num_channels  # of an image
     per_image = (variant.quantizer.bits * num_channels * tokens, float(entropy.sum()) * tokens)
     used = int((counts.sum(0) > 0).sum())
-    return dict(zip(RATE_KEYS, (used, clamped / latents, *per_image, entropy.tolist()), strict=True))
+    return dict(zip(RATE_KEYS, (used, int(clamped) / latents, *per_image, entropy.tolist()), strict=True))
 
 
 def summarise(
-    variant: Variant,
-    num_images: int,
-    num_channels: int,
-    device: torch.device,
-    originals: Statistics | None,
-    reference: Reference | None,
-    comparable: bool,
+    variant: Variant, codec: Codec, num_images: int, originals: Statistics | None, reference: Reference | None
 ) -> dict:
     """A variant's figures over all processes' images; every process must call it. rFID, FID and IS are on rank 0 only.
 
-    originals: statistics of the images' own features, for rFID. comparable: with the published figures.
+    originals: statistics of the images' own features, for rFID.
     """
     scores = list(zip(*gathered(variant.scores).values(), strict=True))
     means = [math.fsum(values) / len(values) for values in scores] + [None] * (3 - len(scores))
@@ -283,9 +274,10 @@ def summarise(
     figures = {"name": variant.name, "bits": bits, "range": half_width, "quantizer": kind}
     figures |= dict(zip(("psnr", "ssim", "lpips"), means, strict=True))
     figures |= dict.fromkeys(("rfid", "fid", "inception_score", "inception_score_std", *RATE_KEYS))
-    figures |= published_figures(variant.pair, comparable and kind in (None, "gaussian"))
+    comparable = codec.options.beside_published and kind in (None, "gaussian")
+    figures |= published_figures(variant.pair, comparable)
     if variant.quantizer is not None:
-        figures |= _rates(variant, num_images, num_channels, device)
+        figures |= _rates(variant, num_images, codec.vae.embed_dim, codec.device)
     if originals is None:
         return figures
     sums = variant.sums.merge()
@@ -295,20 +287,3 @@ def summarise(
         if sums.classes is not None:
             figures["inception_score"], figures["inception_score_std"] = sums.classes.score()
     return figures
-
-
-def pictures_of(
-    vae: AutoencoderKL,
-    quantizer: TableQuantizer,
-    folder: ImageFolderDataset,
-    numbers: Sequence[int],
-    options: ReconstructionOptions,
-    device: torch.device,
-) -> Tensor:
-    """uint8 (M, 3, S, S): original | VAE alone | quantized, of the images with these numbers, one after the other."""
-    pictures, variants = {}, [Variant(None), Variant(quantizer)]
-    once = replace(options, num_workers=0)
-    for batch in encode_batches(vae, folder, list(dict.fromkeys(numbers)), once, device):
-        versions = [batch.originals, *(variant.decode(vae, batch, options) for variant in variants)]
-        pictures |= {number: [v[i].cpu() for v in versions] for i, number in enumerate(batch.numbers)}
-    return torch.stack([picture for number in numbers for picture in pictures[number]])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import reconstruction
 from checkpoints import download
+from dataset.folders import spread_evenly
 from dataset.images import center_crop_adm, read_image, to_tensor, to_uint8
 from dataset.latent_statistics import latent_scale
 from evaluation import reconstruction_options
@@ -28,10 +29,9 @@ from evaluation.reconstruction import (
     posterior_noise,
     reconstruct,
     several,
-    spread_evenly,
 )
 from evaluation.reconstruction_options import Measures, ReconstructionOptions
-from evaluation.report import published_figures, worst_and_median
+from evaluation.reconstruction_report import published_figures, worst_and_median
 from models.quantizer import GaussianQuantizer
 from models.quantizer_tables import build_quantizer
 from models.vae import AutoencoderKL
@@ -94,10 +94,9 @@ def variants_of(vae_path: Path, image_root: Path) -> Callable[..., list[Variant]
     def call(**changes: object) -> list[Variant]:
         place = dict(vae_path=str(vae_path), image_dir=str(image_root / "train"), img_size=32, no_rfid=True)
         options = ReconstructionOptions(**(place | changes)).resolved()
-        vae, folder = load_inputs(options)
-        variants = decode_variants(options, CPU)
-        chosen = first_of_each_class(folder.labels, options.images_per_class, options.num_images)
-        reconstruct(vae, variants, folder, chosen, (), options, CPU, Measures())
+        codec, variants = load_inputs(options, CPU), decode_variants(options, CPU)
+        chosen = first_of_each_class(codec.folder.labels, options.images_per_class, options.num_images)
+        reconstruct(codec, variants, chosen, Measures())
         return variants
 
     return call

@@ -8,7 +8,7 @@ import torch
 
 from checkpoints import build
 from evaluation.published import reference_differences, run_settings
-from evaluation.report import FIDS_BY_BITS, FIDS_BY_RANGE
+from evaluation.reconstruction_report import FIDS_BY_BITS, FIDS_BY_RANGE
 from models.tokenbridge import TokenBridge
 from tools.bench.gpu_sampling import PAPER_HEAD
 from util.checkpoint import find_file, read_file
