@@ -100,93 +100,6 @@ class EvaluationOptions:
         return record
 
 
-@torch.no_grad()
-def vae_roundtrip(
-    vae: AutoencoderKL, images: Tensor, quant_min: float, quant_max: float, count: int = 8
-) -> dict[str, float]:
-    """Encode and decode some of the generated images (B, 3, S, S), to see whether VAE, scale and range are the model's.
-
-    Returns PSNR in dB, the scaled latents' standard deviation and their share out of range; logs a warning if they are
-    unlikely.
-    """
-    images = images[:count]
-    latents = vae.scale(vae.encode(images.to(next(vae.parameters()).device).float() / 127.5 - 1).mode())
-    decoded = to_uint8(vae.decode(vae.unscale(latents)))
-    found = {
-        "psnr": psnr(decoded, images.to(decoded.device)).mean().item(),
-        "latent_std": latents.std().item(),
-        "out_of_range": ((latents < quant_min) | (latents > quant_max)).float().mean().item(),
-    }
-    if found["psnr"] < ROUNDTRIP_PSNR or not ROUNDTRIP_STD[0] < found["latent_std"] < ROUNDTRIP_STD[1]:
-        logger.warning(
-            "the VAE does not reproduce the generated images (PSNR %.1f dB, expected over %g; latents' standard "
-            "deviation %.2f, expected about 1): is --vae_path the model's VAE, and is its scale right?",
-            *(found["psnr"], ROUNDTRIP_PSNR, found["latent_std"]),
-        )
-    return found
-
-
-class ImageMaker:
-    """Generates the images of a batch of numbers; `roundtrip` is the VAE's check on the first of them."""
-
-    def __init__(
-        self,
-        model: TokenBridge,
-        vae: AutoencoderKL,
-        labels: Sequence[int],
-        settings: GenerationSettings,
-        device: torch.device,
-    ):
-        self.model, self.vae, self.labels, self.settings, self.device = model, vae, labels, settings, device
-        self.roundtrip: dict[str, float] | None = None
-
-    def __call__(self, numbers: range) -> Tensor:
-        """uint8 images (B, 3, S, S). ValueError if an image's logits or pixels are not finite."""
-        ((_, images),) = generate_batches(self.model, self.vae, self.labels, numbers, self.settings, self.device)
-        if self.roundtrip is None:
-            self.roundtrip = vae_roundtrip(self.vae, images, self.model.quant_min, self.model.quant_max)
-        return images
-
-
-def spread_of_labels(labels: Sequence[int], class_num: int) -> str:
-    """In words, how many images each class gets."""
-    each, rest = divmod(len(labels), class_num)
-    if not rest:
-        return f"{each} of each of {class_num} classes"
-    if not each:
-        return f"one of each of the first {rest} of {class_num} classes, none of the others"
-    return f"{each} of each of {class_num} classes and one more of each of the first {rest}"
-
-
-def online_pairs(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The (guidance scale, temperature) pairs of --online_eval: first cfg 1, then every cfg that is neither 1 nor 0."""
-    temperatures = dict.fromkeys(temperature for _, temperature in pairs)
-    return [(1.0, temperature) for temperature in temperatures] + [pair for pair in pairs if pair[0] not in (0, 1)]
-
-
-def plain(settings: GenerationSettings) -> dict[str, object]:
-    """The settings for a record; the arithmetic's precision under another name, since a score has that one."""
-    record = asdict(settings)
-    return record | {"arithmetic": record.pop("precision")}
-
-
-def model_record(model: TokenBridge, device: torch.device) -> dict[str, object]:
-    """What a record says of the model and of where it ran."""
-    return {
-        "img_size": model.config.img_size,
-        "model_config": model.config.to_dict(),
-        "head_start": model.head_start,
-        "class_num": model.class_num,
-        "quant_bits": model.config.quant_levels.bit_length() - 1,
-        "quant_min": model.quant_min,
-        "quant_max": model.quant_max,
-        "world_size": dist.world_size(),
-        "device": str(device),
-        "tf32": dist.allows_tf32(device),
-        "torch": torch.__version__,
-    }
-
-
 @dataclass
 class Evaluator:
     """Scores of a model's images; `Evaluator.prepare` reads what it needs, and refuses what is wrong."""
@@ -225,25 +138,8 @@ class Evaluator:
             reference = load_references(options.fid_stats, options.pr_reference, features, img_size, **loading)
         dist.check_same(inputs, f"{options.fid_stats} (--fid_stats), --pr_reference or the Inception weights")
         output = check_writable(output_dir, "--output_dir")
-        if reference.features is None and dist.is_main():
-            published = img_size == download.PUBLISHED_SIZE
-            hint = download.PRECISION_RECALL_HINT if published else "they need images or features (--pr_reference)"
-            few = (reference.num_images or FEWEST_FOR_PRC) < FEWEST_FOR_PRC
-            held = f"fewer than {FEWEST_FOR_PRC} images" if few else "statistics alone"
-            message = "%s (--fid_stats) holds %s, so precision, recall and KID are not computed: %s"
-            logger.info(message, options.fid_stats, held, hint)
-        if options.num_images < FEW_IMAGES and dist.is_main():
-            logger.warning(
-                "%d images make FID too high: compare with runs of as many only, or add --fid_infinity; "
-                "published numbers use 50,000",
-                options.num_images,
-            )
-        if dist.is_main() and (reference.num_images or FEW_IMAGES) < FEW_IMAGES:
-            logger.warning(
-                "%s (--fid_stats) is of %d images only, which makes FID too high too: compare with scores against the "
-                "same file only; published references are of 50,000 images and more",
-                *(options.fid_stats, reference.num_images),
-            )
+        if dist.is_main():
+            log_limits(options, reference, img_size)
         return cls(options, settings, device, features, reference, output, inputs, about)
 
     def __call__(
@@ -309,3 +205,113 @@ class Evaluator:
         kept = "features" if self.options.save_images == "none" else "features and images"
         logger.info("cfg %g, temperature %g: %s in %s", *pair, kept, folder)
         return EvalStore(folder, self.options.save_images)
+
+
+def log_limits(options: EvaluationOptions, reference: Reference, img_size: int) -> None:
+    """What the reference does not allow, and which numbers of images make FID too high."""
+    if reference.features is None:
+        published = img_size == download.PUBLISHED_SIZE
+        hint = download.PRECISION_RECALL_HINT if published else "they need images or features (--pr_reference)"
+        few = (reference.num_images or FEWEST_FOR_PRC) < FEWEST_FOR_PRC
+        held = f"fewer than {FEWEST_FOR_PRC} images" if few else "statistics alone"
+        message = "%s (--fid_stats) holds %s, so precision, recall and KID are not computed: %s"
+        logger.info(message, options.fid_stats, held, hint)
+    if options.num_images < FEW_IMAGES:
+        logger.warning(
+            "%d images make FID too high: compare with runs of as many only, or add --fid_infinity; "
+            "published numbers use 50,000",
+            options.num_images,
+        )
+    if (reference.num_images or FEW_IMAGES) < FEW_IMAGES:
+        logger.warning(
+            "%s (--fid_stats) is of %d images only, which makes FID too high too: compare with scores against the "
+            "same file only; published references are of 50,000 images and more",
+            *(options.fid_stats, reference.num_images),
+        )
+
+
+def spread_of_labels(labels: Sequence[int], class_num: int) -> str:
+    """In words, how many images each class gets."""
+    each, rest = divmod(len(labels), class_num)
+    if not rest:
+        return f"{each} of each of {class_num} classes"
+    if not each:
+        return f"one of each of the first {rest} of {class_num} classes, none of the others"
+    return f"{each} of each of {class_num} classes and one more of each of the first {rest}"
+
+
+def online_pairs(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (guidance scale, temperature) pairs of --online_eval: first cfg 1, then every cfg that is neither 1 nor 0."""
+    temperatures = dict.fromkeys(temperature for _, temperature in pairs)
+    return [(1.0, temperature) for temperature in temperatures] + [pair for pair in pairs if pair[0] not in (0, 1)]
+
+
+def plain(settings: GenerationSettings) -> dict[str, object]:
+    """The settings for a record; the arithmetic's precision under another name, since a score has that one."""
+    record = asdict(settings)
+    return record | {"arithmetic": record.pop("precision")}
+
+
+def model_record(model: TokenBridge, device: torch.device) -> dict[str, object]:
+    """What a record says of the model and of where it ran."""
+    return {
+        "img_size": model.config.img_size,
+        "model_config": model.config.to_dict(),
+        "head_start": model.head_start,
+        "class_num": model.class_num,
+        "quant_bits": model.config.quant_levels.bit_length() - 1,
+        "quant_min": model.quant_min,
+        "quant_max": model.quant_max,
+        "world_size": dist.world_size(),
+        "device": str(device),
+        "tf32": dist.allows_tf32(device),
+        "torch": torch.__version__,
+    }
+
+
+class ImageMaker:
+    """Generates the images of a batch of numbers; `roundtrip` is the VAE's check on the first of them."""
+
+    def __init__(
+        self,
+        model: TokenBridge,
+        vae: AutoencoderKL,
+        labels: Sequence[int],
+        settings: GenerationSettings,
+        device: torch.device,
+    ):
+        self.model, self.vae, self.labels, self.settings, self.device = model, vae, labels, settings, device
+        self.roundtrip: dict[str, float] | None = None
+
+    def __call__(self, numbers: range) -> Tensor:
+        """uint8 images (B, 3, S, S). ValueError if an image's logits or pixels are not finite."""
+        ((_, images),) = generate_batches(self.model, self.vae, self.labels, numbers, self.settings, self.device)
+        if self.roundtrip is None:
+            self.roundtrip = vae_roundtrip(self.vae, images, self.model.quant_min, self.model.quant_max)
+        return images
+
+
+@torch.no_grad()
+def vae_roundtrip(
+    vae: AutoencoderKL, images: Tensor, quant_min: float, quant_max: float, count: int = 8
+) -> dict[str, float]:
+    """Encode and decode some of the generated images (B, 3, S, S), to see whether VAE, scale and range are the model's.
+
+    Returns PSNR in dB, the scaled latents' standard deviation and their share out of range; logs a warning if they are
+    unlikely.
+    """
+    images = images[:count]
+    latents = vae.scale(vae.encode(images.to(next(vae.parameters()).device).float() / 127.5 - 1).mode())
+    decoded = to_uint8(vae.decode(vae.unscale(latents)))
+    found = {
+        "psnr": psnr(decoded, images.to(decoded.device)).mean().item(),
+        "latent_std": latents.std().item(),
+        "out_of_range": ((latents < quant_min) | (latents > quant_max)).float().mean().item(),
+    }
+    if found["psnr"] < ROUNDTRIP_PSNR or not ROUNDTRIP_STD[0] < found["latent_std"] < ROUNDTRIP_STD[1]:
+        logger.warning(
+            "the VAE does not reproduce the generated images (PSNR %.1f dB, expected over %g; latents' standard "
+            "deviation %.2f, expected about 1): is --vae_path the model's VAE, and is its scale right?",
+            *(found["psnr"], ROUNDTRIP_PSNR, found["latent_std"]),
+        )
+    return found

@@ -28,9 +28,11 @@ from tools.bench.train import ASSUMED_MFU
 from tools.reproduce import figures
 from tools.reproduce.__main__ import main
 from tools.reproduce.commands import PUBLISHED, PlannedStage
-from tools.reproduce.cost import Rates, Work, full_disks, sampling_flops
+from tools.reproduce.cost import Work, sampling_flops
 from tools.reproduce.figures import Figure, catalogue, read_evaluation, read_reconstruction, tolerance
-from tools.reproduce.plan import Options, Plan
+from tools.reproduce.machine import Rates, full_disks
+from tools.reproduce.options import Options
+from tools.reproduce.plan import Plan
 from tools.reproduce.report import as_markdown, build_report, figure_rows, problems
 from tools.reproduce.training import read_training, training_figures
 from training.flops import peak_tflops
@@ -317,7 +319,7 @@ def test_sampling_flops_of_large() -> None:
 def test_the_documents_gpu_hours_are_computed() -> None:
     """The table of docs/reproduce.md: GPU-hours of each stage at the peak of A100 and H100 times the assumed share."""
     work = {stage.name: stage.cost for stage in Plan(Options(data_path="DIR")).stages()}
-    work["everything"] = sum(work.values(), Work())
+    work["everything"] = Work(*(sum(getattr(w, kind) for w in work.values()) for kind in ("half", "single")))
     for model in ("large", "huge"):
         work[f"train-{model}"] = Plan(Options(data_path="DIR", train=model)).stages()[-1].cost
     work["cache"] = Plan(Options(data_path="DIR", train="large")).stages()[1].cost

@@ -19,8 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from tools.reproduce.commands import PUBLISHED, PlannedStage
-from tools.reproduce.cost import DOWNLOAD_BYTES, Rates, describe_machine, full_disks, rates_here
-from tools.reproduce.plan import CLASSES, Options, Plan
+from tools.reproduce.cost import DOWNLOAD_BYTES
+from tools.reproduce.machine import Rates, describe_machine, full_disks, rates_here
+from tools.reproduce.options import Options
+from tools.reproduce.plan import CLASSES, Plan
 from tools.reproduce.report import build_report, problems, write_report
 from training.progress import duration
 from util import dist

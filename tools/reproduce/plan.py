@@ -1,7 +1,7 @@
-"""What is asked for, and the stages that give it: on ImageNet, quickly, or with the demo's model as a stand-in."""
+"""The stages that give what is asked for: on ImageNet, quickly, or with the demo's model as a stand-in."""
 
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,14 +15,13 @@ from models.config import TokenBridgeConfig
 from tools.reproduce import figures
 from tools.reproduce.commands import Command, PlannedStage, parse, published
 from tools.reproduce.cost import DOWNLOAD_BYTES, INCEPTION_FLOPS, Work, sampling_flops, vae_flops
+from tools.reproduce.options import MODELS_PUBLISHED, Options
 from tools.reproduce.training import read_training
 from training.flops import IMAGENET, mean_masked, step_flops
 from util.checkpoint import LAST
-from util.options import ArgumentError, check_options, option
+from util.options import ArgumentError
 from util.presets import load_preset
 
-SECTIONS = ("reconstruction", "large", "huge", "speed")
-MODELS_PUBLISHED = ("large", "huge")
 CLASSES, IMAGES_RECONSTRUCTED = 1000, 50_000  # of ImageNet; as many of train/ as of val/
 FEATURE_BYTES = 20.4e3  # that an evaluation keeps of an image
 CACHED_BYTES = 2 * 32 * 16 * 16 * 2  # float16 moments of an image and of its mirror image
@@ -33,69 +32,6 @@ STAND_IN = "stand-in: the demo's model, VAE and digits, random Inception weights
 # The demo's sizes: enough images for every score (the Inception Score needs 10, FID's extrapolation 20).
 DEMO_REFERENCE, DEMO_IMAGES, DEMO_RECONSTRUCTED = 200, 32, 12
 DEMO_VAE = dict(embed_dim=4, ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, attention=False)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to reproduce, and where. ArgumentError for what does not go together."""
-
-    data_path: str = option("", "the ImageNet folder, with train/<class>/ and val/<class>/; not needed with demo")
-    output_dir: str = option("reproduction", "where records, features and reproduction.md go")
-    gpus: int | None = option(None, "processes, one per GPU; default: 8 as published, with demo 2 on the CPU", lowest=1)
-    only: str = option("", f"parts, separated by commas: {', '.join(SECTIONS)}; default: all")
-    guidance: tuple[float, ...] = option(
-        (), "also FID at these guidance scales, as many images each, and its plot", nargs="+", lowest=0, highest=1e4
-    )
-    quick: bool = option(False, "5,000 images, 64 iterations: shows that all works, compared with nothing published")
-    demo: bool = option(False, "the same stages with the demo's model and random Inception weights, on the CPU")
-    demo_dir: str = option("demo/out", "with demo: what make demo wrote; if it is not there, a toy-size training")
-    train: str | None = option(None, "instead: the first steps of the published training", choices=("large", "huge"))
-    steps: int = option(2000, "with train: optimizer steps", lowest=20)
-    cached_path: str = option("", "with train: a latent cache; default: OUT/cache, made first (42 GB for ImageNet)")
-    bands: str = option("loss_bands", "with train: folder of the recorded losses that the run is compared with")
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        unknown = [name for name in self.sections if name not in SECTIONS]
-        if unknown:
-            raise ArgumentError("only", f"only {unknown[0]!r} is unknown; choose from {', '.join(SECTIONS)}")
-        if not self.demo and not self.data_path:
-            raise ArgumentError("data_path", "data_path is needed: the ImageNet folder that holds train/ and val/")
-        for name in ("quick", "only", "guidance") if self.train else ():
-            if getattr(self, name):
-                raise ArgumentError(name, f"{name} does not go with train, which runs a training only")
-        if self.guidance and not set(MODELS_PUBLISHED) & set(self.sections):
-            raise ArgumentError("guidance", f"guidance goes with large and huge, only {self.only} has neither")
-        for name, reason in (("quick", "which is quicker"), ("data_path", "which has its own images")):
-            if self.demo and getattr(self, name):
-                raise ArgumentError(name, f"{name} does not go with demo, {reason}")
-
-    @property
-    def sections(self) -> tuple[str, ...]:
-        """The parts that were chosen."""
-        return tuple(name.strip() for name in self.only.split(",")) if self.only else SECTIONS
-
-    @property
-    def processes(self) -> int:
-        """Of each command."""
-        return self.gpus or (2 if self.demo else 8)
-
-    @property
-    def out(self) -> Path:
-        """The folder of the run."""
-        return Path(self.output_dir)
-
-    @property
-    def comparable(self) -> bool:
-        """Whether the figures stand beside the published ones."""
-        return not (self.quick or self.demo)
-
-    @cached_property
-    def root(self) -> Path:
-        """With demo: the folder with digits/, vae/ and model/."""
-        parts = (Path(self.demo_dir) / part for part in ("digits/train", "vae/vae.pth", f"model/{LAST}"))
-        begun = (self.out / "stages" / "toy.json").exists()  # a run goes on with what it began with
-        return self.out / "toy" if begun or not all(part.exists() for part in parts) else Path(self.demo_dir)
 
 
 class Plan:
@@ -165,13 +101,10 @@ class Plan:
         """The stages that get the files."""
         o, inception = self.options, () if self.options.train else (self.inception,)
         if not o.demo:
-            command, targets = Command(("-m", "tools.download", *self.needed())), map(FILES.get, self.needed())
-            products = (*(Path(file.target) for file in targets), *inception)
-            work, about = (
-                partial(fetch_inception_weights, None) if inception else dict,
-                "published files that are missing",
-            )
-            return [PlannedStage.of(command, name="download", about=about, work=work, result=dict, products=products)]
+            products = (*(Path(FILES[name].target) for name in self.needed()), *inception)
+            about = dict(name="download", about="published files that are missing", result=dict, products=products)
+            work = partial(fetch_inception_weights, None) if inception else dict
+            return [PlannedStage.of(Command(("-m", "tools.download", *self.needed())), work=work, **about)]
         found = []
         if o.root == o.out / "toy":
             flags = {"toy": [], "output_dir": [str(o.root)], "pictures": [str(o.root / "pictures")]}

@@ -7,7 +7,8 @@ from pathlib import Path
 from tools.reproduce import figures
 from tools.reproduce.commands import PlannedStage
 from tools.reproduce.figures import Figure
-from tools.reproduce.plan import STAND_IN, Options, Plan
+from tools.reproduce.options import Options
+from tools.reproduce.plan import STAND_IN, Plan
 from tools.reproduce.training import training_figures
 from util.files import replacing, write_json
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from dataset.record import read_record
 from tools.plot import Expected, read_columns
-from tools.reproduce.cost import describe_machine
 from tools.reproduce.figures import Figure
+from tools.reproduce.machine import describe_machine
 from training.published import cache_in_words
 from util import dist
 from util.checkpoint import LAST, read_file
