@@ -23,54 +23,37 @@ PRECISIONS = tuple(DTYPES)
 TIMEOUT = datetime.timedelta(minutes=30)  # of a process that waits for the others
 
 
-def pick_device(flag: str) -> torch.device:
-    """--device auto|cpu|cuda|cuda:N -> device; auto takes cuda where there is one. ValueError if cuda is asked for and
-    absent.
-    """
-    if flag == "auto":
-        flag = "cuda" if torch.cuda.is_available() else "cpu"
-    if flag == "cpu":
-        return torch.device("cpu")
-    if not (flag == "cuda" or (flag.startswith("cuda:") and flag[5:].isdigit())):
-        raise ValueError(f"--device {flag!r} is not one of {DEVICES}")
-    if not torch.cuda.is_available():
-        raise ValueError(
-            f"--device {flag} was asked for, but this machine has no CUDA device that torch can use; "
-            "use --device cpu or auto"
-        )
-    index = int(flag[5:]) if ":" in flag else launched("LOCAL_RANK")
-    if index >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device {flag}: process needs CUDA device {index}, but there are {torch.cuda.device_count()} "
-            "(--nproc_per_node larger than the number of GPUs?)"
-        )
-    return torch.device("cuda", index)
+# ---- processes
 
 
 def init(device_flag: str, dist_url: str = "env://") -> torch.device:
     """This process's device; joins the process group when torchrun started several (nccl on cuda, gloo on cpu)."""
     device = pick_device(device_flag)
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-    if launched("WORLD_SIZE") > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store, index, processes = next(
-            dist.rendezvous(dist_url, launched("RANK"), launched("WORLD_SIZE"), timeout=TIMEOUT)
-        )
+    processes, index = launched("WORLD_SIZE"), launched("RANK")
+    if processes > 1 and not dist.is_initialized():
+        store, index, processes = next(dist.rendezvous(dist_url, index, processes, timeout=TIMEOUT))
         store.set_timeout(TIMEOUT)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = store_of_this_start(store, index, processes)
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=index,
-            world_size=processes,
-            timeout=TIMEOUT,
-            device_id=device if device.type == "cuda" else None,
-        )
+        group = dict(store=store, rank=index, world_size=processes, timeout=TIMEOUT)
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, **group, device_id=device if on_gpu else None)
     return device
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        # torch 2.6 frees a group under Python's lock, for which gloo's thread may be waiting: both wait for ever. A
+        # reference to the backend leaves it to be freed after the group, which is done without the lock.
+        backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+        dist.destroy_process_group()
+        del backend
 
 
 def store_of_this_start(
@@ -78,11 +61,11 @@ def store_of_this_start(
 ) -> dist.Store:
     """The store under a prefix that only the processes started together share; each of them calls this.
 
-    torchrun keeps one store over all its restarts (torch 2.5 to 2.15), so the addresses that dead processes left there
-    would be taken for those of the new ones. Its count of restarts cannot tell them apart, because every node counts
-    its own. So rank 0 draws the prefix and hands it to whoever asks under a name of its own; it answers dead processes
-    too, but goes on until a live one of every rank has confirmed. RuntimeError that names the missing ranks after
-    `timeout`.
+    torchrun keeps one store over all its restarts (torch 2.5 to 2.15), so new processes would take the addresses that
+    dead ones left there for their peers'. The count of restarts does not help, because every node counts its own. So
+    rank 0 draws a prefix, and every other rank asks for it under a name that it drew itself. Rank 0 answers dead
+    processes too, and stops only when a live one of every rank has confirmed. RuntimeError that names the missing ranks
+    after `timeout`.
     """
     name = uuid.uuid4().hex
     if index > 0:
@@ -98,20 +81,10 @@ def store_of_this_start(
             elif store.check([f"asks/{other}"]):
                 store.set(f"answer/{store.get(f'asks/{other}').decode()}", name)
         if missing and time.monotonic() > deadline:
-            raise RuntimeError(
-                f"{processes} processes were started, but ranks {', '.join(map(str, sorted(missing)))} "
-                f"did not join within {timeout}"
-            )
+            ranks = ", ".join(map(str, sorted(missing)))
+            raise RuntimeError(f"{processes} processes were started, but ranks {ranks} did not join within {timeout}")
         time.sleep(0.02)
     return dist.PrefixStore(name, store)
-
-
-def same_bits_every_time() -> None:
-    """Let cuDNN choose kernels by shape alone and not by timing them, so that two runs give the same bits; nothing
-    changes on cpu.
-    """
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
 
 
 def rank() -> int:
@@ -133,6 +106,9 @@ def barrier() -> None:
     """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()
+
+
+# ---- collectives: with one process each returns its argument
 
 
 def all_reduce_mean(x: Tensor) -> Tensor:
@@ -177,15 +153,18 @@ def broadcast_from_main(value: object) -> object:
     return shared[0]
 
 
+# ---- errors on all processes
+
+
 def check_same(value: object, what: str) -> None:
-    """ValueError on every process unless all bring the same value: else some read another file than the others."""
+    """ValueError on every process unless all have the same value: otherwise some read another file than the others."""
     if any(other != value for other in gather_objects(value)):
         advice = "is it on a disk that all of them share, and was it replaced meanwhile?"
         raise ValueError(f"the processes read different contents of {what}: {advice}")
 
 
 def agree(error: Exception | None) -> None:
-    """Raise together: if any process brings an error, every process raises one, so that none waits for a dead peer."""
+    """Raise together: if any process has an error, every process raises one, so that none waits for a dead peer."""
     messages = [m for m in gather_objects(None if error is None else str(error)) if m is not None]
     if error is not None:
         raise error
@@ -207,14 +186,38 @@ def on_main(context: contextlib.AbstractContextManager) -> Iterator[None]:
         yield
 
 
-def shutdown() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        # torch 2.6 frees a group under Python's lock, for which gloo's thread may be waiting: both wait for ever. A
-        # reference to the backend leaves it to be freed after the group, which is done without the lock.
-        backend = dist.group.WORLD._get_backend(torch.device("cpu"))
-        dist.destroy_process_group()
-        del backend
+# ---- devices
+
+
+def pick_device(flag: str) -> torch.device:
+    """--device auto|cpu|cuda|cuda:N -> device; auto takes cuda where there is one, cuda the local rank's.
+
+    ValueError if there is no such device.
+    """
+    if flag == "auto":
+        flag = "cuda" if torch.cuda.is_available() else "cpu"
+    if flag == "cpu":
+        return torch.device("cpu")
+    if not (flag == "cuda" or (flag.startswith("cuda:") and flag[5:].isdigit())):
+        raise ValueError(f"--device {flag!r} is not one of {DEVICES}")
+    if not torch.cuda.is_available():
+        reason = "this machine has no CUDA device that torch can use; use --device cpu or auto"
+        raise ValueError(f"--device {flag} was asked for, but {reason}")
+    index = int(flag[5:]) if ":" in flag else launched("LOCAL_RANK")
+    if index >= torch.cuda.device_count():
+        there = f"there are {torch.cuda.device_count()} (--nproc_per_node larger than the number of GPUs?)"
+        raise ValueError(f"--device {flag}: process needs CUDA device {index}, but {there}")
+    return torch.device("cuda", index)
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's own name, "cpu" on cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def device_count() -> int:
+    """CUDA devices of this machine."""
+    return torch.cuda.device_count()
 
 
 def synchronize(device: torch.device) -> None:
@@ -223,16 +226,45 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def device_count() -> int:
-    """CUDA devices of this machine."""
-    return torch.cuda.device_count()
+def same_bits_every_time() -> None:
+    """Let cuDNN choose kernels by shape alone, not by timing them, so that two runs give the same bits; for cuda."""
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+def device_random_state(device: torch.device) -> Tensor | None:
+    """State of torch's global generator on the device; None on cpu, whose state is torch.get_rng_state()."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_device_random_state(device: torch.device, state: Tensor | None) -> None:
+    """Put back what `device_random_state` returned; nothing if it was another kind of device."""
+    if device.type == "cuda" and state is not None:
+        torch.cuda.set_rng_state(state, device)
+
+
+def prefetch(batches: Iterable[Sequence[Tensor]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """The batches on the device, each copied from pinned memory while the device still works on the one before.
+
+    The copies have a stream of their own; the host, which runs ahead of the device, never waits for them.
+    """
+    if device.type != "cuda":
+        yield from (tuple(x.to(device) for x in batch) for batch in batches)
+        return
+    copying, working = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for batch in batches:
+        with torch.cuda.stream(copying):
+            copied = tuple(x.to(device, non_blocking=True) for x in batch)
+        working.wait_stream(copying)  # the device's queue waits, not the host
+        for x in copied:
+            x.record_stream(working)  # its memory is not free before the work on it is done
+        yield copied
 
 
 class CudaGraph:
     """A function on a GPU as one launch: it runs on copies of its arguments, always at the same addresses.
 
-    What it returns is overwritten by the next call, also of another graph with the same `pool` of memory. stream: where
-    it is captured.
+    What it returns is overwritten by the next call, also by that of another graph with the same `pool` of memory.
     """
 
     def __init__(self, pool: tuple, stream: object, function: Callable[..., object], arguments: Sequence[Tensor]):
@@ -265,52 +297,7 @@ def graph_capture(device: torch.device) -> Callable[..., CudaGraph] | None:
     return functools.partial(CudaGraph, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
 
 
-def free_memory(device: torch.device) -> None:
-    """Give cached memory back and count the peak from now on; nothing on cpu."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def total_memory_gib(device: torch.device) -> float:
-    """Memory of the device, GiB; 0 on cpu."""
-    return torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else 0.0
-
-
-def device_name(device: torch.device) -> str:
-    """The accelerator's own name, "cpu" on cpu."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def device_random_state(device: torch.device) -> Tensor | None:
-    """State of torch's global generator on the device; None on cpu, whose state is torch.get_rng_state()."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def set_device_random_state(device: torch.device, state: Tensor | None) -> None:
-    """Put back what `device_random_state` returned; nothing if it was another kind of device."""
-    if device.type == "cuda" and state is not None:
-        torch.cuda.set_rng_state(state, device)
-
-
-def prefetch(batches: Iterable[Sequence[Tensor]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-    """The batches on the device, each copied there (from pinned memory) while the device still works on the one before
-    it.
-
-    The copies have a stream of their own; the host, which runs ahead of the device, never waits for them. On cpu: the
-    tensors as they are.
-    """
-    if device.type != "cuda":
-        yield from (tuple(x.to(device) for x in batch) for batch in batches)
-        return
-    copying, working = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    for batch in batches:
-        with torch.cuda.stream(copying):
-            copied = tuple(x.to(device, non_blocking=True) for x in batch)
-        working.wait_stream(copying)  # the device's queue waits, not the host
-        for x in copied:
-            x.record_stream(working)  # its memory is not free before the work on it is done
-        yield copied
+# ---- memory
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -323,14 +310,23 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def reset_peak_memory(device: torch.device) -> float:
-    """Let `peak_memory_gib` count from now on (on a CPU: with Linux); returns the GiB that are in use now."""
+    """Free cached memory and let `peak_memory_gib` count from now on (on a CPU: with Linux); returns the GiB in use."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device) / 2**30
     with contextlib.suppress(OSError):
         ctypes.CDLL(None).malloc_trim(0)  # freed memory back to the kernel
         Path("/proc/self/clear_refs").write_text("5")
     return peak_memory_gib(device)
+
+
+def total_memory_gib(device: torch.device) -> float:
+    """Memory of the device, GiB; 0 on cpu."""
+    return torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else 0.0
+
+
+# ---- precision
 
 
 def pick_precision(flag: str | None, device: torch.device) -> str:
@@ -344,6 +340,11 @@ def pick_precision(flag: str | None, device: torch.device) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Autocast to the precision; fp32 turns it off. Weights stay float32."""
+    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
+
+
 def allows_tf32(device: torch.device) -> bool:
     """Whether float32 matrix products on the device may be computed in TF32; torch's own default is no."""
     return device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
@@ -351,11 +352,9 @@ def allows_tf32(device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def float32_precision(device: torch.device) -> Iterator[None]:
-    """Full float32 within the block: no autocast, no TF32 in matrix products and convolutions, whatever the process's
-    settings.
+    """Full float32 within the block: no autocast, no TF32 in matrix products and convolutions.
 
-    Every score is computed within it, so that scores do not depend on how the images were made. The settings are
-    restored at the end.
+    Every score is computed within it, so that scores do not depend on how the images were made.
     """
     matmul, convolutions = torch.get_float32_matmul_precision(), _convolutions()
     saved = [part.fp32_precision for part in convolutions] or torch.backends.cudnn.allow_tf32
@@ -376,8 +375,3 @@ def float32_precision(device: torch.device) -> Iterator[None]:
 def _convolutions() -> tuple:
     """cuDNN's settings of their own for convolutions and recurrent layers, which torch has from 2.9 on."""
     return (torch.backends.cudnn.conv, torch.backends.cudnn.rnn) if hasattr(torch.backends.cudnn, "conv") else ()
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Autocast to the precision; fp32 turns it off. Weights stay float32."""
-    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")

@@ -82,7 +82,7 @@ class Bench:
                 reason = f"{type(error).__name__}: {first_line(str(error))}"
             gc.collect()
             with contextlib.suppress(RuntimeError):  # after an error that the device keeps
-                dist.free_memory(self.device)
+                dist.reset_peak_memory(self.device)
         if reason:
             self.results["skipped"].append({"name": name, "reason": reason})
             write_json(self.options.json, self.results)

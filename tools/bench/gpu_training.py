@@ -44,7 +44,7 @@ def time_training_baseline(bench: Bench, name: str, batch_size: int) -> float:
                 raise
             batch_size //= 2
             model = step = None
-            dist.free_memory(bench.device)
+            dist.reset_peak_memory(bench.device)
     bench.record(f"training {short(name)}, batch {batch_size}, plain loop", batch_size / seconds, "images/s")
     return batch_size / seconds
 
