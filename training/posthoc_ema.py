@@ -2,10 +2,11 @@
 
   python -m tools.posthoc_ema OUT/model --sigma_rel 0.08 [--step 40000] [--output FILE.pth]
 
-Training with --posthoc_ema_freq N keeps two averages with power-function profiles and writes both every N steps. A
-weighted sum of these snapshots is an average with another profile; the weights are those that bring it nearest to the
-wanted one, whose standard deviation is --sigma_rel times the steps trained. The file that is written is one that
---resume takes for --sample and --evaluate.
+An average's profile says how much the weights after each step count in it; its length is the profile's standard
+deviation over the steps trained (sigma_rel). Training with --posthoc_ema_freq N keeps two averages with power-function
+profiles (training/ema.py) and writes both every N steps. A weighted sum of these snapshots is an average whose profile
+is the same sum of theirs; `fit` finds the weights that bring it nearest to the profile of the wanted length. --resume
+takes the file that is written, for --sample and --evaluate.
 
 Letters: K averages in the snapshots, N wanted lengths.
 """
@@ -87,10 +88,8 @@ def snapshot_files(run_folder: Path) -> dict[int, Path]:
 
 def run_name(config: dict, data: dict) -> str:
     """Names a run by all that decides its course: the same command, started anew, makes the same run."""
-    course = config | {
-        "args": {key: value for key, value in config["args"].items() if key not in NOT_THE_COURSE},
-        "data": data,
-    }
+    arguments = {key: value for key, value in config["args"].items() if key not in NOT_THE_COURSE}
+    course = config | {"args": arguments, "data": data}
     return hashlib.sha256(json.dumps(course, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -102,18 +101,18 @@ def choose_run(output_dir: str, config: dict, data: dict, content: dict | None) 
 
 
 def read_snapshot(path: Path, run: str | None, whole: bool = False) -> dict[str, dict[str, Tensor]]:
-    """{sigma_rel as text: {name: float16}} of one file, tensors left on the disk until they are used. ValueError if it
-    is none of this run's, or (whole) a checksum is wrong.
+    """{sigma_rel as text: {name: float16}} of one file, tensors left on the disk until they are used.
+
+    ValueError if it is none of this run's, or (whole) a checksum is wrong.
     """
     content = read_file(path, mmap=True, unchecked=() if whole else ["averages"])
     averages = content.get("averages")
     if not isinstance(averages, dict) or not all(isinstance(averages.get(f"{s:g}"), dict) for s in SIGMA_RELS):
         raise ValueError(f"{path} is no snapshot of --posthoc_ema_freq: it lacks averages; move it away")
     if content.get("run") != run:
-        raise ValueError(
-            f"{path} belongs to another run (named {content.get('run')}, this one is {run}): move that run's {FOLDER} "
-            "away, or use another folder (--output_dir)"
-        )
+        other = f"another run (named {content.get('run')}, this one is {run})"
+        advice = f"move that run's {FOLDER} away, or use another folder (--output_dir)"
+        raise ValueError(f"{path} belongs to {other}: {advice}")
     return averages
 
 
@@ -143,15 +142,14 @@ class SnapshotWriter(CheckpointWriter):
         if step == self.taken:
             return
         self.taken = step
-        if dist.is_main() or sharded:
-            halves = {
-                f"{average.sigma_rel:g}": {
-                    name: to_host(value.half(), keep=dist.is_main()) for name, value in average.state_dict().items()
-                }
-                for average in averages
-            }
-            if dist.is_main():
-                self.save({"step": step, "run": self.run, "averages": halves})
+        if not (dist.is_main() or sharded):
+            return
+        halves: dict[str, dict] = {}
+        for average in averages:  # one tensor after the other: no device holds all of them in float16 too
+            values = {name: to_host(x.half(), keep=dist.is_main()) for name, x in average.state_dict().items()}
+            halves[f"{average.sigma_rel:g}"] = values
+        if dist.is_main():
+            self.save({"step": step, "run": self.run, "averages": halves})
 
     def _write(self, content: dict) -> None:
         atomic_save(content, snapshot_path(self.folder, content["step"]))
@@ -169,61 +167,48 @@ def add_up(files: Sequence[Path], run: str, weights: np.ndarray, like: dict[str,
             average = averages[f"{sigma_rel:g}"]
             bad = [name for name, value in total.items() if getattr(average.get(name), "shape", None) != value.shape]
             if bad:
-                raise ValueError(
-                    f"{path} lacks or misshapes {len(bad)} parameters of the run's model: {', '.join(bad[:3])}; move "
-                    "it away"
-                )
+                what = f"{len(bad)} parameters of the run's model: {', '.join(bad[:3])}"
+                raise ValueError(f"{path} lacks or misshapes {what}; move it away")
             for name, value in total.items():
                 value.add_(average[name].float(), alpha=float(weight))
     not_finite = [name for name, value in total.items() if not torch.isfinite(value).all()]
     if not_finite:
+        where = ", ".join(not_finite[:3])
         raise ValueError(
-            f"the snapshots in {files[0].parent} hold NaN or values too large for float16, first in "
-            f"{', '.join(not_finite[:3])}"
+            f"the snapshots in {files[0].parent} hold NaN or values too large for float16, first in {where}"
         )
     return total
 
 
 def reconstruct(source: Path, sigma_rel: float, step: int | None = None) -> dict:
-    """A checkpoint whose model and model_ema are the average of length `sigma_rel` at `step` (the last snapshot's, if
-    None) of the run of `source`.
+    """A checkpoint whose model and model_ema are the average of length `sigma_rel` of the run of `source`.
 
-    `fit` in it says how near it is. ValueError if there are no snapshots, they are another run's, or cannot be added up
-    to that length.
+    step: the one at which the average ends, by default the last snapshot's. "fit" in it says how near the average is.
+    ValueError if there are no snapshots, they are another run's, or cannot be added up to that length.
     """
     content = read_file(source, mmap=True)
     config, last = content["config"] if isinstance(content.get("config"), dict) else {}, content.get("step", 0)
+    folder = source.parent / FOLDER
     files = {at: path for at, path in snapshot_files(source.parent).items() if at <= last}
     if not files:
-        raise ValueError(
-            f"{source.parent / FOLDER} holds no snapshots up to step {last} of {source}: they are written by training "
-            "with --posthoc_ema_freq N, from its first step on"
-        )
+        advice = "they are written by training with --posthoc_ema_freq N, from its first step on"
+        raise ValueError(f"{folder} holds no snapshots up to step {last} of {source}: {advice}")
     for path in files.values():
         read_snapshot(path, config.get("run"))
     step = max(files) if step is None else step
     if step not in files:
-        raise ValueError(
-            f"--step {step}: {source.parent / FOLDER} has no snapshot of that step, it has {', '.join(map(str, files))}"
-        )
+        raise ValueError(f"--step {step}: {folder} has no snapshot of that step, it has {', '.join(map(str, files))}")
     files = {at: path for at, path in files.items() if at <= step}
     steps, sigma_rels = np.repeat(list(files), len(SIGMA_RELS)), SIGMA_RELS * len(files)
     weights, (residual,) = fit(steps, sigma_rels, step, [sigma_rel])
     if residual > MAX_RESIDUAL:
-        raise ValueError(
-            f"--sigma_rel {sigma_rel:g} cannot be fitted with the {len(files)} snapshots up to step {step}: the "
-            f"profile would be off by {100 * residual:.0f} %; choose {possible(steps, sigma_rels, step)}, or train "
-            "with a smaller --posthoc_ema_freq"
-        )
-    average = add_up(
-        list(files.values()), config["run"], weights.reshape(len(files), len(SIGMA_RELS)), content["model_ema"]
-    )
+        what = f"--sigma_rel {sigma_rel:g} cannot be fitted with the {len(files)} snapshots up to step {step}"
+        off = f"the profile would be off by {100 * residual:.0f} %"
+        advice = f"choose {possible(steps, sigma_rels, step)}, or train with a smaller --posthoc_ema_freq"
+        raise ValueError(f"{what}: {off}; {advice}")
+    weights = weights.reshape(len(files), len(SIGMA_RELS))
+    average = add_up(list(files.values()), config["run"], weights, content["model_ema"])
     described = config | {"args": config["args"] | {"ema_rate": None, "ema_warmup": False}}  # no rate made this average
-    return {
-        "model": content["model"] | average,
-        "model_ema": average,
-        "weights": "ema",
-        "config": described,
-        "step": step,
-        "fit": {"sigma_rel": sigma_rel, "residual": float(residual), "snapshots": len(files)},
-    }
+    quality = {"sigma_rel": sigma_rel, "residual": float(residual), "snapshots": len(files)}
+    models = {"model": content["model"] | average, "model_ema": average, "weights": "ema"}
+    return models | {"config": described, "step": step, "fit": quality}

@@ -20,76 +20,8 @@ from util.options import ArgumentError
 
 logger = get_logger()
 
-# How AdamW computes is not part of its state: files carry the published optimizer's defaults, so that any AdamW takes
-# them.
+# How AdamW computes is no part of its state: files have the published optimizer's defaults, which any AdamW takes.
 IMPLEMENTATION = {"fused": None, "foreach": None, "capturable": False}
-
-
-def saved_hyper_parameters(content: dict, source: str) -> dict:
-    """weight_decay, betas and eps of a checkpoint's optimizer state, {} if it has none. ValueError if unreadable.
-
-    The weight decay is that of the group that has one: biases and 1-D parameters are never decayed.
-    """
-    if "optimizer" not in content:
-        return {}
-    try:
-        groups = saved_groups(content["optimizer"])
-        decay = max(float(group["weight_decay"]) for group in groups)
-        (first, second), eps = map(float, groups[0]["betas"]), float(groups[0]["eps"])
-        if not (0 <= first < 1 and 0 <= second < 1 and 0 <= eps < math.inf and 0 <= decay < math.inf):
-            raise ValueError(f"betas ({first}, {second}), eps {eps}, weight_decay {decay}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"the optimizer state in {source} is not that of an AdamW with parameter groups: {error!r}; "
-            'leave out its key "optimizer" to start a new one from these weights'
-        ) from error
-    return {"weight_decay": decay, "betas": (first, second), "eps": eps}
-
-
-def changes(now: Mapping[str, object], before: Mapping[str, object], names: Iterable[str] | None = None) -> list[str]:
-    """ "name value, was value" for every name (of `now` unless given) that both have and that differs."""
-    names = [name for name in names or now if name in now and name in before]
-    return [f"{name} {now[name]}, was {before[name]}" for name in names if now[name] != before[name]]
-
-
-def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Biases and 1-D parameters without decay first, then all others with it (docs/spec.md 7; the published order)."""
-    plain, decayed = [], []
-    for name, parameter in model.named_parameters():
-        (plain if parameter.ndim == 1 or name.endswith(".bias") else decayed).append(parameter)
-    return [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
-
-
-def compile_blocks(model: TokenBridge) -> None:
-    """Compile each block of the backbone separately, and the head's loss of a group of tokens, in place: few shapes,
-    short compilation, and keys and hooks stay as they are.
-
-    The number of visible tokens changes from step to step, so sizes are symbols.
-    """
-    for block in (*model.encoder_blocks, *model.decoder_blocks):
-        block.compile(dynamic=True)
-    model.summed_losses = torch.compile(model.summed_losses, dynamic=True)
-
-
-def wrap(model: TokenBridge, accumulates: bool) -> nn.Module:
-    """The model itself on one process; on several, DDP, which averages their gradients.
-
-    Every step uses the same parameters, so its graph is static, except with accumulation: DDP's first backward pass
-    would have to average then (torch 2.15 stops with an internal error), and a resumed run would sum in another order.
-    """
-    if dist.world_size() == 1:
-        return model
-    device = next(model.parameters()).device
-    known = inspect.signature(DistributedDataParallel).parameters
-    # the second is its name before torch 2.15; ours are constants
-    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        static_graph=not accumulates,
-        **{sync_buffers: False},
-    )
 
 
 class TrainState:
@@ -137,7 +69,7 @@ class TrainState:
             self.wrapped.require_backward_grad_sync = not hold  # what its no_sync() sets
 
     def snapshot(self, steps_per_epoch: int) -> dict | None:
-        """A copy on the CPU, for rank 0 (None elsewhere); every process must call it. Sharded tensors are gathered.
+        """A copy on the CPU, for rank 0 (None elsewhere); every process must call it, since shards are gathered.
 
         The published checkpoint layout (docs/spec.md 7) and, beyond it, `step`, `rng`, `versions`, and `posthoc_ema`
         where those averages are kept. `epoch` is the last one finished, -1 before that.
@@ -145,19 +77,15 @@ class TrainState:
         rng = dist.gather_objects(checkpoint.random_state(self.device))
         if not dist.is_main() and not self.fsdp:
             return None
-        tensors = {
-            "model": self.model.state_dict(),
-            "model_ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        parts = {"model": self.model, "model_ema": self.ema, "optimizer": self.optimizer}
+        tensors = {name: part.state_dict() for name, part in parts.items()}
         if self.power_emas:
             tensors["posthoc_ema"] = {f"{average.sigma_rel:g}": average.state_dict() for average in self.power_emas}
         content = to_host(tensors, keep=dist.is_main())
         if not dist.is_main():
             return None
-        content["optimizer"]["param_groups"] = [
-            group | IMPLEMENTATION for group in content["optimizer"]["param_groups"]
-        ]
+        for group in content["optimizer"]["param_groups"]:
+            group.update(IMPLEMENTATION)
         if self.scaler.is_enabled():  # the published code refuses an empty state
             content["scaler"] = self.scaler.state_dict()
         return content | {
@@ -194,33 +122,25 @@ class TrainState:
         same = step is not None and saved_steps == steps_per_epoch
         self.step = step if same else (epoch + 1) * steps_per_epoch
         if step is not None and not same:
-            logger.warning(
-                "%s was written with %s steps per epoch, now there are %d (batch size or data changed): continuing "
-                "after its last full epoch",
-                source,
-                saved_steps,
-                steps_per_epoch,
-            )
+            now = f"now there are {steps_per_epoch} (batch size or data changed): continuing after its last full epoch"
+            logger.warning("%s was written with %s steps per epoch, %s", source, saved_steps, now)
 
     def _load_power_emas(self, content: dict, source: str) -> None:
         """They weigh the steps by their number, so they can only be kept from the first one on."""
         saved = content.get("posthoc_ema")
         if not self.power_emas:
             if saved is not None:
-                logger.warning(
-                    "%s has the averages of posthoc_ema_freq; without it they end here and cannot be taken up again",
-                    source,
-                )
+                end = "without it they end here and cannot be taken up again"
+                logger.warning("%s has the averages of posthoc_ema_freq; %s", source, end)
             return
         keys = [f"{average.sigma_rel:g}" for average in self.power_emas]
         complete = isinstance(saved, dict) and all(isinstance(saved.get(key), dict) for key in keys)
         if self.step and not (complete and content.get("step") == self.step):
+            needs = "posthoc_ema_freq needs averages that were kept from the first step on"
             those = f"has those of step {content.get('step')}, and training continues at step {self.step}"
-            raise ArgumentError(
-                "posthoc_ema_freq",
-                f"posthoc_ema_freq needs averages that were kept from the first step on, and {source} "
-                f"{those if complete else 'has none'}: leave it out, or start in another output_dir",
-            )
+            advice = "leave it out, or start in another output_dir"
+            reason = f"{needs}, and {source} {those if complete else 'has none'}: {advice}"
+            raise ArgumentError("posthoc_ema_freq", reason)
         for key, average in zip(keys, self.power_emas, strict=True):
             if complete:
                 average.load_state_dict(saved[key], source)
@@ -234,17 +154,12 @@ class TrainState:
             except (ValueError, KeyError, TypeError, RuntimeError) as error:
                 raise ValueError(f"the random state in {source} cannot be restored: {error}") from error
         elif rng:
-            logger.info(
-                "%s is of %d processes, now there are %d: data, token orders and noise stay those of their step; mask "
-                "ratios and dropout do where batch_size is the same",
-                source,
-                len(rng),
-                dist.world_size(),
+            same = (
+                "data, token orders and noise stay those of their step; mask ratios and dropout do where batch_size is"
             )
-        if isinstance(saved_versions, dict):
-            changed = changes(checkpoint.versions(), saved_versions)
-            if changed:
-                logger.info("%s: bitwise equality is not to be expected: %s", source, ", ".join(changed))
+            logger.info("%s is of %d processes, now there are %d: %s", source, len(rng), dist.world_size(), same)
+        if isinstance(saved_versions, dict) and (changed := changes(checkpoint.versions(), saved_versions)):
+            logger.info("%s: bitwise equality is not to be expected: %s", source, ", ".join(changed))
 
     @torch.no_grad()
     def averaged_model(self) -> TokenBridge:
@@ -260,3 +175,69 @@ class TrainState:
         for buffer, own in zip(copy.buffers(), self.model.buffers(), strict=True):
             buffer.copy_(own)
         return copy.eval()
+
+
+def compile_blocks(model: TokenBridge) -> None:
+    """Compile each block of the backbone, and the head's loss of a group of tokens, in place.
+
+    Separately: few shapes, short compilation, and keys and hooks stay as they are. The number of visible tokens changes
+    from step to step, so sizes are symbols.
+    """
+    for block in (*model.encoder_blocks, *model.decoder_blocks):
+        block.compile(dynamic=True)
+    model.summed_losses = torch.compile(model.summed_losses, dynamic=True)
+
+
+def wrap(model: TokenBridge, accumulates: bool) -> nn.Module:
+    """The model itself on one process; on several, DDP, which averages their gradients.
+
+    Every step uses the same parameters, so its graph is static, except with accumulation: DDP's first backward pass
+    would have to average then (torch 2.15 stops with an internal error), and a resumed run would sum in another order.
+    """
+    if dist.world_size() == 1:
+        return model
+    device = next(model.parameters()).device
+    known = inspect.signature(DistributedDataParallel).parameters
+    # the second is its name before torch 2.15; ours are constants
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        static_graph=not accumulates,
+        **{sync_buffers: False},
+    )
+
+
+def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Biases and 1-D parameters without decay first, then all others with it (docs/spec.md 7; the published order)."""
+    plain, decayed = [], []
+    for name, parameter in model.named_parameters():
+        (plain if parameter.ndim == 1 or name.endswith(".bias") else decayed).append(parameter)
+    return [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
+
+
+def saved_hyper_parameters(content: dict, source: str) -> dict:
+    """weight_decay, betas and eps of a checkpoint's optimizer state, {} if it has none. ValueError if unreadable.
+
+    The weight decay is that of the group that has one: biases and 1-D parameters are never decayed.
+    """
+    if "optimizer" not in content:
+        return {}
+    try:
+        groups = saved_groups(content["optimizer"])
+        decay = max(float(group["weight_decay"]) for group in groups)
+        (first, second), eps = map(float, groups[0]["betas"]), float(groups[0]["eps"])
+        if not (0 <= first < 1 and 0 <= second < 1 and 0 <= eps < math.inf and 0 <= decay < math.inf):
+            raise ValueError(f"betas ({first}, {second}), eps {eps}, weight_decay {decay}")
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"the optimizer state in {source} is not that of an AdamW with parameter groups: {error!r}"
+        advice = 'leave out its key "optimizer" to start a new one from these weights'
+        raise ValueError(f"{problem}; {advice}") from error
+    return {"weight_decay": decay, "betas": (first, second), "eps": eps}
+
+
+def changes(now: Mapping[str, object], before: Mapping[str, object], names: Iterable[str] | None = None) -> list[str]:
+    """ "name value, was value" for every name (of `now` unless given) that both have and that differs."""
+    names = [name for name in names or now if name in now and name in before]
+    return [f"{name} {now[name]}, was {before[name]}" for name in names if now[name] != before[name]]

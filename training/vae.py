@@ -83,11 +83,9 @@ class VaeSettings(LoopSettings):
         super().__post_init__()
         wrong = [self.width * m for m in (1, *self.multipliers) if self.width * m % self.norm_groups]
         if wrong:
-            raise ArgumentError(
-                "norm_groups",
-                f"norm_groups {self.norm_groups} does not divide a level's width, {wrong[0]} (width {self.width} times "
-                "1 or ch_mult); give another width or norm_groups",
-            )
+            what = f"norm_groups {self.norm_groups} does not divide a level's width, {wrong[0]}"
+            advice = f"(width {self.width} times 1 or ch_mult); give another width or norm_groups"
+            raise ArgumentError("norm_groups", f"{what} {advice}")
 
     @property
     def multipliers(self) -> list[int]:
@@ -96,27 +94,18 @@ class VaeSettings(LoopSettings):
             multipliers = [int(part) for part in self.ch_mult.split(",")]
         except ValueError:
             multipliers = []
-        if (
-            not 1 <= len(multipliers) <= MOST_LEVELS
-            or not 1 <= min(multipliers) <= max(multipliers) <= LARGEST["ch_mult"]
-        ):
-            raise ArgumentError(
-                "ch_mult",
-                "ch_mult takes positive whole numbers separated by commas, such as 1,1,2,2, at most "
-                f"{MOST_LEVELS} of at most {LARGEST['ch_mult']}; got {self.ch_mult!r:.60}",
-            )
+        most, levels = LARGEST["ch_mult"], len(multipliers)
+        if not 1 <= levels <= MOST_LEVELS or not all(1 <= multiplier <= most for multiplier in multipliers):
+            numbers = "positive whole numbers separated by commas, such as 1,1,2,2"
+            got = f"at most {MOST_LEVELS} of at most {most}; got {self.ch_mult!r:.60}"
+            raise ArgumentError("ch_mult", f"ch_mult takes {numbers}, {got}")
         return multipliers
 
     def structure(self) -> dict[str, object]:
         """Constructor arguments of AutoencoderKL."""
-        return {
-            "embed_dim": self.vae_embed_dim,
-            "ch": self.width,
-            "ch_mult": self.multipliers,
-            "num_res_blocks": self.num_res_blocks,
-            "attention": not self.no_attention,
-            "norm_groups": self.norm_groups,
-        }
+        widths = dict(embed_dim=self.vae_embed_dim, ch=self.width, ch_mult=self.multipliers)
+        blocks = dict(num_res_blocks=self.num_res_blocks, norm_groups=self.norm_groups)
+        return widths | blocks | {"attention": not self.no_attention}
 
 
 def edge_distance(a: Tensor, b: Tensor, scales: int = 3) -> Tensor:
@@ -187,8 +176,9 @@ class VaeState:
         self.saved = self.step if Path(source).resolve() == (self.output / STATE).resolve() else None
 
     def save(self, settings: VaeSettings) -> None:
-        """Write vae_state.pth on rank 0, unless steps are being skipped; ArgumentError on every rank, and no file, if a
-        weight is not finite (`may_save`).
+        """Write vae_state.pth on rank 0, unless steps are being skipped (`may_save`).
+
+        ArgumentError on every rank, and no file, if a weight is not finite.
         """
         weights, lr = dict(self.vae.named_parameters()), self.optimizer.param_groups[0]["lr"]
         final = self.step >= settings.total_steps
@@ -196,8 +186,7 @@ class VaeState:
             return
         self.saved = self.step
         if dist.is_main():
-            path = self.output / STATE
-            config = {"vae": self.vae.config, "args": dict(vars(settings))}
+            path, config = self.output / STATE, {"vae": self.vae.config, "args": dict(vars(settings))}
             content = {"steps_per_epoch": settings.steps_per_epoch, "config": config}
             checkpoint.atomic_save(self.state_dict() | content, path)
             logger.info("wrote %s at step %d", path, self.step)

@@ -30,23 +30,12 @@ logger = get_logger()
 # at most so many images, evenly spread over the classes, for the latents' scale and order, and for the PSNR
 MEASURED_IMAGES = 4096
 # Flag -> argument of AutoencoderKL: fixed by a training state.
-STRUCTURE = {
-    "vae_embed_dim": "embed_dim",
-    "width": "ch",
-    "ch_mult": "ch_mult",
-    "num_res_blocks": "num_res_blocks",
-    "no_attention": "attention",
-    "norm_groups": "norm_groups",
-}
+STRUCTURE = {"vae_embed_dim": "embed_dim", "width": "ch", "no_attention": "attention"}
+STRUCTURE |= {name: name for name in ("ch_mult", "num_res_blocks", "norm_groups")}
 # What a training state holds (util.files.check_schema).
 SIZES = {key: int for key in STRUCTURE.values()} | {"ch_mult": [int], "attention": bool}
-CONTENT = {
-    "model": dict,
-    "optimizer": dict,
-    "step": int,
-    "steps_per_epoch": int,
-    "config": {"vae": SIZES, "args": dict},
-}
+CONTENT = {"model": dict, "optimizer": dict, "step": int, "steps_per_epoch": int}
+CONTENT |= {"config": {"vae": SIZES, "args": dict}}
 # These may change when a run is resumed, and the log says so.
 RECIPE_NAMES = (
     *("data_path", "img_size", "no_flip", "kl_weight", "perceptual_weight", "batch_size", "lr", "min_lr_ratio"),
@@ -82,8 +71,7 @@ def read_state(settings: VaeSettings) -> tuple[Path | None, dict | None]:
 def build_vae(
     settings: VaeSettings, given: set[str], content: dict | None, source: Path | None
 ) -> tuple[AutoencoderKL, VaeSettings]:
-    """The VAE of the settings or of the training state, on the CPU with random weights, and the settings with its
-    structure.
+    """The VAE of the settings or of the training state, on the CPU with random weights; the settings as it is built.
 
     ArgumentError if a setting that was given contradicts the state.
     """
@@ -91,11 +79,9 @@ def build_vae(
         saved, own = content["config"]["vae"], settings.structure()
         for name, key in STRUCTURE.items():
             if name in given and own[key] != saved[key]:
-                raise ArgumentError(
-                    name,
-                    f"{name} contradicts {source}, whose VAE has {key} = {saved[key]}; leave it out or train in "
-                    "another folder",
-                )
+                advice = "leave it out or train in another folder"
+                reason = f"{name} contradicts {source}, whose VAE has {key} = {saved[key]}; {advice}"
+                raise ArgumentError(name, reason)
         same = {name: saved[key] for name, key in STRUCTURE.items()}
         same |= {"ch_mult": ",".join(map(str, saved["ch_mult"])), "no_attention": not saved["attention"]}
         settings = replace(settings, **same)
@@ -104,11 +90,8 @@ def build_vae(
     torch.manual_seed(settings.seed)  # initial weights, the same on every process
     vae = AutoencoderKL(**settings.structure(), scale_factor=1.0)
     if settings.img_size % vae.stride:
-        levels = len(settings.multipliers)
-        raise ArgumentError(
-            "img_size",
-            f"img_size {settings.img_size} is not a multiple of the stride {vae.stride} (ch_mult has {levels} levels)",
-        )
+        stride = f"the stride {vae.stride} (ch_mult has {len(settings.multipliers)} levels)"
+        raise ArgumentError("img_size", f"img_size {settings.img_size} is not a multiple of {stride}")
     return vae, settings
 
 
@@ -165,13 +148,9 @@ def resume(state: VaeState, settings: VaeSettings, content: dict, source: Path) 
     state.load_state_dict(content, str(source))
     logger.info("resumed from %s at step %d", source, state.step)
     if content["steps_per_epoch"] != settings.steps_per_epoch:
-        logger.warning(
-            "%s was written with %s steps per epoch, now there are %d (batch size or data changed): the order of "
-            "images is not that of an uninterrupted run",
-            source,
-            content["steps_per_epoch"],
-            settings.steps_per_epoch,
-        )
+        now = f"now there are {settings.steps_per_epoch} (batch size or data changed)"
+        order = "the order of images is not that of an uninterrupted run"
+        logger.warning("%s was written with %s steps per epoch, %s: %s", source, content["steps_per_epoch"], now, order)
 
 
 def announce(state: VaeState, settings: VaeSettings, images: int) -> None:
@@ -210,10 +189,8 @@ def measure(
     generator = torch.Generator(device).manual_seed(mixed_seed(settings.seed, 0, 1))
     latents = torch.cat([vae.encode(images).sample(generator).cpu() for images in batches(train)])  # (N, C, h, w), raw
     if not torch.isfinite(latents).all():
-        raise ArgumentError(
-            "lr",
-            "the trained VAE's latents are NaN or infinite, so no VAE file is written; train again with a lower lr",
-        )
+        advice = "so no VAE file is written; train again with a lower lr"
+        raise ArgumentError("lr", f"the trained VAE's latents are NaN or infinite, {advice}")
     vae.scale_factor, vae.channel_order = latent_scale(latents), frequency_order(latents)
     if val is None:
         return None

@@ -34,9 +34,9 @@ def init(device_flag: str, dist_url: str = "env://") -> torch.device:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-    processes, index = launched("WORLD_SIZE"), launched("RANK")
-    if processes > 1 and not dist.is_initialized():
-        store, index, processes = next(dist.rendezvous(dist_url, index, processes, timeout=TIMEOUT))
+    if launched("WORLD_SIZE") > 1 and not dist.is_initialized():
+        meeting = dist.rendezvous(dist_url, launched("RANK"), launched("WORLD_SIZE"), timeout=TIMEOUT)
+        store, index, processes = next(meeting)
         store.set_timeout(TIMEOUT)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = store_of_this_start(store, index, processes)
