@@ -106,7 +106,7 @@ def evaluate(
             store.write(batch, images, found)
         scores.add(batch, found)
         made += len(batch)
-        rate, count = made / (time.perf_counter() - started), (total - left + made) * processes
+        rate, count = made / (time.perf_counter() - started), min((total - left + made) * processes, len(labels))
         progress = (count, len(labels), rate * processes, (left - made) / rate)
         logger.info("generated %d/%d images  %.2f images/s  ETA %.0f s", *progress)
     result = scores.finish()

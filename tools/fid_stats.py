@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from evaluation.image_source import CROPS, open_images
 from evaluation.inception import InceptionFeatures
-from evaluation.reference import CROPS, KEEP_FEATURES, make_reference, open_images, save_reference
+from evaluation.reference import KEEP_FEATURES, make_reference, save_reference
 from util import dist
 from util.cli import add_process_flags, check_writable, make_parser, parse, run_cli
 from util.files import file_sha256, refuse_existing

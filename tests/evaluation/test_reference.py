@@ -8,18 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from evaluation.image_source import ImageFiles, npz_batches, open_images
 from evaluation.inception import FEATURE_DIM, SPATIAL_DIM
 from evaluation.metrics import Reference
-from evaluation.reference import (
-    ImageFiles,
-    load_reference,
-    load_reference_stats,
-    load_references,
-    make_reference,
-    npz_batches,
-    open_images,
-    save_reference,
-)
+from evaluation.reference import load_reference, load_reference_stats, load_references, make_reference, save_reference
 from tests.helpers import REPO, Explosive
 from tests.processes.forked import run_processes
 from tests.stand_ins import Colours, adm_arrays, crops, write_folder, write_stats
