@@ -149,7 +149,7 @@ def run_cli(main: Callable[[], object]) -> int:
     before, code = signal.getsignal(signal.SIGINT), 0
     started_here = before is start.end_at_once
     if started_here:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, start.raise_interrupt)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding stops nothing

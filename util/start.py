@@ -19,6 +19,15 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
     os._exit(INTERRUPTED)
 
 
+def raise_interrupt(number: int, frame: FrameType | None) -> None:
+    """Handler of SIGINT while the command works: KeyboardInterrupt, after which no destructor prints a traceback.
+
+    That of a loader does, interrupted while it starts its processes.
+    """
+    sys.unraisablehook = lambda _: None
+    raise KeyboardInterrupt
+
+
 def end_quietly(number: int, frame: FrameType | None) -> None:
     """Handler of SIGINT after the line that says so."""
     os._exit(INTERRUPTED)

@@ -1,25 +1,25 @@
-"""main_tokenbridge.py whose rank 1 is killed once, after the first checkpoint and before any restart."""
+"""main_tokenbridge.py whose rank 1 is killed once: at the first step that finds a checkpoint, before any restart."""
 
 import os
 import signal
 import sys
-import threading
-import time
 from pathlib import Path
 
+import engine_tokenbridge
 from main_tokenbridge import main
+from util.checkpoint import LAST
 from util.cli import run_cli
 
+last, draw_step = Path(sys.argv[sys.argv.index("--output_dir") + 1]) / LAST, engine_tokenbridge.draw_step
 
-def die_at_checkpoint(folder: Path) -> None:
-    while not (folder / "checkpoint-last.pth").exists():
-        time.sleep(0.005)
-    os.kill(os.getpid(), signal.SIGKILL)
+
+def draw(*arguments: object) -> object:
+    if last.exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return draw_step(*arguments)
 
 
 if __name__ == "__main__":
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        threading.Thread(
-            target=die_at_checkpoint, args=(Path(sys.argv[sys.argv.index("--output_dir") + 1]),), daemon=True
-        ).start()
+        engine_tokenbridge.draw_step = draw
     sys.exit(run_cli(main))

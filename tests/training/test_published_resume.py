@@ -113,8 +113,9 @@ def one_epoch(state: TrainState, precision: str, spoilt: bool = False) -> None:
     train_one_epoch(state, tiny_vae(), [batch], TrainSettings(batch_size=2, precision=precision, **schedule), CPU)
 
 
-@pytest.mark.parametrize("layout", ["parameters", "mar", "namespace"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "layout, precision", [("parameters", "fp32"), ("mar", "bf16"), ("namespace", "fp16"), ("parameters", "fp16")]
+)
 def test_a_published_checkpoint_resumes(tmp_path: Path, precision: str, layout: str) -> None:
     """Its moments, EMA and scaler are read; a good step changes the weights, a NaN one nothing; it is saved again."""
     state, content = resumed(published_file(tmp_path / "checkpoint-last.pth", tiny_model(), layout), precision)

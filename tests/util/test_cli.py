@@ -349,6 +349,19 @@ code = run_cli(lambda: os.kill(os.getpid(), 2))
 os.kill(os.getpid(), 2)
 print("went on")
 """
+HALF_MADE = """
+import os, sys
+sys.argv[0] = "-m"
+import util.start
+from util.cli import run_cli
+class Loader:
+    def __init__(self):
+        os.kill(os.getpid(), 2)
+        self.processes = []
+    def __del__(self):
+        self.processes.clear()
+sys.exit(run_cli(Loader))
+"""
 IN_A_WORKER = """
 import os, signal, sys
 sys.argv[0] = "-m"
@@ -385,6 +398,7 @@ sys.exit(run_cli(main))
     [
         (DURING_IMPORTS, ""),
         (TWICE, ""),
+        (HALF_MADE, ""),
         (IN_A_WORKER, "the worker went on\n"),
         (IN_A_SPAWNED_WORKER, "the worker went on\n"),
     ],
