@@ -74,16 +74,6 @@ def test_a_checkpoint_has_the_published_layout_and_says_what_it_is(trained: Path
     assert [line["step"] for line in log_of(trained)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_the_log_says_where_the_loss_starts(flags: Argv, tmp_path: Path, messages: list[str]) -> None:
-    main(flags(tmp_path / "run", max_steps=1))
-    start = math.log(64) + 0.5  # head 64 wide, 64 levels: variance 1 of xavier logits
-    assert any(
-        f"chance level is ln 64 = 4.159; the loss of an untrained model is about {start:.2f}" in line
-        for line in messages
-    )
-    assert abs(log_of(tmp_path / "run")[0]["loss"] - start) < 0.25
-
-
 @pytest.mark.parametrize("stop", [3, 4])
 def test_a_resumed_run_is_the_run_never_stopped(
     trained: Path, flags: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
@@ -242,21 +232,12 @@ def test_what_a_run_shows(flags: Argv, tmp_path: Path, messages: list[str]) -> N
         main(flags(tmp_path / name, sample_freq=1, num_iter=2, peak_tflops=0.5, ema_warmup=True, epochs=1, cfg=2))
     out = tmp_path / "one"
     line = next(line for line in messages if line.startswith("epoch 0 step 2/3"))
-    for part in (
-        "loss ",
-        "lr ",
-        "grad norm ",
-        " images/s",
-        " TFLOP/s",
-        "MFU ",
-        " bits/dim",
-        "accuracy ",
-        "data wait ",
-        "memory ",
-        "ETA 0:00:",
-    ):
-        assert part in line, part
+    numbers = "loss |lr |grad norm | images/s| TFLOP/s|MFU | bits/dim|accuracy |data wait |memory |ETA 0:00:"
+    assert not [part for part in numbers.split("|") if part not in line]
     lines = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
+    start = math.log(64) + 0.5  # head 64 wide, 64 levels: variance 1 of xavier logits
+    said = f"chance level is ln 64 = 4.159; the loss of an untrained model is about {start:.2f}"
+    assert any(said in line for line in messages) and abs(lines[0]["loss"] - start) < 0.25
     detailed = lines[1]
     assert len(detailed["loss_per_dim"]) == len(detailed["accuracy_per_dim"]) == 4 and "loss_per_dim" not in lines[0]
     assert sum(detailed["loss_per_dim"]) / 4 == pytest.approx(detailed["loss"], abs=1e-4)
@@ -276,19 +257,6 @@ def test_what_a_run_shows(flags: Argv, tmp_path: Path, messages: list[str]) -> N
     assert [image.step for image in board.Images("samples")] == [3]
     grids = [np.asarray(read_image(tmp_path / name / "samples" / "step-00000003.png")) for name in ("one", "two")]
     assert grids[0].shape[0] > 2 * SIZE and (grids[0] == grids[1]).all()
-
-
-def test_flags_of_training_that_cannot_be(flags: Argv, tmp_path: Path) -> None:
-    for changes, message in (
-        (dict(fsdp=True), "fsdp shards the weights over several processes, and there is one.*--fsdp"),
-        (dict(keep_last=0), "keep_last must be at least 1.*--keep_last"),
-        (dict(save_every_steps=0), "save_every_steps must be at least 1.*--save_every_steps"),
-        (dict(peak_tflops="nan"), "peak_tflops must be finite, got nan.*--peak_tflops"),
-        (dict(sample_freq=-1), "sample_freq must be at least 0.*--sample_freq"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            main(flags(tmp_path / "run", **changes))
-    assert not (tmp_path / "run").exists()
 
 
 def test_sharding_on_a_cpu_is_refused_where_torch_cannot(
@@ -362,12 +330,6 @@ def judges(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     rng = np.random.default_rng(0)
     np.savez(folder / "stats.npz", mu=rng.random(2048), sigma=np.diag(rng.random(2048)))
     return write_random_inception(folder / "inception.pth"), folder / "stats.npz"
-
-
-def test_too_few_images_for_the_scores_are_refused_at_once(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="num_images 9: the Inception Score needs at least 10 images"):
-        main(["--evaluate", "--resume", str(trained), "--num_images", "9", "--output_dir", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

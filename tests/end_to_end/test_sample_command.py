@@ -1,7 +1,6 @@
 """`main_tokenbridge.py --sample`: the sampler's options, sweeps, mixtures, editing, the unmasking as pictures."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from generation.sample import scale_folder
 from main_tokenbridge import main
 from models import MODELS
 from tests.helpers import photographs, tiny_vae
-from util.cli import run_cli
 
 SIZE = 32  # pixels, with a VAE of stride 8: 4x4 tokens
 CLASSES = ("--classes", "0,2", "--num_images", 4)
@@ -174,60 +172,3 @@ def test_editing_keeps_what_it_must(folder, pipeline, tmp_path):
     kept = pipeline.model.quantize(pipeline.vae.scale(pipeline.vae.encode(x).mode()))[1]  # (1, C, H, W)
     changed = (last.state.latents != kept).any(1)  # (B, H, W)
     assert not changed[..., :2].any() and changed[..., 2:].any()
-
-
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        (("--classes", "3"), r"classes: \[3\] not in \[0, 3\).*--classes"),
-        ((), "needs classes.*--classes"),
-        (("--classes", "0", "--interpolate", "0,2"), "instead"),
-        (("--interpolate", "0,1,2"), "two classes"),
-        (("--interpolate", "0,9"), "--interpolate"),
-        (("--classes", "0", "--init", "x.png"), r"go together.*\(--init\)"),
-        (("--classes", "0", "--top_p", "0"), r"top_p must be above 0.*\(--top_p\)"),
-        (("--classes", "0", "--top_p", "1.1"), "top_p must be at most 1"),
-        (("--classes", "0", "--seed", "-1"), "seed must be at least 0"),
-        (("--classes", "0", "--cfg", "1", "nan"), "cfg must be finite"),
-        (("--classes", "0", "--channel_temperature", "1", "1", "1"), "2 or 4 factors"),
-        (("--classes", "0", "--top_k", "-1"), "top_k"),
-        (("--classes", "0", "--cfg_interval", "0.8", "0.2"), "cfg_interval"),
-        (("--classes", "0", "--reuse_features", "0"), "reuse_features"),
-        (("--classes", "0", "--temperature_end", "-1"), "temperature_end"),
-        (("--classes", "0", "--show_steps", "-1"), "--show_steps"),
-    ],
-)
-def test_bad_input(folder, tmp_path, capsys, more, words):
-    assert run_cli(lambda: sample(folder, tmp_path / "out", *more)) == 2
-    assert re.search(words, capsys.readouterr().err) and not (tmp_path / "out").exists()
-
-
-def test_a_mask_of_another_size(folder, tmp_path):
-    for name, size in (("init", (80, 60)), ("mask", (60, 80))):
-        Image.new("RGB", size).save(tmp_path / f"{name}.png")
-    flags = ["--init", tmp_path / "init.png", "--mask", tmp_path / "mask.png"]
-    message = r"--mask.* is 60 x 80 pixels, .*--init.* 80 x 60; they must have the same size"
-    with pytest.raises(ValueError, match=message):
-        sample(folder, tmp_path / "out", "--classes", 0, *flags)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("flag", "choices"),
-    [
-        ("--order", "confidence"),
-        ("--mask_schedule", "square"),
-        ("--cfg_schedule", "interval"),
-        ("--temperature_schedule", "cosine"),
-    ],
-)
-def test_unknown_choices_list_what_there_is(folder, tmp_path, capsys, flag, choices):
-    with pytest.raises(SystemExit):
-        sample(folder, tmp_path, "--classes", "0", flag, "best")
-    assert choices in capsys.readouterr().err.split("error: ")[1]
-
-
-def test_flags_of_sample_alone(folder):
-    for flag in (("--interpolate", "0,1"), ("--show_steps",)):
-        with pytest.raises(ValueError, match=f"{flag[0]} changes --sample only"):
-            main(["--evaluate", "--resume", str(folder), *flag])
