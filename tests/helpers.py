@@ -195,6 +195,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def snapshot(root: Path) -> dict[str, tuple[int, int]]:
+    """Every file with its size and time of change."""
+    return {str(p.relative_to(root)): (p.stat().st_size, p.stat().st_mtime_ns) for p in root.rglob("*") if p.is_file()}
+
+
 # ---- log, processes, operations
 
 

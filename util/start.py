@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 
 INTERRUPTED = 130  # exit code: 128 + SIGINT
@@ -20,12 +21,18 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
 
 
 def raise_interrupt(number: int, frame: FrameType | None) -> None:
-    """Handler of SIGINT while the command works: KeyboardInterrupt, after which no destructor prints a traceback.
-
-    That of a loader does, interrupted while it starts its processes.
-    """
-    sys.unraisablehook = lambda _: None
+    """Handler of SIGINT while the command works."""
+    sys.unraisablehook = after_interrupt
     raise KeyboardInterrupt
+
+
+def after_interrupt(ignored: "sys.UnraisableHookArgs") -> None:
+    """What destructors complain of is not printed, such as that of a loader interrupted while it starts processes.
+
+    A KeyboardInterrupt that Python ignored, since it was raised within a destructor or a fork, is sent again.
+    """
+    if ignored.exc_type is KeyboardInterrupt:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
 
 
 def end_quietly(number: int, frame: FrameType | None) -> None:

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import main_tokenbridge
-from tests.helpers import Explosive, tiny_vae, write_image_folder
+from tests.helpers import Explosive, snapshot, tiny_vae, write_image_folder
 from util.cli import run_cli
 
 SHEET = yaml.safe_load((Path(__file__).parents[1] / "bad_inputs.yaml").read_text())
@@ -50,12 +50,8 @@ def write_bad_checkpoints(root: Path) -> None:
     """Files for --resume, most of them changed from that of the folder `run`."""
     last = root / "run" / "checkpoint-last.pth"
     whole = last.read_bytes()
-    for name, content in {
-        "short": whole[:5000],
-        "start": whole[:100],
-        "nothing": b"",
-        "text": b"no checkpoint\n" * 99,
-    }.items():
+    broken = {"short": whole[:5000], "start": whole[:100], "nothing": b"", "text": b"no checkpoint\n" * 99}
+    for name, content in broken.items():
         (root / f"{name}.pth").write_bytes(content)
     (root / "damaged").mkdir()
     (root / "damaged" / "checkpoint-last.pth").write_bytes(whole[: len(whole) * 7 // 10])
@@ -65,11 +61,8 @@ def write_bad_checkpoints(root: Path) -> None:
     torch.save([1, 2], root / "list.pth")
     torch.save({"state_dict": {}, "epoch": 3}, root / "other_dict.pth")
     torch.save({k: v for k, v in torch.load(last, weights_only=True).items() if k != "model_ema"}, root / "plain.pth")
-    for name, tensor in (
-        ("nan", torch.full((1, 1, 64), float("nan"))),
-        ("shape", torch.zeros(1, 1, 5)),
-        ("less", None),
-    ):
+    tokens = {"nan": torch.full((1, 1, 64), float("nan")), "shape": torch.zeros(1, 1, 5), "less": None}
+    for name, tensor in tokens.items():
         content = torch.load(last, weights_only=True)
         for part in ("model", "model_ema"):
             content[part]["mask_token"] = tensor
@@ -158,20 +151,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_bad_checkpoints(root)
     write_bad_vaes(root)
     for name, size, colour in (
-        ("photo.png", 40, "red"),
-        ("mask.png", 40, "white"),
-        ("small.png", 20, "white"),
-        ("black.png", 40, "black"),
+        ("photo", 40, "red"),
+        ("mask", 40, "white"),
+        ("small", 20, "white"),
+        ("black", 40, "black"),
     ):
-        Image.new("RGB", (size, size), colour).save(root / name)
+        Image.new("RGB", (size, size), colour).save(root / f"{name}.png")
     np.savez(root / "bad_stats.npz", mu=np.zeros(3))
     np.savez(root / "pickled.npz", mu=np.array([{}], dtype=object), sigma=np.zeros(3))
     return root
-
-
-def snapshot(root: Path) -> dict[str, tuple[int, int]]:
-    """Every file with its size and time of change."""
-    return {str(p.relative_to(root)): (p.stat().st_size, p.stat().st_mtime_ns) for p in root.rglob("*") if p.is_file()}
 
 
 def arguments(base: str, more: str, drop: list[str]) -> tuple[str, list[str]]:

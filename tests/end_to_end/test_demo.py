@@ -14,7 +14,7 @@ from demo.definition import frechet, list_images
 from demo.digits import DIGITS
 from demo.photos import PHOTOS
 from demo.run import COMMANDS, DEMOS, TOY, build_stages, main
-from tests.helpers import REPO
+from tests.helpers import REPO, contents
 from util.files import record_own, refuse_others
 
 
@@ -88,10 +88,6 @@ def test_the_commands_of_the_stages(tmp_path: Path, name: str) -> None:
     assert "--width" in vae and vae[vae.index("--img_size") + 1] == str(DEMOS[name].img_size)
 
 
-def everything(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("name", [stage.folder.name for stage in build_stages(DIGITS, Path("out"), Path(), TOY)])
 def test_folders_that_the_demo_did_not_make_are_refused(tmp_path: Path, name: str) -> None:
     """Row 1: a folder of the user's, of any stage, stays, and nothing is begun."""
@@ -99,7 +95,7 @@ def test_folders_that_the_demo_did_not_make_are_refused(tmp_path: Path, name: st
     (tmp_path / name / "my-file.pth").write_bytes(b"precious")
     with pytest.raises(ValueError, match=rf"{name} was not made by this command .*choose another --output_dir"):
         main(["--toy", "--output_dir", str(tmp_path), "--pictures", str(tmp_path / "pictures")])
-    assert everything(tmp_path) == {f"{name}/my-file.pth": b"precious"}
+    assert contents(tmp_path) == {f"{name}/my-file.pth": b"precious"}
 
 
 @pytest.mark.parametrize("name", ["samples.png", "reconstruction.png", "loss.png"])
@@ -110,7 +106,7 @@ def test_pictures_of_others_are_refused(tmp_path: Path, name: str) -> None:
     (pictures / name).write_bytes(b"precious")
     with pytest.raises(ValueError, match=rf"{name} \(--pictures\) was not written by this command"):
         main(["--toy", "--output_dir", str(tmp_path / "out"), "--pictures", str(pictures)])
-    assert not everything(tmp_path / "out") and (pictures / name).read_bytes() == b"precious"
+    assert not contents(tmp_path / "out") and (pictures / name).read_bytes() == b"precious"
     for damaged in ("[]", '{"a', json.dumps({name: ""})):
         own.write_text(damaged)
         with pytest.raises(ValueError, match="was not written by this command"):

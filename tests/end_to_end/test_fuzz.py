@@ -25,7 +25,7 @@ import main_cache
 import main_tokenbridge
 import main_vae
 from evaluation.reference import load_reference_stats
-from tests.helpers import argv_of, save_toy_vae, write_image_folder
+from tests.helpers import argv_of, save_toy_vae, snapshot, write_image_folder
 from tests.stand_ins import SMALL
 from tools import export
 from util.log import get_logger
@@ -229,12 +229,6 @@ def run(command: Command) -> str:
         signal.signal(signal.SIGALRM, previous[1])
         shutil.rmtree("out", ignore_errors=True)
     return ""
-
-
-def snapshot(place: Path) -> dict[str, tuple[int, int]]:
-    return {
-        str(p.relative_to(place)): (p.stat().st_size, p.stat().st_mtime_ns) for p in place.rglob("*") if p.is_file()
-    }
 
 
 def fuzz(place: Path, kind: str, numbers: range) -> list[str]:

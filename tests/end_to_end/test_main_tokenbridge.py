@@ -57,19 +57,12 @@ def test_a_checkpoint_has_the_published_layout_and_says_what_it_is(trained: Path
     content = load(trained)
     assert {"model", "model_ema", "optimizer", "epoch", "step", "config"} <= content.keys() and "scaler" not in content
     assert content["epoch"] == 1 and content["step"] == 6
-    assert {"channel_mask", "boundaries", "reconstruction_values"} <= content["model"].keys()
-    assert content["model_ema"].keys() == content["model"].keys() - {
-        "channel_mask",
-        "boundaries",
-        "reconstruction_values",
-    }
+    buffers = {"channel_mask", "boundaries", "reconstruction_values"}
+    assert buffers == content["model"].keys() - content["model_ema"].keys()
+    assert content["model_ema"].keys() < content["model"].keys()
     assert all(value.dtype == torch.float32 for value in content["model_ema"].values())
-    config = content["config"]
-    assert (
-        config["model"]["head_start"] == "trained"
-        and config["model"]["vae_embed_dim"] == 4
-        and config["classes"] == ["china", "flower"]
-    )
+    config, model = content["config"], content["config"]["model"]
+    assert (model["head_start"], model["vae_embed_dim"]) == ("trained", 4) and config["classes"] == ["china", "flower"]
     assert config["vae_fingerprint"] == load_vae(toy_vae).latent_fingerprint() and config["args"]["seed"] == 3
     assert [line["step"] for line in log_of(trained)] == [1, 2, 3, 4, 5, 6]
 
@@ -127,19 +120,13 @@ def test_a_cache_trains_as_images_do(
 def test_published_layout_without_our_keys_resumes_after_its_epoch(
     trained: Path, flags: Argv, tmp_path: Path, messages: list[str]
 ) -> None:
-    content = load(trained)
+    content = {key: load(trained)[key] for key in ("model", "model_ema", "optimizer", "epoch")}
     (tmp_path / "old").mkdir()
-    torch.save(
-        {key: content[key] for key in ("model", "model_ema", "optimizer", "epoch")},
-        tmp_path / "old" / "checkpoint-last.pth",
-    )
+    torch.save(content, tmp_path / "old" / "checkpoint-last.pth")
     main(flags(tmp_path / "new", resume=tmp_path / "old", epochs=3))
     assert [line["step"] for line in log_of(tmp_path / "new")] == [7, 8, 9]
-    assert any(
-        "has no config: from the shapes of its weights it is tokenbridge_digits" in line
-        and "(head_start official)" in line
-        for line in messages
-    )
+    said = "has no config: from the shapes of its weights it is tokenbridge_digits"
+    assert any(said in line and "(head_start official)" in line for line in messages)
     assert load(tmp_path / "new")["config"]["model"]["head_start"] == "official"
 
 
@@ -151,11 +138,8 @@ def test_fine_tuning_on_other_classes(
     serves too. Nothing of the old run continues, and the new one is resumed without --reset_classes.
     """
     content, out, base = load(trained), tmp_path / "run", tmp_path / "base.pth"
-    kept = {
-        "ours": content.keys(),
-        "published": ("model", "model_ema", "optimizer", "epoch"),
-        "EMA alone": ["model_ema"],
-    }
+    published = ("model", "model_ema", "optimizer", "epoch")
+    kept = {"ours": content.keys(), "published": published, "EMA alone": ["model_ema"]}
     torch.save({key: content[key] for key in kept[layout]}, base)
     started = dict(reset_classes=True, class_num=5, resume=base, max_steps=1)
     main(flags(out, lr=0, **started))  # so that the weights are those at the start
@@ -168,9 +152,8 @@ def test_fine_tuning_on_other_classes(
         elif key in before:
             assert torch.equal(value, before[key]), key
     assert any("with a newly initialised class embedding of 5 classes" in line for line in messages)
-    with pytest.raises(
-        ValueError, match=r"trains a new run from the weights of .*run: leave it out.*\(--reset_classes\)"
-    ):
+    words = r"trains a new run from the weights of .*run: leave it out.*\(--reset_classes\)"
+    with pytest.raises(ValueError, match=words):
         main(flags(out, **started | dict(resume=out, max_steps=2)))
     main(flags(out, resume=out, class_num=5, max_steps=2))
     assert load(out)["step"] == 2
@@ -187,14 +170,9 @@ def test_a_run_begun_without_dropout_in_the_head_continues_with_it_and_says_so(
     (tmp_path / "old").mkdir()
     torch.save(content, tmp_path / "old" / "checkpoint-last.pth")
     main(flags(tmp_path / "new", resume=tmp_path / "old", epochs=3, proj_dropout=0.05))
-    assert (
-        len(said()) == 1
-        and "attn_dropout 0.1 and proj_dropout 0.05 in the head too, a mask ratio for each micro-batch" in said()[0]
-    )
-    assert (
-        load(tmp_path / "new")["config"]["recipe"] == RECIPE
-        and load(tmp_path / "new")["config"]["model"]["proj_dropout"] == 0.05
-    )
+    (line,), config = said(), load(tmp_path / "new")["config"]
+    assert "attn_dropout 0.1 and proj_dropout 0.05 in the head too, a mask ratio for each micro-batch" in line
+    assert config["recipe"] == RECIPE and config["model"]["proj_dropout"] == 0.05
     main(flags(tmp_path / "new", resume=tmp_path / "new", epochs=4))
     assert len(said()) == 1 and load(tmp_path / "new")["step"] == 12
 
@@ -212,9 +190,8 @@ def test_the_parallel_head_trains_and_samples(flags: Argv, toy_vae: Path, tmp_pa
     """--head is recorded in the checkpoint, which then samples without it; naming the other head is an error."""
     main(flags(tmp_path / "run", head="parallel", max_steps=1))
     content = load(tmp_path / "run")
-    assert content["config"]["model"]["head"] == "parallel" and not [
-        key for key in content["model"] if key.startswith("token_embeddings")
-    ]
+    assert content["config"]["model"]["head"] == "parallel"
+    assert not [key for key in content["model"] if key.startswith("token_embeddings")]
     assert len(sampled(tmp_path / "run", toy_vae, tmp_path / "samples")) == 6
     with pytest.raises(ValueError, match="head autoregressive contradicts .*--head"):
         sampled(tmp_path / "run", toy_vae, tmp_path / "other", "--head", "autoregressive")
@@ -241,19 +218,15 @@ def test_what_a_run_shows(flags: Argv, tmp_path: Path, messages: list[str]) -> N
     detailed = lines[1]
     assert len(detailed["loss_per_dim"]) == len(detailed["accuracy_per_dim"]) == 4 and "loss_per_dim" not in lines[0]
     assert sum(detailed["loss_per_dim"]) / 4 == pytest.approx(detailed["loss"], abs=1e-4)
-    assert (
-        detailed["bits_per_dim"] == pytest.approx(detailed["loss"] / math.log(2), abs=1e-3)
-        and 0 <= detailed["token_accuracy"] <= 1
-    )
+    assert detailed["bits_per_dim"] == pytest.approx(detailed["loss"] / math.log(2), abs=1e-3)
+    assert 0 <= detailed["token_accuracy"] <= 1
     config = TokenBridgeConfig(**load(out)["config"]["model"])
     low, high = step_flops(config, 12) / 1e12, step_flops(config, 16) / 1e12
-    assert low <= detailed["tflops"] / detailed["images_per_s"] <= high and detailed["mfu"] == pytest.approx(
-        detailed["tflops"] / 0.5
-    )
+    assert low <= detailed["tflops"] / detailed["images_per_s"] <= high
+    assert detailed["mfu"] == pytest.approx(detailed["tflops"] / 0.5)
     board = EventAccumulator(str(out)).Reload()
-    assert (
-        board.Scalars("loss")[1].value == pytest.approx(detailed["loss"]) and len(board.Scalars("loss_per_dim/03")) == 1
-    )
+    assert board.Scalars("loss")[1].value == pytest.approx(detailed["loss"])
+    assert len(board.Scalars("loss_per_dim/03")) == 1
     assert [image.step for image in board.Images("samples")] == [3]
     grids = [np.asarray(read_image(tmp_path / name / "samples" / "step-00000003.png")) for name in ("one", "two")]
     assert grids[0].shape[0] > 2 * SIZE and (grids[0] == grids[1]).all()
@@ -284,24 +257,18 @@ def test_samples_are_pictures_of_their_seed(trained: Path, toy_vae: Path, tmp_pa
     assert one["000000.png"].shape == (SIZE, SIZE, 3) and one["grid.png"].shape[1] > SIZE
     record = json.loads((tmp_path / "one" / "samples.json").read_text())
     assert record["labels"] == [2, 2, 2, 0, 0] and record["seed"] == 1 and record["cfg"] == 2
-    again, other = (
-        sampled(trained, toy_vae, tmp_path / "two", "--eval_bsz", 2),
-        sampled(trained, toy_vae, tmp_path / "three", "--seed", 8),
-    )
+    again = sampled(trained, toy_vae, tmp_path / "two", "--eval_bsz", 2)
+    other = sampled(trained, toy_vae, tmp_path / "three", "--seed", 8)
     for name, picture in one.items():
         assert np.abs(picture.astype(int) - again[name]).max() <= 1
     assert any((picture != other[name]).any() for name, picture in one.items())
 
 
 def test_the_ema_is_what_makes_images(trained: Path, toy_vae: Path, tmp_path: Path, messages: list[str]) -> None:
-    ema, plain = (
-        sampled(trained, toy_vae, tmp_path / "ema"),
-        sampled(trained, toy_vae, tmp_path / "plain", "--weights", "model"),
-    )
-    assert any(
-        "the EMA of" in line and "still holds 53 % of the random initial weights after 6 steps" in line
-        for line in messages
-    )
+    ema = sampled(trained, toy_vae, tmp_path / "ema")
+    plain = sampled(trained, toy_vae, tmp_path / "plain", "--weights", "model")
+    said = "still holds 53 % of the random initial weights after 6 steps"
+    assert any("the EMA of" in line and said in line for line in messages)
     assert any((ema[name] != plain[name]).any() for name in ema)
 
 
@@ -317,10 +284,9 @@ def test_the_warning_of_an_ema_that_lags_knows_the_warm_up(
     load_generator_weights(
         TokenBridge(**content["config"]["model"]), content | {"step": steps}, tmp_path / "a.pth", "ema"
     )
-    found = [line for line in messages if "of the random initial weights" in line]
-    assert len(found) == (share is not None) and all(
-        f"still holds {share} % of the random initial weights after {steps} steps" in x for x in found
-    )
+    found, said = [line for line in messages if "of the random initial weights" in line], f"after {steps} steps"
+    assert len(found) == (share is not None)
+    assert all(f"still holds {share} % of the random initial weights {said}" in line for line in found)
 
 
 @pytest.fixture(scope="module")
@@ -336,17 +302,8 @@ def judges(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_online_evaluation_leaves_training_as_it_is(
     trained: Path, flags: Argv, judges: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    main(
-        flags(
-            tmp_path / "run",
-            online_eval=True,
-            eval_freq=1,
-            num_images=10,
-            num_iter=2,
-            inception_weights=judges[0],
-            fid_stats=judges[1],
-        )
-    )
+    evaluated = dict(online_eval=True, eval_freq=1, num_images=10, num_iter=2)
+    main(flags(tmp_path / "run", **evaluated, inception_weights=judges[0], fid_stats=judges[1]))
     lines = [json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6] and all(math.isfinite(line["fid"]) for line in lines)
     for key in ("model", "model_ema", "optimizer"):
@@ -373,13 +330,8 @@ def test_checkpoints_and_evaluations_are_due_as_published(
     monkeypatch.setattr(
         checkpoint.CheckpointWriter, "save", lambda writer, content: saved.append((content["step"], content["epoch"]))
     )
-    main(
-        [
-            *flags(tmp_path / "run", online_eval=True, eval_freq=4, save_last_freq=3, epochs=6, temperature=0.9),
-            "--cfg",
-            *cfg,
-        ]
-    )
+    due = dict(online_eval=True, eval_freq=4, save_last_freq=3, epochs=6)
+    main(flags(tmp_path / "run", **due, temperature=0.9, cfg=cfg))
     assert saved == [(3, 0), (12, 3), (18, 5)]
     assert scored == [(step, scale, 0.9, "ema") for step in (3, 15, 18) for scale in scales]
 

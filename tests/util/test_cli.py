@@ -362,6 +362,19 @@ class Loader:
         self.processes.clear()
 sys.exit(run_cli(Loader))
 """
+IGNORED = """
+import os, sys, time
+sys.argv[0] = "-m"
+import util.start
+from util.cli import run_cli
+class Loader:
+    def __del__(self):
+        os.kill(os.getpid(), 2)
+def main():
+    Loader()
+    time.sleep(60)
+sys.exit(run_cli(main))
+"""
 IN_A_WORKER = """
 import os, signal, sys
 sys.argv[0] = "-m"
@@ -399,6 +412,7 @@ sys.exit(run_cli(main))
         (DURING_IMPORTS, ""),
         (TWICE, ""),
         (HALF_MADE, ""),
+        (IGNORED, ""),
         (IN_A_WORKER, "the worker went on\n"),
         (IN_A_SPAWNED_WORKER, "the worker went on\n"),
     ],
