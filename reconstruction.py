@@ -99,12 +99,13 @@ def log_start(codec: Codec, num_images: int, measures: Measures) -> None:
     )
     if not dist.is_main():
         return
-    if measures.no_rfid:
-        logger.warning("rFID and Inception Score are not computed: %s", measures.no_rfid)
-    elif measures.no_fid and options.fid_stats:
-        logger.warning("the FID against %s is not computed: %s", options.fid_stats, measures.no_fid)
-    if measures.no_lpips:
-        logger.info("LPIPS is not computed: %s", measures.no_lpips)
+    missing = measures.missing
+    if "rfid" in missing:
+        logger.warning("rFID and Inception Score are not computed: %s", missing["rfid"])
+    elif "fid" in missing and options.fid_stats:
+        logger.warning("the FID against %s is not computed: %s", options.fid_stats, missing["fid"])
+    if "lpips" in missing:
+        logger.info("LPIPS is not computed: %s", missing["lpips"])
 
 
 def run_record(codec: Codec, settings: dict, measures: Measures) -> dict:
@@ -119,20 +120,18 @@ def run_record(codec: Codec, settings: dict, measures: Measures) -> dict:
         "pixels": options.pixels,
         "published_is_about": report.PUBLISHED_IS_ABOUT if options.beside_published else None,
         "inception_sha256": None if measures.extractor is None else measures.extractor.sha256,
-        "rfid_not_computed": measures.no_rfid,
-        "fid_not_computed": measures.no_fid,
-        "lpips_not_computed": measures.no_lpips,
-    }
+    } | {f"{name}_not_computed": measures.missing.get(name) for name in ("rfid", "fid", "lpips")}
 
 
 def closing_lines(options: ReconstructionOptions, measures: Measures, num_images: int) -> list[str]:
     """What the table's FIDs are about, or why they are missing."""
-    if measures.no_rfid:
-        return [f"rFID, IS: not computed ({measures.no_rfid})"]
+    missing = measures.missing
+    if "rfid" in missing:
+        return [f"rFID, IS: not computed ({missing['rfid']})"]
     few = f"; fewer than {FEW_IMAGES}, so too high: compare rows with each other, not with published numbers"
     lines = [f"rFID over {num_images} images{few if num_images < FEW_IMAGES else ''}"]
     if options.fid_stats:
-        state = f": not computed ({measures.no_fid})" if measures.no_fid else f", pixels: {options.pixels}"
+        state = f": not computed ({missing['fid']})" if "fid" in missing else f", pixels: {options.pixels}"
         lines.append(f"FID against {options.fid_stats}{state}")
     return lines
 
@@ -164,8 +163,8 @@ def run(options: ReconstructionOptions, settings: dict, device: torch.device) ->
     if not done:
         raise ArgumentError("image_dir", f"{options.image_dir}: not one of the {len(bad)} chosen images can be read")
     if measures.extractor is not None and len(done) < 2:
-        measures.no_rfid = measures.no_fid = f"it needs at least two images, there is {len(done)}"
-    originals = out.originals.merge().pool.as_dict() if measures.no_rfid is None else None
+        measures.missing |= dict.fromkeys(("rfid", "fid"), f"it needs at least two images, there is {len(done)}")
+    originals = None if "rfid" in measures.missing else out.originals.merge().pool.as_dict()
     rows = [summarise(variant, codec, len(done), originals, measures.reference) for variant in variants]
     first_scores = gathered(variants[1].scores)
     if not dist.is_main():

@@ -1,7 +1,7 @@
 """What reconstruction.py is asked for, and the networks and references that its scores need."""
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -119,14 +119,12 @@ class ReconstructionOptions:
 
 @dataclass
 class Measures:
-    """The networks and the reference of the scores; without one of them, the reason why."""
+    """The networks and the reference of the scores, and why some of rfid, fid and lpips are not computed."""
 
     extractor: InceptionFeatures | None = None
     lpips: Lpips | None = None
     reference: Reference | None = None  # of --fid_stats
-    no_rfid: str | None = None
-    no_lpips: str | None = None
-    no_fid: str | None = None
+    missing: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, options: ReconstructionOptions, device: torch.device) -> "Measures":
@@ -139,20 +137,20 @@ class Measures:
 
     def _load_extractor(self, options: ReconstructionOptions, device: torch.device) -> None:
         if options.no_rfid:
-            self.no_rfid = "--no_rfid was given"
+            self.missing["rfid"] = "--no_rfid was given"
             return
         try:
             fetch_inception_weights(options.inception_weights, download=not options.no_download)
         except ValueError as error:
             if options.inception_weights or options.fid_stats_given:
                 raise
-            self.no_rfid = str(error)
+            self.missing["rfid"] = str(error)
         else:
             self.extractor = InceptionFeatures(options.inception_weights, device)
 
     def _load_lpips(self, options: ReconstructionOptions, device: torch.device) -> None:
         if options.img_size < SMALLEST_FOR_LPIPS:
-            self.no_lpips = f"it needs {SMALLEST_FOR_LPIPS} pixels"
+            self.missing["lpips"] = f"it needs {SMALLEST_FOR_LPIPS} pixels"
             return
         try:
             weights = find_alexnet_weights(options.lpips_weights)
@@ -160,21 +158,21 @@ class Measures:
         except (ArgumentError, ImportError) as error:
             if options.lpips_weights:
                 raise ArgumentError("lpips_weights", str(error)) from error
-            self.no_lpips = str(error)
+            self.missing["lpips"] = str(error)
         else:
             self.lpips = Lpips(str(weights), device)
 
     def _load_reference(self, options: ReconstructionOptions) -> None:
         path = options.fid_stats
         if self.extractor is None or path is None:
-            self.no_fid = self.no_rfid or "no --fid_stats"
+            self.missing["fid"] = self.missing.get("rfid", "no --fid_stats")
             return
         try:
             download.provide(path, "--fid_stats", options.no_download, check_published)
         except (OSError, ValueError) as error:  # ValueError: another process could not
             if options.fid_stats_given:
                 raise
-            self.no_fid = str(error)
+            self.missing["fid"] = str(error)
             return
         self.reference = load_reference(path, self.extractor, options.img_size, batch_size=options.batch_size)
         published = download.PUBLISHED["stats"].git_blob
