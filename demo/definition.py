@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator, clone
 
-from evaluation.metrics import FeatureStatistics, fid
+from evaluation.feature_sums import FeatureStatistics
+from evaluation.metrics import fid
 
 TORCHRUN = "torchrun --standalone --nproc_per_node=2"
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from checkpoints import download
 from dataset.images import to_uint8
+from evaluation.feature_sums import IS_SPLITS
 from evaluation.image_metrics import psnr
 from evaluation.inception import InceptionFeatures, fetch_inception_weights
-from evaluation.metrics import FEWEST_FOR_PRC, INFINITY_POINTS, IS_SPLITS, METRICS, Reference
+from evaluation.metrics import FEWEST_FOR_PRC, INFINITY_POINTS, METRICS, Reference
 from evaluation.reference import check_published, load_reference_stats, load_references
 from evaluation.report import scores_in_words
 from evaluation.scores import evaluate

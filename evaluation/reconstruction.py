@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from dataset.folders import ImageFolderDataset, readable_images, spread_evenly
 from dataset.images import save_png, to_uint8
+from evaluation.feature_sums import IS_SPLITS, FeatureSums, Statistics
 from evaluation.image_metrics import psnr, ssim
-from evaluation.metrics import IS_SPLITS, FeatureSums, Reference, Statistics, fid
+from evaluation.metrics import Reference, fid
 from evaluation.reconstruction_options import Measures, ReconstructionOptions
 from evaluation.reconstruction_report import published_figures
 from models.quantizer import TableQuantizer

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from checkpoints.download import PUBLISHED_SIZE
 from dataset.folders import spread_evenly
+from evaluation.feature_sums import FeatureSums
 from evaluation.image_source import CROPS, ImageSource, npz_shape, open_images
 from evaluation.inception import FEATURE_DIM, SPATIAL_DIM, InceptionFeatures
-from evaluation.metrics import FEWEST_FOR_PRC, FeatureSums, Reference
+from evaluation.metrics import FEWEST_FOR_PRC, Reference
 from util import dist
 from util.files import plain_reason, replacing
 from util.json_reader import check_schema

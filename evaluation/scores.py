@@ -13,8 +13,9 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
+from evaluation.feature_sums import FeatureSums
 from evaluation.inception import FEATURE_KEYS, InceptionFeatures
-from evaluation.metrics import FeatureSums, Reference, columns, computable
+from evaluation.metrics import Reference, columns, computable
 from evaluation.store import EvalStore, batches_of, image_flaws
 from util import dist
 from util.log import get_logger

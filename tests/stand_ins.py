@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from evaluation.feature_sums import FeatureStatistics
 from evaluation.inception import FEATURE_DIM, SPATIAL_DIM
-from evaluation.metrics import FeatureStatistics, Reference
+from evaluation.metrics import Reference
 from tests.helpers import photographs
 
 SMALL = 6  # feature dimensions of FewColours: the Fréchet distance of 2048 takes ten seconds

@@ -1,4 +1,4 @@
-"""evaluation/metrics.py: FID, Inception Score, precision, recall, KID against SciPy, NumPy and torch-fidelity."""
+"""evaluation/metrics.py, feature_sums.py: all scores against SciPy, NumPy and torch-fidelity."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +12,10 @@ from torch import Tensor
 from torch_fidelity import metric_fid, metric_kid, metric_prc
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-from evaluation import metrics
+from evaluation import feature_sums, metrics
+from evaluation.feature_sums import FeatureStatistics, InceptionScoreSums
 from evaluation.inception import InceptionFeatures, write_random_inception
-from evaluation.metrics import (
-    FeatureStatistics,
-    InceptionScoreSums,
-    fid,
-    fid_infinity,
-    inception_score,
-    kid,
-    precision_recall,
-)
+from evaluation.metrics import fid, fid_infinity, inception_score, kid, precision_recall
 from tests.stand_ins import as_tensor, crops, damaged, stats_of, write_folder
 from util.dist import float32_precision
 
@@ -53,7 +46,7 @@ def test_statistics_merge_sums_every_part(monkeypatch: pytest.MonkeyPatch) -> No
     mean = torch.from_numpy(x).double().mean(0)
     shift = other.mean - mean
     sums = iter([other.count, other.mean * other.count, other.scatter + other.count * torch.outer(shift, shift)])
-    monkeypatch.setattr(metrics, "all_reduce_sum", lambda tensor: tensor + next(sums))
+    monkeypatch.setattr(feature_sums, "all_reduce_sum", lambda tensor: tensor + next(sums))
     merged = mine.merge()
     assert next(sums, None) is None and merged.count == 30
     np.testing.assert_allclose(merged.mu, x.mean(0, dtype=np.float64), rtol=1e-12, atol=1e-12)

@@ -12,7 +12,8 @@ from torch import Tensor
 from dataset.images import read_image
 from evaluation import evaluator, metrics, report
 from evaluation.evaluator import spread_of_labels, vae_roundtrip
-from evaluation.metrics import METRICS, FeatureStatistics, FeatureSums, Metric, Reference, fid, kid, precision_recall
+from evaluation.feature_sums import FeatureStatistics, FeatureSums
+from evaluation.metrics import METRICS, Metric, Reference, fid, kid, precision_recall
 from evaluation.scores import Scores, evaluate, warn_of_flaws
 from evaluation.store import EvalStore, batches_of, image_flaws
 from generation.pipeline import GenerationSettings

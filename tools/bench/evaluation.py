@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from dataset.images import save_png
+from evaluation.feature_sums import FeatureStatistics
 from evaluation.inception import FEATURE_DIM, LOGITS_DIM, SPATIAL_DIM, InceptionFeatures, write_random_inception
-from evaluation.metrics import FeatureStatistics, Reference, fid, inception_score
+from evaluation.metrics import Reference, fid, inception_score
 from evaluation.reference import KEEP_FEATURES
 from evaluation.scores import Scores
 from evaluation.store import batches_of
