@@ -22,7 +22,6 @@ from models.vae import AutoencoderKL
 from training import posthoc_ema, recipe
 from training.flops import step_flops
 from training.guard import check_same_start, stop_message
-from training.lr_sched import learning_rate
 from training.outputs import RunOutputs
 from training.preempt import StopRequest
 from training.progress import Progress
@@ -132,8 +131,7 @@ def train_one_epoch(
     batches, parameters, stop = dist.prefetch(iter(loader), device), list(model.parameters()), False
     while state.step < last and not stop:
         draws = draw_step(model, s, state.step, device)
-        rates = dict(peak=s.lr, min_lr=s.min_lr, schedule=s.lr_schedule, warmup_epochs=s.warmup_epochs)
-        lr = learning_rate(state.step / s.steps_per_epoch, epochs=s.total_steps / s.steps_per_epoch, **rates)
+        lr = s.learning_rate(state.step)
         set_learning_rate(state.optimizer, lr)
         window, detailed = progress.window, (state.step + 1) % s.log_freq == 0
         loss, window.details = accumulate(state, vae, batches, draws, s, window, detailed)

@@ -35,59 +35,13 @@ def embedding(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape).normal_(std=0.02))
 
 
-def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits (N, K) with -inf for all but the top_k largest (0: all) and the fewest whose probability reaches top_p."""
-    num_levels = logits.shape[-1]
-    if (top_k == 0 or top_k >= num_levels) and top_p == 1:
-        return logits
-    ordered, place = logits.sort(dim=-1, descending=True, stable=True)  # equal logits: lowest level first, as argmax
-    if 0 < top_k < num_levels:
-        ordered = torch.cat([ordered[:, :top_k], torch.full_like(ordered[:, top_k:], -torch.inf)], dim=-1)
-    if top_p < 1:
-        p = ordered.softmax(-1)
-        top_p = max(top_p, torch.finfo(p.dtype).tiny)  # not 0 in float32: the most likely level always stays
-        ordered = ordered.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf)
-    return torch.full_like(logits, -torch.inf).scatter_(-1, place, ordered)
-
-
-def sample_levels(
-    logits: Tensor, uniform: Tensor, temperature: float | Tensor, top_k: int = 0, top_p: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Levels (N,) from logits (N, K), and a number each, `is_valid` only if it had a distribution to be sampled from.
-
-    Argmax at temperature 0 or top_k 1; otherwise a sample of softmax(logits / temperature), restricted by `keep_top`:
-    uniform (N,) in [0, 1) inverts the cumulative distribution, so the same image comes out of any batch, without a host
-    sync. temperature: a number, or a tensor of one number above 0.
-    """
-    logits = logits.float()
-    is_number = not isinstance(temperature, Tensor)
-    if top_k == 1 or (is_number and temperature == 0):
-        highest, levels = logits.max(-1)
-        return levels, highest
-    if not (is_number and temperature == 1):
-        logits = logits / temperature
-    cumulative = keep_top(logits, top_k, top_p).softmax(-1).cumsum(-1)  # (N, K)
-    total = cumulative[:, -1:]  # (N, 1), 1 up to rounding; NaN if a logit is
-    levels = torch.searchsorted(cumulative, uniform.unsqueeze(1) * total, right=True)[:, 0]
-    return levels.clamp_(max=logits.shape[-1] - 1), total[:, 0]
-
-
-def is_valid(numbers: Tensor) -> Tensor:
-    """Whether the numbers of `sample_levels` (any shape) are of distributions: False for NaN and overflow."""
-    return numbers.abs() < math.inf
-
-
-def stack_levels(results: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """From the results of `sample_levels` for each dimension: levels (N, C), and whether all of a token's are valid."""
-    levels, numbers = (torch.stack(part, dim=1) for part in zip(*results, strict=True))  # (N, C)
-    return levels, is_valid(numbers).all(1)
-
-
 class ChannelAR(nn.Module):
     """The head's parameters and its two uses: `channel_logits` (training, all positions at once) and `channel_sample`.
 
     A base class instead of a submodule because the published state dict has its keys at the root.
     """
+
+    # ---- construction
 
     def build_head_embeddings(self, config: TokenBridgeConfig) -> None:
         """Parameters of the head; call it at their place in the published order (optimizer states are by position)."""
@@ -126,10 +80,13 @@ class ChannelAR(nn.Module):
         """The Sequential (SiLU, Linear) of every block and the final one."""
         return [module.adaLN_modulation for module in (*self.channel_blocks, self.channel_final)]
 
-    def modulations(self, conditioning: Tensor) -> list[Modulation]:
-        """Every block's modulation, then the final one, from the conditioning (N, P, H)."""
-        activated = F.silu(conditioning)
-        return [module.modulation(activated) for module in (*self.channel_blocks, self.channel_final)]
+    def head_parameters(self) -> list[nn.Parameter]:
+        """All parameters of the head."""
+        modules = (self.condition_proj, self.token_embeddings, self.channel_blocks, self.channel_norm)
+        modules = nn.ModuleList((*modules, self.channel_final, self.channel_heads))
+        return [self.channel_embed, self.timesteps_embeddings, *modules.parameters()]
+
+    # ---- the network
 
     def head_forward(
         self, x: Tensor, modulations: Sequence[Modulation], caches: list[LayerCache] | None = None, start: int = 0
@@ -142,9 +99,16 @@ class ChannelAR(nn.Module):
             x = block(x, modulations[i], caches[i] if caches else None, start)
         return self.channel_final(self.channel_norm(x), modulations[-1])
 
+    def modulations(self, conditioning: Tensor) -> list[Modulation]:
+        """Every block's modulation, then the final one, from the conditioning (N, P, H)."""
+        activated = F.silu(conditioning)
+        return [module.modulation(activated) for module in (*self.channel_blocks, self.channel_final)]
+
     def embedding_table(self) -> Tensor:
         """All token embeddings in one: ((C-1)*K, H), those of position c at c*K; (0, H) for a single dimension."""
         return torch.cat([table.weight for table in self.token_embeddings] or [self.channel_embed[0, :0]])
+
+    # ---- training
 
     def channel_logits(self, z: Tensor, indices: Tensor | None) -> Tensor:
         """Teacher-forced logits (N, C, K) from z (N, D) and the true indices (N, C), all in head order.
@@ -161,43 +125,6 @@ class ChannelAR(nn.Module):
         weight = torch.stack([head.weight for head in self.channel_heads])  # (C, K, H)
         bias = torch.stack([head.bias for head in self.channel_heads])  # (C, K)
         return torch.baddbmm(bias.unsqueeze(1), x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)  # (N, C, K)
-
-    def head_parameters(self) -> list[nn.Parameter]:
-        """All parameters of the head."""
-        modules = (self.condition_proj, self.token_embeddings, self.channel_blocks, self.channel_norm)
-        modules = nn.ModuleList((*modules, self.channel_final, self.channel_heads))
-        return [self.channel_embed, self.timesteps_embeddings, *modules.parameters()]
-
-    def group_size(self, device_type: str) -> int:
-        """Tokens whose loss is computed together: `head_chunk`, or as many as fit GROUP_BYTES."""
-        if self.head_chunk is not None:
-            return self.head_chunk
-        each = GROUP_BYTES_EACH * self.num_channels * self.condition_proj.out_features * len(self.channel_blocks)
-        return max(1, (GROUP_BYTES_ON_CPU if device_type == "cpu" else GROUP_BYTES) // each)
-
-    def summed_losses(self, z: Tensor, targets: Tensor, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Cross-entropy summed over tokens and dimensions, a float32 scalar, from z (N, D) and targets (N, C).
-
-        And (2, C): the loss of each dimension, and how many of its targets have the highest logit; without a gradient.
-        """
-        logits = self.channel_logits(z, targets) if logits is None else logits
-        logits = logits.transpose(0, 1)  # (C, N, K), as the head made them
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.T.flatten(), reduction="none")
-        losses = losses.view(self.num_channels, -1).sum(1)  # (C,)
-        return losses.sum(), torch.stack([losses.detach(), (logits.detach().argmax(-1) == targets.T).sum(1)])
-
-    def channel_loss(self, z: Tensor, targets: Tensor, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy over all (token, dimension) pairs, a float32 scalar, from z (N, D) and targets (N, C).
-
-        And (2, C) without a gradient: loss and accuracy of each dimension. All in head order. Computed in groups of
-        `group_size` tokens (0: as a whole), forward and backward together (grouped_loss.py), or from given logits.
-        """
-        size = self.group_size(z.device.type)
-        if size and logits is None:
-            total, details = grouped_sum(self.summed_losses, z, targets, self.head_parameters(), size)
-        else:
-            total, details = self.summed_losses(z, targets, logits)
-        return total / targets.numel(), details / len(targets)
 
     def _inputs(self, h: Tensor, indices: Tensor | None) -> Tensor:
         """Inputs (N, C, H) before the positions' embeddings: h, then the previous index; h throughout if parallel."""
@@ -217,10 +144,38 @@ class ChannelAR(nn.Module):
             x = checkpoint(run, block, x, activated, use_reentrant=False)
         return self.channel_final(self.channel_norm(x), self.channel_final.modulation(activated))
 
-    def leading_logits(self, z: Tensor) -> Tensor:
-        """Logits (N, K) of the leading dimension (first in head order) from z (N, D)."""
-        features = self.head_forward(*self.decoding_start(z, num_positions=1))  # (N, 1, H)
-        return self.channel_heads[0](features[:, 0]).float()
+    def channel_loss(self, z: Tensor, targets: Tensor, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy over all (token, dimension) pairs, a float32 scalar, from z (N, D) and targets (N, C).
+
+        And (2, C) without a gradient: loss and accuracy of each dimension. All in head order. Computed in groups of
+        `group_size` tokens (0: as a whole), forward and backward together (grouped_loss.py), or from given logits.
+        """
+        size = self.group_size(z.device.type)
+        if size and logits is None:
+            total, details = grouped_sum(self.summed_losses, z, targets, self.head_parameters(), size)
+        else:
+            total, details = self.summed_losses(z, targets, logits)
+        return total / targets.numel(), details / len(targets)
+
+    def summed_losses(self, z: Tensor, targets: Tensor, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cross-entropy summed over tokens and dimensions, a float32 scalar, from z (N, D) and targets (N, C).
+
+        And (2, C): the loss of each dimension, and how many of its targets have the highest logit; without a gradient.
+        """
+        logits = self.channel_logits(z, targets) if logits is None else logits
+        logits = logits.transpose(0, 1)  # (C, N, K), as the head made them
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.T.flatten(), reduction="none")
+        losses = losses.view(self.num_channels, -1).sum(1)  # (C,)
+        return losses.sum(), torch.stack([losses.detach(), (logits.detach().argmax(-1) == targets.T).sum(1)])
+
+    def group_size(self, device_type: str) -> int:
+        """Tokens whose loss is computed together: `head_chunk`, or as many as fit GROUP_BYTES."""
+        if self.head_chunk is not None:
+            return self.head_chunk
+        each = GROUP_BYTES_EACH * self.num_channels * self.condition_proj.out_features * len(self.channel_blocks)
+        return max(1, (GROUP_BYTES_ON_CPU if device_type == "cpu" else GROUP_BYTES) // each)
+
+    # ---- sampling
 
     def channel_sample(
         self, z: Tensor, uniforms: Tensor, temperature: float | Sequence[float], top_k: int = 0, top_p: float = 1.0
@@ -237,18 +192,6 @@ class ChannelAR(nn.Module):
         groups = zip(z.split(size), uniforms.split(size), strict=True)
         parts = [sample(*group, temperatures, top_k, top_p) for group in groups]
         return parts[0] if len(parts) == 1 else tuple(torch.cat(part) for part in zip(*parts, strict=True))
-
-    def decoding_start(self, z: Tensor, num_positions: int) -> tuple[Tensor, list[Modulation]]:
-        """Input of position 0 (N, 1, H), and each layer's modulation of the first P positions, from z (N, D)."""
-        h = self.condition_proj(z).unsqueeze(1)  # (N, 1, H)
-        conditioning = h + self.timesteps_embeddings[:, :num_positions]  # (N, P, H)
-        start = conditioning[:, :1] if self.head_start == "official" else h  # docs/spec.md 5, start token
-        return start + self.channel_embed[:, :1], self.modulations(conditioning)  # one matmul per layer
-
-    def next_inputs(self) -> Tensor:
-        """For decoding: (C-1, K, H), the input of position c + 1 when dimension c has index k (with channel_embed)."""
-        tables = self.embedding_table().view(self.num_channels - 1, self.num_levels, self.channel_embed.shape[-1])
-        return tables + self.channel_embed[0, 1:, None]
 
     def _sample_in_turn(
         self, z: Tensor, uniforms: Tensor, temperatures: Sequence[float], top_k: int, top_p: float
@@ -275,3 +218,71 @@ class ChannelAR(nn.Module):
         """`channel_sample` of the parallel head: all dimensions from one pass."""
         columns = zip(self.channel_logits(z, None).unbind(1), uniforms.unbind(1), temperatures, strict=True)
         return stack_levels([sample_levels(*column, top_k, top_p) for column in columns])
+
+    def decoding_start(self, z: Tensor, num_positions: int) -> tuple[Tensor, list[Modulation]]:
+        """Input of position 0 (N, 1, H), and each layer's modulation of the first P positions, from z (N, D)."""
+        h = self.condition_proj(z).unsqueeze(1)  # (N, 1, H)
+        conditioning = h + self.timesteps_embeddings[:, :num_positions]  # (N, P, H)
+        start = conditioning[:, :1] if self.head_start == "official" else h  # docs/spec.md 5, start token
+        return start + self.channel_embed[:, :1], self.modulations(conditioning)  # one matmul per layer
+
+    def next_inputs(self) -> Tensor:
+        """For decoding: (C-1, K, H), the input of position c + 1 when dimension c has index k (with channel_embed)."""
+        tables = self.embedding_table().view(self.num_channels - 1, self.num_levels, self.channel_embed.shape[-1])
+        return tables + self.channel_embed[0, 1:, None]
+
+    def leading_logits(self, z: Tensor) -> Tensor:
+        """Logits (N, K) of the leading dimension (first in head order) from z (N, D)."""
+        features = self.head_forward(*self.decoding_start(z, num_positions=1))  # (N, 1, H)
+        return self.channel_heads[0](features[:, 0]).float()
+
+
+# ---- levels from logits
+
+
+def sample_levels(
+    logits: Tensor, uniform: Tensor, temperature: float | Tensor, top_k: int = 0, top_p: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Levels (N,) from logits (N, K), and a number each, `is_valid` only if it had a distribution to be sampled from.
+
+    Argmax at temperature 0 or top_k 1; otherwise a sample of softmax(logits / temperature), restricted by `keep_top`:
+    uniform (N,) in [0, 1) inverts the cumulative distribution, so the same image comes out of any batch, without a host
+    sync. temperature: a number, or a tensor of one number above 0.
+    """
+    logits = logits.float()
+    is_number = not isinstance(temperature, Tensor)
+    if top_k == 1 or (is_number and temperature == 0):
+        highest, levels = logits.max(-1)
+        return levels, highest
+    if not (is_number and temperature == 1):
+        logits = logits / temperature
+    cumulative = keep_top(logits, top_k, top_p).softmax(-1).cumsum(-1)  # (N, K)
+    total = cumulative[:, -1:]  # (N, 1), 1 up to rounding; NaN if a logit is
+    levels = torch.searchsorted(cumulative, uniform.unsqueeze(1) * total, right=True)[:, 0]
+    return levels.clamp_(max=logits.shape[-1] - 1), total[:, 0]
+
+
+def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits (N, K) with -inf for all but the top_k largest (0: all) and the fewest whose probability reaches top_p."""
+    num_levels = logits.shape[-1]
+    if (top_k == 0 or top_k >= num_levels) and top_p == 1:
+        return logits
+    ordered, place = logits.sort(dim=-1, descending=True, stable=True)  # equal logits: lowest level first, as argmax
+    if 0 < top_k < num_levels:
+        ordered = torch.cat([ordered[:, :top_k], torch.full_like(ordered[:, top_k:], -torch.inf)], dim=-1)
+    if top_p < 1:
+        p = ordered.softmax(-1)
+        top_p = max(top_p, torch.finfo(p.dtype).tiny)  # not 0 in float32: the most likely level always stays
+        ordered = ordered.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf)
+    return torch.full_like(logits, -torch.inf).scatter_(-1, place, ordered)
+
+
+def is_valid(numbers: Tensor) -> Tensor:
+    """Whether the numbers of `sample_levels` (any shape) are of distributions: False for NaN and overflow."""
+    return numbers.abs() < math.inf
+
+
+def stack_levels(results: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """From the results of `sample_levels` for each dimension: levels (N, C), and whether all of a token's are valid."""
+    levels, numbers = (torch.stack(part, dim=1) for part in zip(*results, strict=True))  # (N, C)
+    return levels, is_valid(numbers).all(1)

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 
 from training.flops import peak_tflops
-from training.lr_sched import LR_SCHEDULES, base_learning_rate
+from training.lr_sched import LR_SCHEDULES, base_learning_rate, learning_rate
 from util import dist
 from util.options import ArgumentError, check_options, option
 
@@ -84,6 +84,11 @@ class TrainSettings(LoopSettings):
     def images_per_step(self) -> int:
         """The global batch."""
         return self.batch_size * self.accum_iter * dist.world_size()
+
+    def learning_rate(self, step: int) -> float:
+        """Of the iteration after `step` optimizer steps, epochs counted in fractions; after `prepared`."""
+        shape = dict(peak=self.lr, min_lr=self.min_lr, schedule=self.lr_schedule, warmup_epochs=self.warmup_epochs)
+        return learning_rate(step / self.steps_per_epoch, epochs=self.total_steps / self.steps_per_epoch, **shape)
 
     def schedule_warnings(self) -> list[str]:
         """What is odd about the learning rate's schedule, in words; after `prepared`."""

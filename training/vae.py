@@ -101,6 +101,11 @@ class VaeSettings(LoopSettings):
             raise ArgumentError("ch_mult", f"ch_mult takes {numbers}, {got}")
         return multipliers
 
+    def learning_rate(self, step: int) -> float:
+        """Of the iteration after `step` optimizer steps: half a cosine."""
+        shape = dict(schedule="cosine", warmup_epochs=0, epochs=self.total_steps)
+        return learning_rate(step, peak=self.lr, min_lr=self.lr * self.min_lr_ratio, **shape)
+
     def structure(self) -> dict[str, object]:
         """Constructor arguments of AutoencoderKL."""
         widths = dict(embed_dim=self.vae_embed_dim, ch=self.width, ch_mult=self.multipliers)
@@ -220,10 +225,9 @@ def train_epoch(
     last = min((state.step // s.steps_per_epoch + 1) * s.steps_per_epoch, s.total_steps)
     progress = Progress(s, device, log, parts=PARTS, in_words=state.objective.in_words)
     parameters, batches, side = list(vae.parameters()), iter(loader), s.img_size // vae.stride
-    schedule = dict(peak=s.lr, min_lr=s.lr * s.min_lr_ratio, schedule="cosine", warmup_epochs=0, epochs=s.total_steps)
     stop = False
     while state.step < last and not stop:
-        lr = learning_rate(state.step, **schedule)
+        lr = s.learning_rate(state.step)
         set_learning_rate(state.optimizer, lr)
         waiting = time.perf_counter()
         images = next(batches)[0].to(device, non_blocking=True)  # (B, 3, S, S)

@@ -71,7 +71,7 @@ def read_state(settings: VaeSettings) -> tuple[Path | None, dict | None]:
 def build_vae(
     settings: VaeSettings, given: set[str], content: dict | None, source: Path | None
 ) -> tuple[AutoencoderKL, VaeSettings]:
-    """The VAE of the settings or of the training state, on the CPU with random weights; the settings as it is built.
+    """The VAE of the settings or the training state, on the CPU with random weights; the settings with its structure.
 
     ArgumentError if a setting that was given contradicts the state.
     """
