@@ -30,7 +30,7 @@ from training.sharding import check_sharding
 from training.state import TrainState
 from training.step import accumulate, draw_step, optimizer_step, set_learning_rate
 from util import checkpoint, dist
-from util.log import JsonlLog, get_logger
+from util.log import JsonlLog, get_logger, warn_once
 from util.options import ArgumentError
 from util.presets import Preset
 
@@ -232,7 +232,7 @@ def announce(name: str, settings: TrainSettings, images: int, state: TrainState)
         *(settings.precision, state.device),
     )
     for line in settings.schedule_warnings():
-        logger.warning("%s", line)
+        warn_once("%s", line)
     chance = math.log(levels)
     start = initial_loss(levels, model.config.channel_embed_dim)
     logger.info("chance level is ln %d = %.3f; the loss of an untrained model is about %.2f", levels, chance, start)

@@ -10,10 +10,8 @@ from dataset.latents import CachedLatents, ShardedLatents, open_cache
 from dataset.record import check_classes, check_quantizer, check_record
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
-from util.log import get_logger
+from util.log import warn_once
 from util.options import check_options, option
-
-logger = get_logger()
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,10 @@ def build_dataset(
         dataset = ImageFolderDataset(root, img_size, flip, options.on_bad_image, model.class_num)
         check_classes(options.data_path, dataset.classes, trained_classes, "data_path")
     if warning := misleading_numbers(dataset.classes):
-        logger.warning("%s", warning)
+        warn_once("%s", warning)
     if len(dataset.classes) < model.class_num:
         message = "the data has %d classes, class_num is %d: the rest are never trained"
-        logger.warning(message, len(dataset.classes), model.class_num)
+        warn_once(message, len(dataset.classes), model.class_num)
     return dataset
 
 

@@ -14,10 +14,8 @@ from torch.utils.data import Dataset
 from training.settings import LoopSettings
 from training.sharding import local
 from util import dist
-from util.log import get_logger
+from util.log import warn_once
 from util.options import ArgumentError
-
-logger = get_logger()
 
 
 @dataclass
@@ -41,12 +39,12 @@ class SkippedSteps:
         """
         if self.total > 1:
             counts = self.total, self.steps, 100 * self.total / self.steps
-            logger.warning("%d of %d steps (%.3g %%) were skipped: their loss or gradient was not finite", *counts)
+            warn_once("%d of %d steps (%.3g %%) were skipped: their loss or gradient was not finite", *counts)
         if finished and self.in_row:
             what = (
                 "the last step, %d, was skipped (its loss or gradient was not finite): the weights are those of step %d"
             )
-            logger.warning(what, step, step - self.in_row)
+            warn_once(what, step, step - self.in_row)
 
 
 def check_same_start(dataset: Dataset, content: Mapping | None, resume: str) -> None:
@@ -68,7 +66,7 @@ def may_save(
     """
     if bad_in_row and not final:
         stays = "there is none yet" if saved is None else f"that of step {saved} stays"
-        logger.warning("no checkpoint at step %d: the last %d steps were skipped; %s", step, bad_in_row, stays)
+        warn_once("no checkpoint at step %d: the last %d steps were skipped; %s", step, bad_in_row, stays)
         return False
     check_finite(weights, step, lr)
     return True

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from training.sharding import like
 from util.checkpoint import shape_of
-from util.log import get_logger
-
-logger = get_logger()
+from util.log import warn_once
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Values of a gradient scaler's state: lowest and highest, both excluded.
@@ -70,7 +68,7 @@ def fitted(saved: object, optimizer: torch.optim.Optimizer, model: nn.Module, co
         lacks = f"it lacks the moments of {len(missing)} of {len(parameters)} parameters, first: {missing[0]}"
         if entries and complete:
             raise ValueError(lacks)
-        logger.warning("the optimizer state: %s; they start from zero", lacks)
+        warn_once("the optimizer state: %s; they start from zero", lacks)
     state = {number: _entry(entry, parameters[number], names) for number, entry in entries.items()}
     settings = [mine | {"params": theirs["params"]} for mine, theirs in zip(own, groups, strict=True)]
     return {"state": state, "param_groups": settings}

@@ -12,7 +12,7 @@ from models.vae import AutoencoderKL
 from training.lr_sched import base_learning_rate
 from training.settings import TrainSettings
 from training.state import TrainState, changes, saved_hyper_parameters
-from util.log import get_logger
+from util.log import get_logger, warn_once
 from util.options import ArgumentError
 
 logger = get_logger()
@@ -45,7 +45,7 @@ def optimizer_settings(
     saved, own = saved_hyper_parameters(content or {}, str(source)), settings.weight_decay
     if saved and saved["weight_decay"] != own:
         if "weight_decay" in given:
-            logger.warning("weight_decay: %g from now on, was %g in %s", own, saved["weight_decay"], source)
+            warn_once("weight_decay: %g from now on, was %g in %s", own, saved["weight_decay"], source)
             saved["weight_decay"] = own
         else:
             logger.info("weight_decay %g as in %s; the default is %g", saved["weight_decay"], source, own)
@@ -75,7 +75,7 @@ def resume(
     where = (source, state.step, epoch, done, settings.steps_per_epoch)
     logger.info("resumed from %s at step %d: epoch %d, %d of its %d steps done", *where)
     if isinstance(content.get("data"), dict) and (other := changes(data, content["data"])):
-        logger.warning("%s was trained with other data or another order of it: %s", source, "; ".join(other))
+        warn_once("%s was trained with other data or another order of it: %s", source, "; ".join(other))
     warn_of_other_recipe(arguments, content, source, settings.lr)
     log_older_recipe(arguments, content, source)
 
@@ -114,7 +114,7 @@ def warn_of_other_recipe(arguments: Mapping, content: dict, source: Path, lr: fl
     if before is not None and not math.isclose(before, lr):
         changed.append(f"peak learning rate {lr:g}, was {before:g} (lr, blr)")
     if changed:
-        logger.warning("settings that differ from those of %s: %s", source, "; ".join(changed))
+        warn_once("settings that differ from those of %s: %s", source, "; ".join(changed))
 
 
 def log_older_recipe(arguments: Mapping, content: dict, source: Path) -> None:

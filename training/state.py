@@ -15,7 +15,7 @@ from training.optimizer_state import load_optimizer, saved_groups
 from training.settings import TrainSettings
 from training.sharding import full, shard, to_host
 from util import checkpoint, dist
-from util.log import get_logger
+from util.log import get_logger, warn_once
 from util.options import ArgumentError
 
 logger = get_logger()
@@ -105,11 +105,11 @@ class TrainState:
         if isinstance(content.get("model_ema"), dict):
             self.ema.load_state_dict(content["model_ema"], source)
         else:
-            logger.warning("%s has no model_ema: the average starts from its weights", source)
+            warn_once("%s has no model_ema: the average starts from its weights", source)
         if "optimizer" in content:
             load_optimizer(self, self.model, content, source)
         else:
-            logger.warning("%s has no optimizer state: the optimizer starts without moments", source)
+            warn_once("%s has no optimizer state: the optimizer starts without moments", source)
         self._load_step(content, steps_per_epoch, source)
         self._load_power_emas(content, source)
         self._load_random_state(content, source)
@@ -123,7 +123,7 @@ class TrainState:
         self.step = step if same else (epoch + 1) * steps_per_epoch
         if step is not None and not same:
             now = f"now there are {steps_per_epoch} (batch size or data changed): continuing after its last full epoch"
-            logger.warning("%s was written with %s steps per epoch, %s", source, saved_steps, now)
+            warn_once("%s was written with %s steps per epoch, %s", source, saved_steps, now)
 
     def _load_power_emas(self, content: dict, source: str) -> None:
         """They weigh the steps by their number, so they can only be kept from the first one on."""
@@ -131,7 +131,7 @@ class TrainState:
         if not self.power_emas:
             if saved is not None:
                 end = "without it they end here and cannot be taken up again"
-                logger.warning("%s has the averages of posthoc_ema_freq; %s", source, end)
+                warn_once("%s has the averages of posthoc_ema_freq; %s", source, end)
             return
         keys = [f"{average.sigma_rel:g}" for average in self.power_emas]
         complete = isinstance(saved, dict) and all(isinstance(saved.get(key), dict) for key in keys)

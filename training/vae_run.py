@@ -21,7 +21,7 @@ from training.vae import LOG, RESULT, STATE, VaeSettings, VaeState, train_epoch
 from util import checkpoint, dist
 from util.files import remove_leftovers
 from util.json_reader import check_schema
-from util.log import get_logger
+from util.log import get_logger, warn_once
 from util.options import ArgumentError
 from util.seeds import mixed_seed
 
@@ -86,7 +86,7 @@ def build_vae(
         same |= {"ch_mult": ",".join(map(str, saved["ch_mult"])), "no_attention": not saved["attention"]}
         settings = replace(settings, **same)
         if changed := changes(vars(settings), content["config"]["args"], RECIPE_NAMES):
-            logger.warning("settings that differ from those of %s: %s", source, "; ".join(changed))
+            warn_once("settings that differ from those of %s: %s", source, "; ".join(changed))
     torch.manual_seed(settings.seed)  # initial weights, the same on every process
     vae = AutoencoderKL(**settings.structure(), scale_factor=1.0)
     if settings.img_size % vae.stride:
@@ -150,7 +150,7 @@ def resume(state: VaeState, settings: VaeSettings, content: dict, source: Path) 
     if content["steps_per_epoch"] != settings.steps_per_epoch:
         now = f"now there are {settings.steps_per_epoch} (batch size or data changed)"
         order = "the order of images is not that of an uninterrupted run"
-        logger.warning("%s was written with %s steps per epoch, %s: %s", source, content["steps_per_epoch"], now, order)
+        warn_once("%s was written with %s steps per epoch, %s: %s", source, content["steps_per_epoch"], now, order)
 
 
 def announce(state: VaeState, settings: VaeSettings, images: int) -> None:

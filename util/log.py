@@ -32,6 +32,12 @@ def get_logger() -> logging.Logger:
     return logger
 
 
+def warn_once(message: str, *arguments: object) -> None:
+    """A warning that all processes would give alike: from rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        get_logger().warning(message, *arguments)
+
+
 def log_lines(lines: Iterable[str]) -> None:
     """Each line at level INFO."""
     for line in lines:

@@ -69,10 +69,11 @@ def test_the_logger_is_one():
     assert not first.propagate
 
 
-@pytest.mark.parametrize(("rank", "expected"), [("0", ["hello", "careful"]), ("1", ["[rank 1] careful"])])
+@pytest.mark.parametrize(("rank", "expected"), [("0", ["hello", "careful", "all"]), ("1", ["[rank 1] careful"])])
 def test_rank_0_informs_and_every_rank_warns(rank, expected):
-    """On stderr, so that stdout stays free for results."""
-    code = "from util.log import get_logger; log = get_logger(); log.info('hello'); log.warning('careful')"
+    """On stderr, so that stdout stays free for results. A warning of all ranks comes once."""
+    code = "from util.log import get_logger, warn_once; log = get_logger(); log.info('hello'); log.warning('careful')"
+    code += "; warn_once('%s', 'all')"
     found = subprocess.run(
         [sys.executable, "-c", code],
         cwd=REPO,
