@@ -17,17 +17,8 @@ from models.quantizer_tables import QUANTIZERS, build_quantizer
 from models.tokenbridge import TokenBridge
 from models.vae_loading import load_vae
 from util import dist
-from util.checkpoint import (
-    LAST,
-    SAFE,
-    check_shapes,
-    find_file,
-    fingerprint,
-    load_latest,
-    load_state,
-    numbered,
-    read_file,
-)
+from util.checkpoint import LAST, SAFE, check_shapes, find_file, fingerprint, load_state, read_file
+from util.checkpoint_folder import load_latest, numbered
 from util.ema import initial_share
 from util.json_reader import check_schema
 from util.log import get_logger

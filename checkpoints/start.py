@@ -11,7 +11,7 @@ from checkpoints.build import StructureOptions, build_model, load_generator_weig
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from models.vae_loading import load_vae
-from util import checkpoint
+from util import seeds
 from util.log import doing
 
 
@@ -58,7 +58,7 @@ def load_start(
     options = replace(options, vae_path=hub.local_path(options.vae_path, "--vae_path"))
     shape = (getattr(options, name) if name in given else None for name in ("vae_embed_dim", "vae_stride"))
     vae = load_vae(options.vae_path, *shape)
-    checkpoint.seed_generators(seed)  # initial weights, the same on every process
+    seeds.seed_generators(seed)  # initial weights, the same on every process
     model, structure = build_model(options, given, vae, content, source, trains=not weights)
     if options.reset_classes:
         content = with_new_classes(content, model, source)

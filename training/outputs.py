@@ -11,7 +11,8 @@ from training.guard import may_save
 from training.settings import RunSettings, TrainSettings
 from training.state import TrainState
 from util import dist
-from util.checkpoint import LAST, CheckpointWriter
+from util.checkpoint import LAST
+from util.checkpoint_folder import CheckpointWriter
 from util.files import remove_leftovers, set_aside
 from util.log import JsonlLog, get_logger
 

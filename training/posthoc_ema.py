@@ -23,7 +23,8 @@ from torch import Tensor
 from training.ema import SIGMA_RELS, PowerEma, power_exponent
 from training.sharding import to_host
 from util import dist
-from util.checkpoint import CheckpointWriter, atomic_save, read_file
+from util.checkpoint import atomic_save, read_file
+from util.checkpoint_folder import CheckpointWriter
 from util.log import get_logger
 
 logger = get_logger()

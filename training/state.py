@@ -14,7 +14,7 @@ from training.guard import SkippedSteps
 from training.optimizer_state import load_optimizer, saved_groups
 from training.settings import TrainSettings
 from training.sharding import full, shard, to_host
-from util import checkpoint, dist
+from util import dist, seeds
 from util.log import get_logger, warn_once
 from util.options import ArgumentError
 
@@ -74,7 +74,7 @@ class TrainState:
         The published checkpoint layout (docs/spec.md 7) and, beyond it, `step`, `rng`, `versions`, and `posthoc_ema`
         where those averages are kept. `epoch` is the last one finished, -1 before that.
         """
-        rng = dist.gather_objects(checkpoint.random_state(self.device))
+        rng = dist.gather_objects(seeds.random_state(self.device))
         if not dist.is_main() and not self.fsdp:
             return None
         parts = {"model": self.model, "model_ema": self.ema, "optimizer": self.optimizer}
@@ -93,7 +93,7 @@ class TrainState:
             "step": self.step,
             "steps_per_epoch": steps_per_epoch,
             "rng": rng,
-            "versions": checkpoint.versions(),
+            "versions": seeds.versions(),
         }
 
     def load_state_dict(self, content: dict, steps_per_epoch: int, source: str) -> None:
@@ -150,7 +150,7 @@ class TrainState:
         rng, saved_versions = content.get("rng"), content.get("versions")
         if isinstance(rng, list) and len(rng) == dist.world_size():
             try:
-                checkpoint.set_random_state(rng[dist.rank()], self.device)
+                seeds.set_random_state(rng[dist.rank()], self.device)
             except (ValueError, KeyError, TypeError, RuntimeError) as error:
                 raise ValueError(f"the random state in {source} cannot be restored: {error}") from error
         elif rng:
@@ -158,7 +158,7 @@ class TrainState:
                 "data, token orders and noise stay those of their step; mask ratios and dropout do where batch_size is"
             )
             logger.info("%s is of %d processes, now there are %d: %s", source, len(rng), dist.world_size(), same)
-        if isinstance(saved_versions, dict) and (changed := changes(checkpoint.versions(), saved_versions)):
+        if isinstance(saved_versions, dict) and (changed := changes(seeds.versions(), saved_versions)):
             logger.info("%s: bitwise equality is not to be expected: %s", source, ", ".join(changed))
 
     @torch.no_grad()

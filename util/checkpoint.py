@@ -1,4 +1,4 @@
-"""Checkpoint files: written in full or not at all, in the background; read without running code; loaded strictly.
+"""Checkpoint files: read without running code, loaded strictly, written in full or not at all.
 
 Knows no model: what the files of this project hold is in checkpoints/published.py.
 """
@@ -6,22 +6,17 @@ Knows no model: what the files of this project hold is in checkpoints/published.
 import argparse
 import hashlib
 import os
-import platform
-import random
 import re
-import threading
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from util import dist
-from util.files import file_sha256, replacing, second_name, set_aside, write_json
+from util.files import file_sha256, replacing
 from util.json_reader import read_json
 from util.log import first_line, get_logger
 from util.options import ArgumentError, MissingFile
@@ -30,12 +25,8 @@ logger = get_logger()
 
 LAST = "checkpoint-last.pth"
 SAFE = "model.safetensors"
-NUMBERED = "checkpoint-{:08d}.pth"  # by step; beside LAST with --keep_last 2 or more
-NUMBER = re.compile(r"checkpoint-\d{8}\.pth")
-LISTING = "checkpoints.json"  # which numbered ones the folder's run wrote: name -> `file_mark` when it was complete
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # before all keys of a wrapped module's state dict
 MODEL = "the model (was it trained with the same model, img_size, quant_bits, buffer_size, class_num?)"
-MARKED = 2**16  # bytes at the end of a file that `file_mark` reads: in a zip file, the checksums of its parts
 
 
 def find_file(path: str | Path) -> Path:
@@ -60,9 +51,8 @@ def read_file(path: str | Path, argument: str = "", mmap: bool = False, unchecke
     if path.suffix == ".safetensors":
         return _read_safetensors(path, argument)
     try:
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # published checkpoints keep their arguments in one
+        # published checkpoints keep their arguments in a Namespace
+        with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except Exception as error:
         raise ArgumentError(argument, f"{path} {_why_unreadable(error)}") from error
@@ -177,55 +167,6 @@ def _read_safetensors(path: Path, argument: str) -> dict:
     }
 
 
-def numbered(folder: Path) -> list[Path]:
-    """The checkpoints of single steps in the folder, oldest first."""
-    return sorted(folder.glob("checkpoint-" + "[0-9]" * 8 + ".pth"))
-
-
-def file_mark(path: Path) -> str:
-    """Size and hash of the end of a file: other content, or a truncated file, has another mark. "" if unreadable."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - MARKED, 0))
-            return f"{size}-{hashlib.sha256(file.read()).hexdigest()}"
-    except OSError:
-        return ""
-
-
-def read_listing(folder: Path) -> dict[str, str]:
-    """What LISTING says; nothing if there is none, or it cannot be read."""
-    try:
-        listed = read_json(folder / LISTING)
-    except (OSError, ValueError):
-        return {}
-    return {name: mark for name, mark in listed.items() if isinstance(mark, str) and NUMBER.fullmatch(name)}
-
-
-def load_latest(resume: str | Path, mmap: bool = False) -> tuple[Path, dict]:
-    """As `read_file`; of a folder whose checkpoint-last.pth cannot be read, the newest numbered one that can.
-
-    Files that are skipped are logged. ValueError or FileNotFoundError of the first candidate if none can be read.
-    """
-    first, older = find_file(resume), []
-    if Path(resume).is_dir():
-        listed = read_listing(Path(resume))  # others in the folder are another run's
-        there = [path for path in numbered(Path(resume)) if not listed or path.name in listed]
-        older = [path for path in reversed(there) if not (first.exists() and path.samefile(first))]
-    failure: Exception | None = None
-    for path in [first, *older]:
-        try:
-            content = read_file(path, "resume", mmap)
-        except (ValueError, OSError) as error:
-            failure = failure or error
-            logger.warning("skipped: %s", error)
-            continue
-        if failure is not None:
-            logger.warning("the checkpoint before it is taken instead: %s", path)
-        return path, content
-    raise failure
-
-
 def plain_keys(state: dict) -> dict:
     """A state dict without what DistributedDataParallel, torch.compile and the like put before all of its keys."""
     prefix = ""
@@ -306,104 +247,3 @@ def atomic_save(content: object, path: str | Path) -> None:
     """torch.save to a temporary file beside `path`, fsync, rename: a kill leaves the old file or the new one."""
     with replacing(path, sync=True) as file:
         torch.save(content, file)
-
-
-class CheckpointWriter:
-    """Writes checkpoints of one folder in a background thread, one at a time: `save` waits for the file before it.
-
-    keep_last: with 1, checkpoint-last.pth alone; with more, so many checkpoint-<step>.pth too, the newest of which
-    checkpoint-last.pth is another name for. Only those are counted, replaced and deleted that this run wrote and that
-    are as it wrote them, which checkpoints.json records; it is the run of the folder's checkpoint-last.pth. Another
-    run's file of the same step is renamed. An error in the thread is raised by the next `save` or `close`.
-    """
-
-    def __init__(self, folder: Path, keep_last: int = 1):
-        self.folder, self.keep_last = folder, keep_last
-        self.written: dict[str, str] = {}  # name -> mark of this run's numbered checkpoints, in the order of writing
-        if keep_last > 1 and (folder / LAST).exists():
-            self.written = read_listing(folder)
-            for path in numbered(folder)[-1:]:  # if a kill came before it was listed
-                unlisted = path.name not in self.written and zipfile.is_zipfile(path)
-                if unlisted and file_mark(path) == file_mark(folder / LAST):
-                    self.written[path.name] = file_mark(path)
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
-
-    def save(self, content: dict) -> None:
-        """Begin to write `content`; its tensors are on the CPU and used by nobody else, and it has a "step"."""
-        self.close()
-        self._thread = threading.Thread(target=self._run, args=(content,), name="checkpoint writer")
-        self._thread.start()
-
-    def close(self) -> None:
-        """Wait until the file is on the disk."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self.raise_error()
-
-    def raise_error(self) -> None:
-        """Raise what kept a file from the disk, once."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def _run(self, content: dict) -> None:
-        try:
-            self._write(content)
-        except Exception as error:  # raised in the main thread
-            self._error = error
-
-    def _write(self, content: dict) -> None:
-        last = self.folder / LAST
-        atomic_save(content, last)
-        if self.keep_last > 1:
-            self._keep(last, self.folder / NUMBERED.format(content["step"]))
-        logger.info("wrote %s at step %d", last, content["step"])
-
-    def _keep(self, last: Path, path: Path) -> None:
-        """Let `path` be another name of `last`, and delete the oldest of this run's good ones that are too many."""
-        if path.name not in self.written and path.exists():
-            logger.warning("%s is another run's: it is now %s", path, set_aside(path).name)
-        second_name(last, path)
-        self.written.pop(path.name, None)
-        self.written[path.name] = file_mark(path)
-        good = [name for name, mark in self.written.items() if file_mark(self.folder / name) == mark]
-        for name in good[: -self.keep_last]:
-            (self.folder / name).unlink()
-        self.written = {name: mark for name, mark in self.written.items() if (self.folder / name).exists()}
-        write_json(self.folder / LISTING, self.written)
-
-
-def versions() -> dict[str, str]:
-    """The versions that the last bits of a run's numbers depend on."""
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
-
-
-def seed_generators(seed: int) -> None:
-    """Seed the global generators of torch (all devices), numpy and Python."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
-def random_state(device: torch.device) -> dict:
-    """The states of this process's global generators: torch's (CPU and device), numpy's, Python's; weights_only reads
-    it.
-    """
-    name, keys, *rest = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "device": dist.device_random_state(device),
-        "numpy": [name, keys.tolist(), *rest],
-        "python": list(random.getstate()),
-    }
-
-
-def set_random_state(state: dict, device: torch.device) -> None:
-    """Restore what `random_state` returned."""
-    torch.set_rng_state(state["torch"])
-    dist.set_device_random_state(device, state["device"])
-    np.random.set_state(tuple(state["numpy"]))
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))

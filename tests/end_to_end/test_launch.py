@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import REPO, Argv, torchrun
-from util.checkpoint import load_latest
+from util.checkpoint_folder import load_latest
 
 SCRIPTS = sorted((REPO / "scripts").glob("*.sh"))
 FAKE_SLURM = {

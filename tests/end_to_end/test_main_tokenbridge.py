@@ -27,7 +27,7 @@ from tests.helpers import REPO, Argv, argv_of, assert_same, log_of
 from tests.processes.forked import run_processes
 from training.recipe import RECIPE
 from training.sharding import cannot_shard
-from util import checkpoint, dist
+from util import checkpoint, checkpoint_folder, dist
 
 SIZE = 32  # pixels, with a VAE of stride 8: 4x4 tokens
 
@@ -328,7 +328,9 @@ def test_checkpoints_and_evaluations_are_due_as_published(
 
     monkeypatch.setattr(Evaluator, "prepare", prepare)
     monkeypatch.setattr(
-        checkpoint.CheckpointWriter, "save", lambda writer, content: saved.append((content["step"], content["epoch"]))
+        checkpoint_folder.CheckpointWriter,
+        "save",
+        lambda writer, content: saved.append((content["step"], content["epoch"])),
     )
     due = dict(online_eval=True, eval_freq=4, save_last_freq=3, epochs=6)
     main(flags(tmp_path / "run", **due, temperature=0.9, cfg=cfg))

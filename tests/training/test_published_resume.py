@@ -20,7 +20,7 @@ from training.recipe import optimizer_settings, warn_of_other_recipe
 from training.settings import TrainSettings
 from training.state import TrainState, saved_hyper_parameters
 from training.step import optimizer_step
-from util import checkpoint
+from util import checkpoint, checkpoint_folder
 
 CPU = torch.device("cpu")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -96,7 +96,7 @@ def published_resume(path: Path, model: nn.Module) -> tuple[torch.optim.AdamW, d
 
 def resumed(path: Path, precision: str) -> tuple[TrainState, dict]:
     """A training state that continues from the file with its hyper-parameters, and the content of the file."""
-    _, content = checkpoint.load_latest(str(path))
+    _, content = checkpoint_folder.load_latest(str(path))
     model = tiny_model()
     checkpoint.load_state(model, content["model"], str(path))
     settings = TrainSettings(**saved_hyper_parameters(content, str(path)), ema_rate=0.9, precision=precision)

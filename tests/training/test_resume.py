@@ -12,7 +12,8 @@ import torch
 
 from tests.helpers import REPO, Argv, assert_same, log_of
 from tests.processes.forked import run_processes, start
-from util.checkpoint import LAST, load_latest, numbered
+from util.checkpoint import LAST
+from util.checkpoint_folder import load_latest, numbered
 
 STEPS = 12  # 3 per epoch
 

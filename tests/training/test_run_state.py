@@ -21,7 +21,7 @@ import main_vae
 from models.tokenbridge import TokenBridge
 from tests.helpers import Argv, argv_of, contents
 from training import vae as training_vae
-from util import checkpoint, dist
+from util import checkpoint_folder, dist
 from util.checkpoint import LAST, read_file
 from util.cli import run_cli
 from util.files import CannotWrite
@@ -322,14 +322,14 @@ def test_a_full_disk_ends_training_at_the_next_step(
     flags: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Not only at the next checkpoint; the last good file stays."""
-    real = checkpoint.atomic_save
+    real = checkpoint_folder.atomic_save
 
     def full(content: dict, path: Path) -> None:
         if content["step"] >= 3:
             raise CannotWrite(path, OSError(28, "No space left on device"))
         real(content, path)
 
-    monkeypatch.setattr(checkpoint, "atomic_save", full)
+    monkeypatch.setattr(checkpoint_folder, "atomic_save", full)
     after_each_step(monkeypatch, "tokenbridge", lambda state, step: None)
     assert (
         run_cli(lambda: main_tokenbridge.main(flags(tmp_path, save_every_steps=3, save_last_freq=100, max_steps=50)))

@@ -1,4 +1,4 @@
-"""The background writer of util/checkpoint.py, random states, and stopping by signals (training/preempt.py)."""
+"""util/checkpoint_folder.py, random states, and stopping by signals (training/preempt.py)."""
 
 import os
 import random
@@ -14,15 +14,16 @@ import torch
 
 from training.preempt import StopRequest
 from training.progress import duration
-from util import checkpoint
-from util.checkpoint import LAST, CheckpointWriter, load_latest, numbered, read_file, read_listing
+from util import checkpoint_folder, seeds
+from util.checkpoint import LAST, atomic_save, read_file
+from util.checkpoint_folder import CheckpointWriter, load_latest, numbered, read_listing
 
 CPU = torch.device("cpu")
 
 
 def test_it_writes_in_the_background_and_never_two_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`save` returns while the file before it is being written; the next one waits for it."""
-    real, running, most, go = checkpoint.atomic_save, 0, 0, threading.Event()
+    real, running, most, go = checkpoint_folder.atomic_save, 0, 0, threading.Event()
 
     def slow(content: dict, path: Path) -> None:
         nonlocal running, most
@@ -33,7 +34,7 @@ def test_it_writes_in_the_background_and_never_two_at_once(tmp_path: Path, monke
         real(content, path)
         running -= 1
 
-    monkeypatch.setattr(checkpoint, "atomic_save", slow)
+    monkeypatch.setattr(checkpoint_folder, "atomic_save", slow)
     writer = CheckpointWriter(tmp_path)
     writer.save({"step": 1})
     assert running == 1 and not (tmp_path / LAST).exists()
@@ -146,7 +147,7 @@ def test_an_error_reaches_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "atomic_save", full)
+    monkeypatch.setattr(checkpoint_folder, "atomic_save", full)
     writer.save({"step": 2})
     with pytest.raises(OSError, match="No space left"):
         writer.save({"step": 3})
@@ -156,12 +157,12 @@ def test_an_error_reaches_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_random_states_are_put_back(tmp_path: Path) -> None:
     """Through a file read with weights_only."""
-    checkpoint.seed_generators(5)
-    checkpoint.atomic_save({"rng": checkpoint.random_state(CPU)}, tmp_path / "a.pth")
+    seeds.seed_generators(5)
+    atomic_save({"rng": seeds.random_state(CPU)}, tmp_path / "a.pth")
     first = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
-    checkpoint.set_random_state(read_file(tmp_path / "a.pth")["rng"], CPU)
+    seeds.set_random_state(read_file(tmp_path / "a.pth")["rng"], CPU)
     assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == first
-    checkpoint.seed_generators(5)
+    seeds.seed_generators(5)
     assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == first
 
 

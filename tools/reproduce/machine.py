@@ -18,8 +18,8 @@ from torch import nn
 from tools.bench.counting import timed
 from training.flops import block_flops
 from util import dist
-from util.checkpoint import versions
 from util.cli import ROOT
+from util.seeds import versions
 
 PACKAGES = ("torchvision", "torch-fidelity", "timm", "scipy", "pillow")  # that decide figures, besides torch's own
 RATE_IMAGES = 16  # images whose tokens pass through the block that is timed
