@@ -30,7 +30,8 @@ import torch
 from checkpoints import hub
 from dataset.cache import fill, info, verify
 from dataset.classes import misleading_numbers
-from dataset.encode import RecordMaker, Source, convert_moments, encode_images, load_crops, load_moments
+from dataset.encoder_inputs import Source, load_crops, load_moments
+from dataset.encoder_outputs import RecordMaker, convert_moments, encode_images
 from dataset.folders import list_folder
 from dataset.latents import CachedLatents
 from dataset.npz import VIEWS, read_stamp, same_stamp

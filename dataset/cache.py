@@ -5,7 +5,9 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dataset.encode import Counts, Encode, NpzFiles, ShardFiles, Source, encode_all
+from dataset.cache_files import Counts, NpzFiles, ShardFiles
+from dataset.encode import Encode, encode_all
+from dataset.encoder_inputs import Source
 from dataset.folders import LeftOut, list_folder, scan
 from dataset.images import CONTROL, printable
 from dataset.npz import VIEWS, has_flip, read_stamp, read_views

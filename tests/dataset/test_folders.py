@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import main_cache
-from dataset.encode import Source
+from dataset.encoder_inputs import Source
 from dataset.folders import ImageFolderDataset, list_folder, readable_images, substitutes
 from dataset.images import center_crop_adm
 from dataset.latents import CachedLatents

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from dataset import cache as cache_module
-from dataset import encode as encode_module
 from dataset import shards as shards_module
+from dataset.cache_files import ShardFiles
 from dataset.encode import check_room
 from dataset.folders import ImageFolderDataset
 from dataset.latents import CachedLatents, open_cache
@@ -245,7 +245,7 @@ def half_a_shard(tensors: dict, metadata: dict) -> bytes:
 
 save, rename = shards_module.save, os.replace
 POINTS = {  # what is replaced in the killed process; how many images are left to encode
-    "record written, nothing encoded": (encode_module.ShardFiles, "plan", die, 10),
+    "record written, nothing encoded": (ShardFiles, "plan", die, 10),
     "second batch encoded": (AutoencoderKL, "encode", nth(AutoencoderKL.encode, 4, die), 10),
     "half of the first shard written": (shards_module, "save", half_a_shard, 10),
     "first shard whole, not renamed": (os, "replace", nth(rename, 2, die), 10),  # the first call is for cache.json

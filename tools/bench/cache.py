@@ -21,7 +21,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import main_cache
-from dataset.encode import RecordMaker, ShardFiles, Source, encode_all, encode_images, load_crops
+from dataset.cache_files import ShardFiles
+from dataset.encode import encode_all
+from dataset.encoder_inputs import Source, load_crops
+from dataset.encoder_outputs import RecordMaker, encode_images
 from dataset.folders import list_folder
 from dataset.latents import open_cache
 from dataset.loader import GlobalBatchSampler, build_loader
