@@ -20,7 +20,8 @@ from functools import partial
 
 import torch
 
-from checkpoints.build import StructureOptions, class_names, loaded_weights
+from checkpoints.build import StructureOptions, loaded_weights
+from checkpoints.content import class_names
 from checkpoints.start import Start, load_start
 from dataset.record import read_record
 from dataset.training_set import DataOptions

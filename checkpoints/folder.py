@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import ModelCardData
 from safetensors.torch import save
 
-from checkpoints.build import class_names
+from checkpoints.content import class_names
 from checkpoints.published import BUFFERS, WEIGHTS
 from models.latent_space import LatentSpace
 from models.tokenbridge import TokenBridge

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from checkpoints import download, hub
-from checkpoints.build import StructureOptions, build_model, load_generator_weights, read_checkpoint, with_new_classes
+from checkpoints.build import StructureOptions, build_model, load_generator_weights, with_new_classes
+from checkpoints.content import read_checkpoint
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from models.vae_loading import load_vae

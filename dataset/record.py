@@ -35,7 +35,7 @@ AGREE = {key: key for key in ("format", "img_size", "precision", "mode", "dtype"
 VAE_KEYS = ("vae", "scale_factor", "shift", "latent_fingerprint", "vae_file", "vae_sha256")
 
 LARGEST = 2**28  # bytes of a record; that of ImageNet in shards has 150 kB
-# What a record says (util.files.check_schema), and what one of shards says besides.
+# What a record says (util.json_reader.check_schema), and what one of shards says besides.
 NUMBERS = (float, [float])
 SCHEMA = {
     **{"complete": bool, "img_size": (int, None), "format?": ("shards", "npz"), "classes?": [str], "images?": int},

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import generation
 from checkpoints import hub
-from checkpoints.build import class_names
+from checkpoints.content import class_names
 from checkpoints.published import WEIGHTS
 from demo.server import LOCAL, Server
 from demo.studio import Studio

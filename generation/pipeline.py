@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints.build import class_names, load_model
+from checkpoints.content import class_names
 from checkpoints.folder import check_free, write_folder
 from checkpoints.hub import SCHEME, local_path
+from checkpoints.load import load_model
 from dataset.images import to_pil, to_uint8
 from generation.editing import Edit, Picture, make_edit
 from models.sampling.loop import SamplerState, sample_steps
@@ -150,7 +151,7 @@ class Pipeline(ModelHubMixin):
     """A model and its VAE, both in eval mode on one device.
 
     precision: fp32, bf16 or fp16; None chooses by device. class_names: by class number, as training recorded them.
-    about: what their file says of them, for `save_pretrained` (see checkpoints.build.load_model).
+    about: what their file says of them, for `save_pretrained` (see checkpoints.load.load_model).
 
     save_pretrained(folder) and push_to_hub("OWNER/REPOSITORY") write the folder of tools.export, with a model card.
     """

@@ -18,8 +18,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from checkpoints import hub
-from checkpoints.build import load_model
 from checkpoints.folder import DTYPES, NAMES, check_free, write_folder
+from checkpoints.load import load_model
 from checkpoints.published import WEIGHTS
 from util.checkpoint import LAST, SAFE, atomic_save, find_file, read_file
 from util.cli import check_writable, make_parser, run_cli

@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints import build, hub
+from checkpoints import hub
+from checkpoints.build import describe as describe_model
+from checkpoints.content import class_names, model_content
 from checkpoints.published import BUFFERS, TABLES, WEIGHTS, one_layout
 from dataset.classes import labels_in_words, misleading_numbers
 from models.tokenbridge import TokenBridge
@@ -60,7 +62,7 @@ def describe(path: Path) -> dict:
     facts: dict[str, object] = {"file": str(path), "bytes": path.stat().st_size, "keys": sorted(map(str, content))[:12]}
     content = one_layout(content, str(path))
     weights = content["model"]
-    facts |= vae_facts(path) if holds_vae(content) else model_facts(path, build.model_content(content, str(path)))
+    facts |= vae_facts(path) if holds_vae(content) else model_facts(path, model_content(content, str(path)))
     facts |= {"values": count_values(weights), "not finite": not_finite(weights)[:5]}
     if isinstance(content.get("model_ema"), dict) and "weights" not in content:
         facts["EMA distance"] = ema_distance(weights, content["model_ema"])
@@ -92,7 +94,7 @@ def vae_facts(path: Path) -> dict:
 
 def model_facts(path: Path, content: dict) -> dict:
     """What is printed about a TokenBridge model."""
-    (name, c), names = build.describe(content, str(path)), build.class_names(content)
+    (name, c), names = describe_model(content, str(path)), class_names(content)
     model = TokenBridge(c)
     tables = {key: content["model"].get(key) for key in TABLES}
     tables = {k: v for k, v in tables.items() if v is not None and v.shape == getattr(model, k).shape}

@@ -5,7 +5,7 @@ from typing import Self
 
 from torch import Tensor
 
-from checkpoints.build import continues_run_in
+from checkpoints.content import continues_run_in
 from training import posthoc_ema
 from training.guard import may_save
 from training.settings import RunSettings, TrainSettings

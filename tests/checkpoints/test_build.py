@@ -11,7 +11,8 @@ from torch import Tensor
 
 import generation
 import models
-from checkpoints.build import StructureOptions, build_model, continues_run_in, read_checkpoint
+from checkpoints.build import StructureOptions, build_model
+from checkpoints.content import continues_run_in, read_checkpoint
 from checkpoints.published import generator_state, one_layout, structure_from_shapes
 from models.tokenbridge import TokenBridge
 from tests.helpers import fill_golden, golden_json, tiny_config, tiny_vae

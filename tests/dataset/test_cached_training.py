@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import main_cache
-from checkpoints.build import class_names, load_model
+from checkpoints.content import class_names
+from checkpoints.load import load_model
 from dataset.images import read_image
 from main_tokenbridge import main
 from models.quantizer_tables import lloyd_tables, uniform_tables
