@@ -27,7 +27,7 @@ from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util import dist
 from util.checkpoint import SAFE
-from util.options import ArgumentError, read_options
+from util.options import ArgumentError, option, read_options
 from util.seeds import mixed_seed
 
 Classes = Sequence[int | None | Mapping[int, float]]
@@ -38,7 +38,7 @@ class GenerationSettings(SamplerOptions):
     """How images are generated: the sampler's options, the seed, the size of a batch and the precision."""
 
     seed: int = 0
-    batch_size: int = 64
+    batch_size: int = option(64, lowest=1)
     precision: str = "fp32"
 
 

@@ -124,6 +124,7 @@ def test_token_masks():
         (dict(init=torch.full((3, 64, 64), 128.0)), r"values outside \[-1, 1\], and is not of type uint8"),
         (dict(mask=None), "both an image and a mask"),
         (dict(seed=-1), "negative"),
+        (dict(batch_size=-1), "batch_size must be at least 1, got -1"),
         (dict(order="spiral"), "random, confidence, halton, raster, subsample"),
         (dict(mask_schedule="step"), "cosine, linear, square"),
         (dict(top_p=0.0), "top_p must be above 0, got 0.0"),
