@@ -22,7 +22,7 @@ from util.log import get_logger
 CONTEXT = multiprocessing.get_context("forkserver")
 ENTRY_POINTS = ["main_cache", "main_tokenbridge", "main_vae", "reconstruction", "tests.processes.train_scaled"]
 PRELOADED = [__name__, *ENTRY_POINTS, "torch._dynamo", "torch.utils.tensorboard"]
-GRACE = 10  # seconds in which the other processes end by themselves after one has failed
+GRACE = 60  # seconds in which the other processes end by themselves after one has failed
 
 
 def run_script(command: list[str], environment: dict[str, str], out: str, err: str) -> None:

@@ -4,7 +4,6 @@ import os
 import random
 import signal
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,26 +21,26 @@ CPU = torch.device("cpu")
 
 
 def test_it_writes_in_the_background_and_never_two_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`save` returns while the file before it is being written; the next one waits for it."""
-    real, running, most, go = checkpoint_folder.atomic_save, 0, 0, threading.Event()
+    """`save` returns while its file waits to be written; the next one waits for it."""
+    real, running, most, may_write = checkpoint_folder.atomic_save, 0, 0, threading.Semaphore(0)
 
-    def slow(content: dict, path: Path) -> None:
+    def held_up(content: dict, path: Path) -> None:
         nonlocal running, most
         running += 1
         most = max(most, running)
-        go.wait(10)
-        time.sleep(0.02)
+        assert may_write.acquire(timeout=60)
         real(content, path)
         running -= 1
 
-    monkeypatch.setattr(checkpoint_folder, "atomic_save", slow)
+    monkeypatch.setattr(checkpoint_folder, "atomic_save", held_up)
     writer = CheckpointWriter(tmp_path)
     writer.save({"step": 1})
-    assert running == 1 and not (tmp_path / LAST).exists()
-    go.set()
+    assert not (tmp_path / LAST).exists()
     for step in (2, 3):
+        may_write.release()
         writer.save({"step": step})
         assert read_file(tmp_path / LAST)["step"] == step - 1
+    may_write.release()
     writer.close()
     assert read_file(tmp_path / LAST)["step"] == 3 and most == 1 and not numbered(tmp_path)
 
