@@ -17,6 +17,7 @@ import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,11 +33,12 @@ from models.sampling.orders import random_orders
 from models.tokenbridge import TokenBridge, draw_mask_ratio, mask_from_orders, num_masked_tokens
 from models.vae import AutoencoderKL
 from util.checkpoint import atomic_save
-from util.cli import at_least, check_writable, make_parser, run_cli
+from util.cli import check_writable, make_parser, run_cli
 from util.files import write_json
 from util.json_reader import read_json
 from util.locks import folder_lock
 from util.log import get_logger
+from util.options import add_options, check_options, flag_names, option, read_options
 from util.presets import load_preset
 from util.stages import STAMP, StageRunner
 
@@ -62,6 +64,19 @@ MASK_RATIO_MIN = load_preset("digits").flags["mask_ratio_min"]
 SAMPLING = dict(cfg=2.0, temperature=0.9, num_iter=12)  # of the studies whose figures are in docs/
 
 
+@dataclass(frozen=True)
+class Options:
+    """How often and how long each variant is trained."""
+
+    seeds: int = option(3, "runs per variant", lowest=1, highest=1000)
+    steps: int = option(600, "optimizer steps per run", lowest=1)
+    batch_size: int = option(32, lowest=1)
+    num_images: int = option(300, "samples per run", lowest=20, highest=10**6)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
 def prepare(out: Path, sizes: Mapping[str, int]) -> None:
     """The demo's digits, VAE and cache, made by its own stages if missing; a VAE with reversed channel order."""
     folder = out / "ablations"
@@ -75,18 +90,12 @@ def prepare(out: Path, sizes: Mapping[str, int]) -> None:
     atomic_save(content, folder / "vae-reversed.pth")
 
 
-def train(variant: str, seed: int, steps: int, batch_size: int, out: Path, folder: Path) -> Pipeline:
+def train(variant: str, seed: int, options: Options, out: Path, folder: Path) -> Pipeline:
     """A trained model of this variant, EMA weights, with its VAE; resumes an interrupted run."""
     vae = out / "ablations" / "vae-reversed.pth" if variant == "reversed order" else out / "vae" / "vae.pth"
-    values = {"vae_path": vae, "cached_path": out / "cache", "output_dir": folder, "resume": folder}
-    values |= {
-        "batch_size": batch_size,
-        "max_steps": steps,
-        "seed": seed,
-        "ema_rate": 0.99,
-        "save_last_freq": 5,
-        "epochs": 100_000,
-    }
+    values = dict(vae_path=vae, cached_path=out / "cache", output_dir=folder, resume=folder, seed=seed)
+    values |= dict(batch_size=options.batch_size, max_steps=options.steps, epochs=100_000)
+    values |= dict(ema_rate=0.99, save_last_freq=5)
     flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
     main_tokenbridge.main([*TRAINING.format(name=DIGITS.name).split()[1:], *flags, *VARIANTS[variant]])
     return load(folder, vae, device="cpu")
@@ -121,13 +130,14 @@ def score_images(
     return DIGITS.fit_classifier(train_root).score(files, labels)
 
 
-def run_variant(variant: str, seed: int, steps: int, batch_size: int, num_images: int, out: Path) -> dict:
+def run_variant(variant: str, seed: int, options: Options, out: Path) -> dict:
     """The figures of one run, read from its result.json if it is finished."""
-    folder = out / "ablations" / f"{variant.replace(' ', '-')}-{steps}x{batch_size}-seed{seed}"
+    steps, num_images = options.steps, options.num_images
+    folder = out / "ablations" / f"{variant.replace(' ', '-')}-{steps}x{options.batch_size}-seed{seed}"
     result = folder / f"result-{num_images}.json"
     if result.is_file():
         return read_json(result)
-    pipeline = train(variant, seed, steps, batch_size, out, folder)
+    pipeline = train(variant, seed, options, out, folder)
     bits = bits_per_dim(pipeline.model, pipeline.vae, out / "digits" / "val")
     labels = [i * 10 // num_images for i in range(num_images)]  # as many of each class
     images = pipeline.generate(labels, seed=seed, batch_size=50, **SAMPLING)
@@ -191,23 +201,21 @@ def main(argv: Sequence[str] | None = None, sizes: Mapping[str, int] = DIGITS.si
     """Run the ablations, print their tables; `sizes` of the demo's stages. ValueError for bad input."""
     parser = make_parser(__doc__)
     parser.add_argument("ablation", choices=[*ABLATIONS, "all"])
-    parser.add_argument("--seeds", type=int, default=3, help="runs per variant")
-    parser.add_argument("--steps", type=int, default=600, help="optimizer steps per run")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--num_images", type=int, default=300, help="samples per run")
+    add_options(parser, Options)
     parser.add_argument(
         "--output_dir", default="demo/out", help="the demo's; its VAE and cache are used if they are there"
     )
     args = parser.parse_args(argv)
-    at_least(args, seeds=1, steps=1, batch_size=1, num_images=20)
+    with flag_names(parser):
+        options = read_options(Options, args)
     out = check_writable(args.output_dir, "--output_dir").resolve()
     with folder_lock(out, "--output_dir"):
         prepare(out, sizes)
         ablations = list(ABLATIONS) if args.ablation == "all" else [args.ablation]
         runs: dict[str, list[dict]] = {variant: [] for ablation in ablations for variant in ABLATIONS[ablation]}
-        for seed in range(args.seeds):  # seed by seed, so that the first results compare all variants
+        for seed in range(options.seeds):  # seed by seed, so that the first results compare all variants
             for variant in runs:
-                runs[variant].append(run_variant(variant, seed, args.steps, args.batch_size, args.num_images, out))
+                runs[variant].append(run_variant(variant, seed, options, out))
         for ablation in ablations:
             found = summary(ablation, {variant: runs[variant] for variant in ABLATIONS[ablation]})
             write_json(out / "ablations" / f"{ablation}.json", found)

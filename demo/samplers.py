@@ -12,15 +12,17 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from demo.ablations import SAMPLING, score_images
 from generation import Pipeline, load
-from util.cli import at_least, check_writable, make_parser, run_cli
+from util.cli import check_writable, make_parser, run_cli
 from util.files import write_json
 from util.log import get_logger
+from util.options import add_options, check_options, flag_names, option, read_options
 
 logger = get_logger()
 
@@ -38,6 +40,18 @@ SETTINGS: dict[str, dict] = {
     "order subsample": dict(order="subsample"),
     "order raster": dict(order="raster"),
 }
+
+
+@dataclass(frozen=True)
+class Options:
+    """How many images every setting makes."""
+
+    num_images: int = option(500, "images per setting and seed", lowest=20, highest=10**6)
+    seeds: int = option(3, lowest=1, highest=1000)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
 
 Figures = dict[str, dict[str, list[float]]]  # setting -> figure -> one value per seed
 
@@ -105,15 +119,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the study on OUT/model, print the table. ValueError for bad input."""
     parser = make_parser(__doc__)
     parser.add_argument("--output_dir", default="demo/out", help="the demo's, with its digits, VAE and model")
-    parser.add_argument("--num_images", type=int, default=500, help="images per setting and seed")
-    parser.add_argument("--seeds", type=int, default=3)
+    add_options(parser, Options)
     args = parser.parse_args(argv)
-    at_least(args, num_images=20, seeds=1)
-    out = check_writable(args.output_dir, "--output_dir").resolve()
+    with flag_names(parser):
+        options = read_options(Options, args)
+    out = Path(args.output_dir).resolve()
     if not (out / "model").is_dir():
         raise ValueError(f"{out} (--output_dir) holds no trained digits model; run make demo first")
+    check_writable(out, "--output_dir")
     pipeline = load(out / "model", out / "vae" / "vae.pth", device="cpu")
-    run(pipeline, out, args.num_images, range(args.seeds))
+    run(pipeline, out, options.num_images, range(options.seeds))
 
 
 if __name__ == "__main__":

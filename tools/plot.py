@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from util.cli import at_least, make_parser, run_cli
+from util.cli import make_parser, run_cli
 from util.files import replacing
 from util.json_reader import conforms, read_json, read_lines
 from util.log import doing
@@ -134,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--expected", default="", help="JSON file with the expected loss, such as demo/expected_loss.json"
     )
     args = parser.parse_args(argv)
-    at_least(args, smooth=1)
+    if args.smooth is not None and args.smooth < 1:
+        raise ValueError(f"smooth must be at least 1, got {args.smooth} (--smooth)")
     folders = [Path(folder) for folder in args.folders]
     expected = Expected.read(args.expected) if args.expected else None
     path = Path(args.output) if args.output else folders[0] / "curves.png"

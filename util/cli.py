@@ -97,14 +97,6 @@ def _apply_process_flags(args: argparse.Namespace, given: set[str]) -> None:
         args.num_workers = min(args.num_workers, max(1, cores))
 
 
-def at_least(args: argparse.Namespace, **lowest: float) -> None:
-    """ValueError unless every named argument is None or at least its lowest value."""
-    for name, value in lowest.items():
-        given = getattr(args, name)
-        if given is not None and not given >= value:
-            raise ValueError(f"--{name} must be at least {value}, got {given}")
-
-
 def not_empty(folder: str | Path, flag: str) -> None:
     """ValueError for an empty name, which would mean the current directory: the variable behind it may be unset."""
     if str(folder) == "":

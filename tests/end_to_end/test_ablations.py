@@ -59,14 +59,6 @@ def test_the_summary_leaves_bits_of_other_quantizers_uncompared() -> None:
     assert all(signs == {"accuracy": "holds", "frechet": "holds"} for signs in found["signs"].values())
 
 
-@pytest.mark.parametrize(
-    "flag, value, message", [("--seeds", "0", "--seeds must be at least 1"), ("--num_images", "5", "")]
-)
-def test_bad_flags(flag: str, value: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message or flag):
-        ablations.main(["head", flag, value])
-
-
 @pytest.mark.slow
 def test_a_toy_ablation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Every part of a run, learned or not; rerunning trains nothing; the reversed order reaches the model."""

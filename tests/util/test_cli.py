@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tests.helpers import REPO
 from util import start
-from util.cli import add_process_flags, at_least, check_writable, make_parser, parse, run_cli
+from util.cli import add_process_flags, check_writable, make_parser, parse, run_cli
 from util.files import CannotWrite
 from util.launcher import launched
 from util.log import doing
@@ -162,18 +162,6 @@ def test_a_folder_named_by_an_empty_string_is_refused(flag):
         parse(parser, [f"--{flag}", ""])
     with pytest.raises(ValueError, match=rf'--{flag} is "": name a folder'):
         check_writable("", f"--{flag}")
-
-
-# ------------------------------------------------------------------------------------------------------- checks
-
-
-def test_at_least():
-    args = argparse.Namespace(num_iter=1, temperature=0.0, max_steps=None, cfg=float("nan"))
-    at_least(args, num_iter=1, temperature=0, max_steps=1)
-    with pytest.raises(ValueError, match="--num_iter must be at least 2, got 1"):
-        at_least(args, temperature=0, num_iter=2)
-    with pytest.raises(ValueError, match="--cfg"):
-        at_least(args, cfg=0)  # NaN is at least nothing
 
 
 def test_check_writable_makes_the_folder_and_leaves_nothing(tmp_path):
