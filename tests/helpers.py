@@ -93,17 +93,15 @@ def tiny_vae(**changes: object) -> AutoencoderKL:
     """A VAE whose latents fit the tiny model (64 px <-> 16 channels at 4x4), weights drawn from seed 0, eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return AutoencoderKL(
-            **(dict(embed_dim=16, ch_mult=(1, 1, 2, 2, 2), ch=8, num_res_blocks=1, norm_groups=4) | changes)
-        ).eval()
+        sizes = dict(embed_dim=16, ch_mult=(1, 1, 2, 2, 2), ch=8, num_res_blocks=1, norm_groups=4)
+        return AutoencoderKL(**sizes | changes).eval()
 
 
 def tiny_batch(batch: int = 4, channels: int = 16, grid: int = 4, classes: int = 10) -> tuple[Tensor, Tensor]:
     """Latents (B, C, h, w) ~ N(0, 1) and labels (B,), always the same."""
     rng = np.random.default_rng(5)
-    return torch.from_numpy(rng.standard_normal((batch, channels, grid, grid)).astype(np.float32)), torch.from_numpy(
-        rng.integers(classes, size=batch)
-    )
+    latents = rng.standard_normal((batch, channels, grid, grid)).astype(np.float32)
+    return torch.from_numpy(latents), torch.from_numpy(rng.integers(classes, size=batch))
 
 
 # ------------------------------------------------------------------------------------------------------- real pictures
@@ -209,19 +207,12 @@ def torchrun(
     """`torchrun --nproc_per_node=nproc ARGUMENTS` on a free port, in the repository, one thread each; output captured
     as text.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={nproc}",
-        *map(str, arguments),
-    ]
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    }
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    command, launched = (
+        [*torchrun, *map(str, arguments)],
+        ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"],
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in launched}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""} | (env or {})
     return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=timeout)
 

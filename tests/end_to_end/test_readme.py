@@ -63,8 +63,7 @@ def commands(block: str) -> list[str]:
 
 
 BLOCKS = {
-    path: [content for language, content in BLOCK.findall(text) if language == "bash"]
-    for path, text in DOCUMENTS.items()
+    path: [code for language, code in BLOCK.findall(text) if language == "bash"] for path, text in DOCUMENTS.items()
 }
 COMMANDS: dict[str, str] = {}  # command -> the document that has it first
 for _path, _blocks in BLOCKS.items():
@@ -74,19 +73,9 @@ for _path, _blocks in BLOCKS.items():
 
 
 def tiny(width: int, **sizes: int) -> partial:
-    return partial(
-        TokenBridge,
-        encoder_embed_dim=width,
-        encoder_depth=1,
-        encoder_num_heads=2,
-        decoder_embed_dim=width,
-        decoder_depth=1,
-        decoder_num_heads=2,
-        channel_embed_dim=32,
-        channel_depth=1,
-        channel_heads=2,
-        **sizes,
-    )
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_embed_dim": width, f"{part}_depth": 1, f"{part}_num_heads": 2}
+    return partial(TokenBridge, **sizes, channel_embed_dim=32, channel_depth=1, channel_heads=2)
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +96,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "pretrained_models" / "vae").mkdir(parents=True)
     torch.save({"model": kl16.state_dict(), "config": kl16.config}, root / "pretrained_models" / "vae" / "kl16.ckpt")
     shutil.copy(root / "pretrained_models" / "vae" / "kl16.ckpt", root / "VAE")
-    torch.save(
-        {key: value for key, value in alexnet().state_dict().items() if key.startswith("features")},
-        root / "alexnet-owt-7be5be79.pth",
-    )
+    features = {key: value for key, value in alexnet().state_dict().items() if key.startswith("features")}
+    torch.save(features, root / "alexnet-owt-7be5be79.pth")
     (root / "OLD" / "china").mkdir(parents=True)
-    np.savez(
-        root / "OLD" / "china" / "00.png.npz",
-        **dict.fromkeys(("moments", "moments_flip"), np.ones((32, 16, 16), np.float32)),
-    )
+    moments = np.ones((32, 16, 16), np.float32)
+    np.savez(root / "OLD" / "china" / "00.png.npz", moments=moments, moments_flip=moments)
     for name, model in (("large", tiny(48)(class_num=1000)), ("huge", tiny(64)(class_num=1000))):
         folder = root / "pretrained_models" / "tokenbridge" / f"tokenbridge_{name}"
         folder.mkdir(parents=True)
@@ -125,25 +110,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "demo" / "out" / "model").mkdir(parents=True)
     (root / "demo" / "out" / "vae").mkdir()
     torch.save({"model": kl16.state_dict(), "config": kl16.config}, root / "demo" / "out" / "vae" / "vae.pth")
-    config = {
-        "model_name": "tokenbridge_digits",
-        "model": digits.config.to_dict(),
-        "vae": kl16.config,
-        "vae_fingerprint": kl16.latent_fingerprint(),
-        "args": {},
-    }
-    torch.save(
-        {"model": digits.state_dict(), "model_ema": dict(digits.named_parameters()), "config": config},
-        root / "demo" / "out" / "model" / "checkpoint-last.pth",
-    )
+    config = {"model_name": "tokenbridge_digits", "model": digits.config.to_dict(), "args": {}}
+    config |= {"vae": kl16.config, "vae_fingerprint": kl16.latent_fingerprint()}
+    content = {"model": digits.state_dict(), "model_ema": dict(digits.named_parameters()), "config": config}
+    torch.save(content, root / "demo" / "out" / "model" / "checkpoint-last.pth")
     lines = [{"step": step, "loss": 3.2, "lr": 1e-3, "grad_norm": 0.5} for step in range(1, 40)]
     (root / "demo" / "out" / "model" / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     shutil.copy(REPO / "demo" / "expected_loss.json", root / "demo")
     shutil.copytree(root / "DIR", root / "demo" / "out" / "digits")
     (root / "fid_stats").mkdir()
-    np.savez(
-        root / "fid_stats" / "adm_in256_stats.npz", mu=np.zeros(2048, np.float32), sigma=np.eye(2048, dtype=np.float32)
-    )
+    statistics = dict(mu=np.zeros(2048, np.float32), sigma=np.eye(2048, dtype=np.float32))
+    np.savez(root / "fid_stats" / "adm_in256_stats.npz", **statistics)
     (root / "fid_stats" / "VIRTUAL_imagenet256_labeled.npz").touch()
     return root
 
@@ -213,9 +190,8 @@ def test_no_command_hides() -> None:
     for path, text in DOCUMENTS.items():
         assert {language for language, _ in BLOCK.findall(text)} <= {"bash", "python", "text"}, path.name
         assert len(re.findall("```", text)) == 2 * len(BLOCK.findall(text)), path.name
-        assert not re.search(r"^\s+(?:\$ )?(?:python|torchrun|make|bash|sbatch) ", BLOCK.sub("", text), flags=re.M), (
-            path.name
-        )
+        hidden = re.search(r"^\s+(?:\$ )?(?:python|torchrun|make|bash|sbatch) ", BLOCK.sub("", text), flags=re.M)
+        assert not hidden, path.name
 
 
 def test_published_commands_are_in_it() -> None:
@@ -248,31 +224,15 @@ def test_every_command_runs(run: Callable[[str], None], place: Path, monkeypatch
             failed.append(f"{document}: {command[:90]}: {type(error).__name__}: {error}")
     assert not failed, "\n".join(failed)
     assert sorted(map(str, served)) == sorted(["127.0.0.1", "['stats', 'adm_batch']", *[str([*PUBLISHED])] * 2])
-    for written in (
-        "OUT/vae/vae.pth",
-        "OUT/cache/cache.json",
-        "OUT/model/checkpoint-last.pth",
-        "OUT/pictures/grid.png",
-        "OUT/export/model.safetensors",
-        "OUT/imagenet/grid.png",
-        "OUT/edit/grid.png",
-        "OUT/mix/grid.png",
-        "OUT/large/eval.jsonl",
-        "OUT/huge/eval.jsonl",
-        "OUT/train/checkpoint-last.pth",
-        "OUT/guidance/sweep.png",
-        "OUT/steps/steps/grid.png",
-        "OUT/bits/rate_distortion.png",
-        "demo/out/model/curves.png",
-        "quantization_results/results.json",
-        "OUT/node/checkpoint-last.pth",
-        "OUT/train/curves.png",
-        "OUT/eval/eval_sweep.csv",
-        "fid_stats/mine_64.npz",
-        "NEW/cache.json",
-        "VAE.latents.json",
-    ):
-        assert (place / written).is_file(), written
+    written = """
+        OUT/vae/vae.pth OUT/cache/cache.json OUT/model/checkpoint-last.pth OUT/pictures/grid.png
+        OUT/export/model.safetensors OUT/imagenet/grid.png OUT/edit/grid.png OUT/mix/grid.png OUT/large/eval.jsonl
+        OUT/huge/eval.jsonl OUT/train/checkpoint-last.pth OUT/guidance/sweep.png OUT/steps/steps/grid.png
+        OUT/bits/rate_distortion.png demo/out/model/curves.png quantization_results/results.json
+        OUT/node/checkpoint-last.pth OUT/train/curves.png OUT/eval/eval_sweep.csv fid_stats/mine_64.npz
+        NEW/cache.json VAE.latents.json
+    """
+    assert not [name for name in written.split() if not (place / name).is_file()]
 
 
 def anchors(text: str) -> set[str]:

@@ -113,9 +113,15 @@ def orders_and_labels(model: TokenBridge) -> tuple[torch.Tensor, torch.Tensor]:
     return random_orders(2, model.num_tokens, torch.Generator().manual_seed(3)), torch.tensor([3, 7])
 
 
-@pytest.mark.parametrize("head_start", ["official", "trained"])
 @pytest.mark.parametrize(
-    "guidance", [(1, 1.0, "linear"), (4, 3.0, "linear"), (5, 2.0, "constant"), (40, 3.0, "linear")]
+    "guidance, head_start",
+    [
+        ((1, 1.0, "linear"), "official"),
+        ((4, 3.0, "linear"), "official"),
+        ((4, 3.0, "linear"), "trained"),
+        ((5, 2.0, "constant"), "trained"),
+        ((40, 3.0, "linear"), "trained"),
+    ],
 )
 def test_the_baseline_samples_the_same_tokens(guidance: tuple[int, float, str], head_start: str) -> None:
     """Two passes, no cache, boolean masks: an independent implementation of the sampler gives every token alike."""
@@ -330,12 +336,8 @@ def test_cache_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     record = 2 * 8 * 4 * 4
     assert sizes.pop("npz tree, float32 (published)") > 4 * record + 200
     needed = dict(zip(sizes, (4 * record, 2 * record, record, record * 6 // 16), strict=True))
-    assert list(sizes) == [
-        "shards, float32",
-        "shards, float16 (default)",
-        "shards, mean, float16",
-        "shards, indices, 6 bits",
-    ]
+    formats = "shards, float32|shards, float16 (default)|shards, mean, float16|shards, indices, 6 bits"
+    assert "|".join(sizes) == formats
     stamp = 3 * 8  # size, time and checksum of the image
     assert all(needed[name] + stamp < size < needed[name] + stamp + 60 for name, size in sizes.items()), sizes
     assert all(float(cells[0]) > 0 for name, cells in rows.items() if name.startswith(("npz", "shards", "the float16")))
