@@ -207,14 +207,12 @@ def torchrun(
     """`torchrun --nproc_per_node=nproc ARGUMENTS` on a free port, in the repository, one thread each; output captured
     as text.
     """
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    command, launched = (
-        [*torchrun, *map(str, arguments)],
-        ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"],
-    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in launched}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""} | (env or {})
-    return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=timeout)
+    how = dict(cwd=REPO, env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run([*launcher, *map(str, arguments)], **how)
 
 
 @contextlib.contextmanager
