@@ -26,25 +26,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the golden tiny model, its EMA 1 % larger, and its VAE. Read only."""
     path, model, vae = tmp_path_factory.mktemp("model"), tiny_model(), tiny_vae()
     torch.save({"model": vae.state_dict(), "config": vae.config}, path / "vae.pth")
-    config = {
-        "model_name": "tokenbridge_tiny",
-        "model": model.config.to_dict(),
-        "vae": vae.config,
-        "vae_fingerprint": vae.latent_fingerprint(),
-        "classes": list("abcdefghij"),
-        "args": {"ema_rate": 0.9, "lr": 1e-3, "vae_path": str(path / "vae.pth"), "data_path": "/home/me/secret"},
-    }
-    torch.save(
-        {
-            "model": model.state_dict(),
-            "model_ema": {n: p.detach() * 1.01 for n, p in model.named_parameters()},
-            "optimizer": {"state": {}},
-            "step": 700,
-            "epoch": 6,
-            "config": config,
-        },
-        path / "checkpoint-last.pth",
-    )
+    args = {"ema_rate": 0.9, "lr": 1e-3, "vae_path": str(path / "vae.pth"), "data_path": "/home/me/secret"}
+    config = dict(model_name="tokenbridge_tiny", model=model.config.to_dict(), classes=list("abcdefghij"), args=args)
+    config |= dict(vae=vae.config, vae_fingerprint=vae.latent_fingerprint())
+    ema = {name: p.detach() * 1.01 for name, p in model.named_parameters()}
+    content = dict(model=model.state_dict(), model_ema=ema, optimizer={"state": {}}, step=700, epoch=6, config=config)
+    torch.save(content, path / LAST)
     return path
 
 
@@ -56,22 +43,14 @@ def test_what_inspect_says(folder: Path, capsys: pytest.CaptureFixture) -> None:
     facts = json.loads(capsys.readouterr().out)
     model = tiny_model()
     assert facts["model"] == "tokenbridge_tiny" and facts["parameters"] == sum(p.numel() for p in model.parameters())
-    assert (
-        facts["EMA distance"] == pytest.approx(0.01, rel=1e-5)
-        and facts["step"] == 700
-        and facts["quantizer"] == "4 bits, -5 to 5"
-    )
-    assert (
-        facts["not finite"] == []
-        and facts["quantizer tables off by"] == 0
-        and facts["verdict"] == ["nothing wrong was found"]
-    )
-    assert facts["class names"] == list("abcdefghij")
+    assert facts["EMA distance"] == pytest.approx(0.01, rel=1e-5)
+    assert facts["step"] == 700 and facts["quantizer"] == "4 bits, -5 to 5"
+    assert facts["not finite"] == [] and facts["quantizer tables off by"] == 0
+    assert facts["verdict"] == ["nothing wrong was found"] and facts["class names"] == list("abcdefghij")
     inspect.main([str(folder)])
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.split() == ["step", "700"] for line in lines) and any(
-        line.startswith("EMA distance") and "0.01" in line for line in lines
-    )
+    assert any(line.split() == ["step", "700"] for line in lines)
+    assert any(line.startswith("EMA distance") and "0.01" in line for line in lines)
     assert any("class 0 = 'a', class 1 = 'b'" in line and line.endswith("and 2 more") for line in lines)
     inspect.main([str(folder / "vae.pth"), "--json"])
     assert json.loads(capsys.readouterr().out)["fingerprint"] == tiny_vae().latent_fingerprint()
@@ -113,9 +92,8 @@ def test_what_inspect_warns_of(folder: Path, tmp_path: Path, capsys: pytest.Capt
     same = {name: p.detach() for name, p in model.named_parameters()}
     inspect.main([str(changed(folder, tmp_path / "a.pth", model_ema=same, step=5))])
     said = capsys.readouterr().out
-    assert (
-        "the EMA equals the weights" in said and "still holds 59 % of the random initial weights after 5 steps" in said
-    )
+    assert "the EMA equals the weights" in said
+    assert "still holds 59 % of the random initial weights after 5 steps" in said
     warmed = torch.load(folder / "checkpoint-last.pth", weights_only=True)["config"]
     warmed["args"] |= {"ema_rate": 0.9999, "ema_warmup": True}
     inspect.main([str(changed(folder, tmp_path / "w.pth", step=5, config=warmed))])
@@ -146,26 +124,18 @@ def pictures_of(pipeline: generation.Pipeline) -> np.ndarray:
 def test_there_and_back(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     export.main([str(folder), "--output_dir", str(tmp_path / "out")])
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(export.NAMES)
-    assert np.array_equal(pictures(tmp_path / "out"), pictures(folder)), (
-        "the export draws the EMA's pictures, from its own VAE"
-    )
+    assert np.array_equal(pictures(tmp_path / "out"), pictures(folder)), "the EMA's pictures, from its own VAE"
     described = (tmp_path / "out" / "config.json").read_text()
     assert "secret" not in described and str(folder) not in described, "paths of this machine do not leave it"
     card = (tmp_path / "out" / "README.md").read_text()
-    assert (
-        "tokenbridge_tiny" in card
-        and "700 optimizer steps" in card
-        and "quality | not measured" in card
-        and "4 bits each" in card
-    )
+    words = ("tokenbridge_tiny", "700 optimizer steps", "quality | not measured", "4 bits each")
+    assert all(part in card for part in words)
     inspect.main([str(tmp_path / "out"), "--json"])
     assert json.loads(capsys.readouterr().out)["EMA"] == "these weights are the EMA"
     export.main([str(tmp_path / "out"), "--output_dir", str(tmp_path / "back")])
-    before, after = read_file(folder / "checkpoint-last.pth"), read_file(tmp_path / "back" / "checkpoint-last.pth")
-    assert (
-        all(torch.equal(value, after["model_ema"][name]) for name, value in before["model_ema"].items())
-        and after["step"] == 700
-    )
+    before, after = read_file(folder / LAST), read_file(tmp_path / "back" / LAST)
+    assert all(torch.equal(value, after["model_ema"][name]) for name, value in before["model_ema"].items())
+    assert after["step"] == 700
     assert np.array_equal(pictures(tmp_path / "back"), pictures(folder))
 
 
@@ -173,13 +143,11 @@ def test_half_precision_export(folder: Path, tmp_path: Path) -> None:
     export.main([str(folder), "--output_dir", str(tmp_path / "half"), "--dtype", "float16", "--weights", "model"])
     found = read_file(tmp_path / "half" / "model.safetensors")["model"]
     model = tiny_model()
-    assert found["mask_token"].dtype == torch.float16 and torch.equal(
-        found["reconstruction_values"], model.reconstruction_values
-    )
+    assert found["mask_token"].dtype == torch.float16
+    assert torch.equal(found["reconstruction_values"], model.reconstruction_values)
     loaded = generation.load(tmp_path / "half", weights="model").model
-    assert loaded.mask_token.dtype == torch.float32 and torch.allclose(
-        loaded.mask_token, model.mask_token, rtol=1e-3, atol=1e-7
-    )
+    assert loaded.mask_token.dtype == torch.float32
+    assert torch.allclose(loaded.mask_token, model.mask_token, rtol=1e-3, atol=1e-7)
     with pytest.raises(ValueError, match="holds one set of weights, model: ema is not there"):
         generation.load(tmp_path / "half")
     huge = {"mask_token": torch.full((1, 1, 4), 1e6), "boundaries": torch.zeros(3)}
@@ -189,22 +157,17 @@ def test_half_precision_export(folder: Path, tmp_path: Path) -> None:
 
 def test_what_export_refuses(folder: Path, tmp_path: Path) -> None:
     export.main([str(folder), "--output_dir", str(tmp_path / "out")])
-    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    for arguments, words in (
-        ([str(folder), "--output_dir", str(tmp_path / "out")], r"already holds model\.safetensors"),
-        ([str(folder), "--output_dir", str(folder)], r"already holds checkpoint-last\.pth"),
-        (
-            [str(folder), "--output_dir", str(tmp_path / "new"), "--push", "me"],
-            r"push takes OWNER/REPOSITORY, got .me. \(--push\)",
-        ),
-        ([str(tmp_path / "out"), "--output_dir", str(tmp_path / "new"), "--dtype", "float16"], "is an export already"),
-        ([str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "new")], "no checkpoint at"),
+    before, new = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}, tmp_path / "new"
+    for source, out, more, words in (
+        (folder, tmp_path / "out", (), r"already holds model\.safetensors"),
+        (folder, folder, (), r"already holds checkpoint-last\.pth"),
+        (folder, new, ("--push", "me"), r"push takes OWNER/REPOSITORY, got .me. \(--push\)"),
+        (tmp_path / "out", new, ("--dtype", "float16"), "is an export already"),
+        (tmp_path / "nowhere", new, (), "no checkpoint at"),
     ):
         with pytest.raises((ValueError, OSError), match=words):
-            export.main(arguments)
-    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before and not (
-        tmp_path / "new"
-    ).exists()
+            export.main([str(source), "--output_dir", str(out), *more])
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before and not new.exists()
     for name in ("model.safetensors", "vae.safetensors"):
         path = tmp_path / "out" / name
         path.write_bytes(before[path][:-1] + bytes([before[path][-1] ^ 1]))
@@ -212,9 +175,8 @@ def test_what_export_refuses(folder: Path, tmp_path: Path) -> None:
             generation.load(tmp_path / "out")
         path.write_bytes(before[path])
     (tmp_path / "out" / "config.json").write_text("{")
-    with pytest.raises(
-        ValueError, match=r"config\.json, the description of .*model\.safetensors, is no JSON of tools\.export"
-    ):
+    words = r"config\.json, the description of .*model\.safetensors, is no JSON of tools\.export"
+    with pytest.raises(ValueError, match=words):
         generation.load(tmp_path / "out")
 
 
@@ -232,11 +194,8 @@ def test_push_uploads_the_five_files(
         monkeypatch.setenv("HF_TOKEN", "secret")
         (tmp_path / "out" / "private.txt").write_text("not for the hub")
         print(export.push(tmp_path / "out", "me/digits"))
-        sent = {
-            line["value"]["path"]: base64.b64decode(line["value"]["content"])
-            for line in hub.uploads
-            if line["key"] == "file"
-        }
+        uploaded = [line["value"] for line in hub.uploads if line["key"] == "file"]
+        sent = {file["path"]: base64.b64decode(file["content"]) for file in uploaded}
         assert sent == {name: (tmp_path / "out" / name).read_bytes() for name in export.NAMES}
     assert "/me/digits/commit/" in capsys.readouterr().out
 
