@@ -32,35 +32,19 @@ MODEL = dict(model="tokenbridge_digits", img_size=32, class_num=2, buffer_size=4
 DATA = dict(data_path="data", vae_path="vae.pth", device="cpu")
 TRAIN = MODEL | DATA | dict(output_dir="OUT", num_workers=0, log_freq=1)
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2 main_tokenbridge.py"
+SAMPLE = dict(sample=True, resume="run", vae_path="vae.pth", classes=0, num_images=10**5, device="cpu")
+VAE = dict(data_path="data", img_size=32, width=32, batch_size=2, device="cpu", log_freq=1)
 RECONSTRUCT = dict(vae_path="vae.pth", image_dir="data/train", img_size=32, images_per_class="all", no_rfid=True)
+OUT, TWO = dict(output_dir="OUT"), dict(num_workers=2)
 COMMANDS = {  # command, flags, the words after which it is interrupted
     "train": ("main_tokenbridge.py", TRAIN, "step 3/"),
-    "train, 2 workers": ("main_tokenbridge.py", TRAIN | dict(num_workers=2), "step 3/"),
+    "train, 2 workers": ("main_tokenbridge.py", TRAIN | TWO, "step 3/"),
     "torchrun": (TORCHRUN, TRAIN | dict(num_workers=1, batch_size=2), "step 3/"),
-    "sample": (
-        "main_tokenbridge.py",
-        dict(
-            sample=True, resume="run", vae_path="vae.pth", classes=0, num_images=10**5, device="cpu", output_dir="OUT"
-        ),
-        "loaded the",
-    ),
-    "cache": ("main_cache.py", DATA | dict(img_size=32, cached_path="OUT", num_workers=2, batch_size=1), "VAE"),
-    "vae": (
-        "main_vae.py",
-        dict(data_path="data", img_size=32, width=32, batch_size=2, device="cpu", num_workers=2, log_freq=1)
-        | dict(output_dir="OUT"),
-        "step 3/",
-    ),
-    "reconstruction": (
-        "reconstruction.py",
-        RECONSTRUCT | dict(output_dir="OUT", num_workers=2, device="cpu"),
-        "images",
-    ),
-    "vae_stats": (
-        "-m tools.vae_stats",
-        DATA | dict(img_size=32, num_workers=2, output_dir="OUT"),
-        "images in 2 classes",
-    ),
+    "sample": ("main_tokenbridge.py", SAMPLE | OUT, "loaded the"),
+    "cache": ("main_cache.py", DATA | dict(img_size=32, cached_path="OUT", batch_size=1) | TWO, "VAE"),
+    "vae": ("main_vae.py", VAE | OUT | TWO, "step 3/"),
+    "reconstruction": ("reconstruction.py", RECONSTRUCT | dict(device="cpu") | OUT | TWO, "images"),
+    "vae_stats": ("-m tools.vae_stats", DATA | dict(img_size=32) | OUT | TWO, "images in 2 classes"),
     "demo": ("-m demo.run", dict(output_dir="OUT", pictures="OUT"), "epoch 0 step"),
     "while importing": ("main_tokenbridge.py", dict(help=True), "numpy"),
 }

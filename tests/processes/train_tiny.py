@@ -35,28 +35,10 @@ class Moments(TensorDataset):
 
 def settings(batch_size: int, accum_iter: int, steps: int, **more: object) -> TrainSettings:
     per_epoch = IMAGES // (batch_size * accum_iter * dist.world_size())
-    return TrainSettings(
-        **(
-            dict(
-                batch_size=batch_size,
-                epochs=100,
-                steps_per_epoch=per_epoch,
-                lr=1e-3,
-                min_lr=0.0,
-                lr_schedule="cosine",
-                warmup_epochs=1,
-                grad_clip=3.0,
-                seed=7,
-                precision="fp32",
-                accum_iter=accum_iter,
-                max_steps=steps,
-                log_freq=2,
-                max_bad_steps=3,
-                ema_rate=0.9,
-            )
-            | more
-        )
-    )
+    schedule = dict(epochs=100, steps_per_epoch=per_epoch, lr=1e-3, min_lr=0.0, lr_schedule="cosine", warmup_epochs=1)
+    sizes = dict(batch_size=batch_size, accum_iter=accum_iter, max_steps=steps)
+    rest = dict(grad_clip=3.0, seed=7, precision="fp32", log_freq=2, max_bad_steps=3, ema_rate=0.9)
+    return TrainSettings(**schedule | sizes | rest | more)
 
 
 def run(
