@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from checkpoints import hub
-from dataset.cache import fill, info, verify
+from dataset.cache import fill
 from dataset.classes import misleading_numbers
 from dataset.encoder_inputs import Source, load_crops, load_moments
 from dataset.encoder_outputs import RecordMaker, convert_moments, encode_images
@@ -36,6 +36,7 @@ from dataset.folders import list_folder
 from dataset.latents import CachedLatents
 from dataset.npz import VIEWS, read_stamp, same_stamp
 from dataset.record import CacheOptions, describe, describe_tree, describe_vae, read_record
+from dataset.verify import info, verify
 from models.vae import AutoencoderKL
 from models.vae_loading import load_vae
 from util import dist

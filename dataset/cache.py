@@ -1,39 +1,37 @@
-"""What main_cache.py does with a cache folder: complete it, print what it holds, verify it."""
+"""Filling a cache folder: what it may hold before, the encoding, its record afterwards."""
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dataset.cache_files import Counts, NpzFiles, ShardFiles
 from dataset.encode import Encode, encode_all
 from dataset.encoder_inputs import Source
-from dataset.folders import LeftOut, list_folder, scan
 from dataset.images import CONTROL, printable
-from dataset.npz import VIEWS, has_flip, read_stamp, read_views
-from dataset.record import (
-    RECORD,
-    CacheOptions,
-    check_agreement,
-    check_folders,
-    digest_of,
-    npz_list,
-    own_shards,
-    read_record,
-    tree_differs,
-)
-from dataset.shards import NAME, TRAVERSAL, RecordSpec, Shard
-from dataset.source import UNKNOWN, unchanged
+from dataset.npz import tree_files
+from dataset.record import BAD_LIST, LARGEST, RECORD, CacheOptions, npz_list, read_record
+from dataset.shards import NAME, TRAVERSAL, RecordSpec, is_ours
 from util import dist
 from util.cli import check_writable
 from util.files import remove_leftovers, replacing, write_json
+from util.json_reader import read_json
 from util.locks import folder_lock
 from util.log import get_logger
 from util.options import ArgumentError
 
 logger = get_logger()
-BAD_LIST = "bad_images.txt"
 LONGEST_FILE_NAME = 255  # bytes, on the file systems in use
+# What two runs into one cache must agree on: the key in cache.json, and its name in messages.
+AGREE = {key: key for key in ("format", "img_size", "precision", "mode", "dtype", "crops", "seed", "shard_size")} | {
+    "latent_fingerprint": "vae_path (encoder weights)",
+    "flips": "no_flip",
+    "scale_factor": "scale factor of vae_path",
+    "shift": "shift of vae_path",
+    "quantizer": "quantizer, quant_bits, quant_min, quant_max",
+    "class_list": "class folders of data_path",
+    "image_list": "images of data_path",
+}
 LEFT_BEFORE = re.compile(r"\.shard-\d{5,}\.safetensors\.(tmp|partial)")  # by kills of earlier versions
 
 
@@ -93,6 +91,78 @@ def check_names(source: Source, form: str) -> None:
             reason = "its name is too long with .npz after it, as format npz needs; format shards takes it"
         if reason:
             raise ArgumentError("data_path", f"{printable(file)} cannot be cached: {reason}; rename it")
+
+
+def check_agreement(options: CacheOptions, record: dict) -> None:
+    """ValueError naming the setting if the cache was begun with another one, or holds files without a record."""
+    cache, found = options.cache, read_record(options.cached_path)
+    if found is None:
+        if options.format == "shards":
+            check_no_record(cache)
+        return
+    published = dict(format="npz", mode="moments", dtype="float32", flips=True, crops=1, shift=record.get("shift"))
+    found = published | found
+    keys = [key for key in AGREE if key in record and (key in found or key not in ("class_list", "scale_factor"))]
+    if options.mode != "indices":
+        keys = [key for key in keys if key not in ("scale_factor", "shift")]  # moments are kept unscaled
+    differing = [key for key in keys if found.get(key) != record[key]]
+    if "class_list" in differing:
+        differing = [key for key in differing if key != "image_list"]
+    if differing:
+        what = [f"{AGREE[key]} was {str(found.get(key))[:16]}, now {str(record[key])[:16]}" for key in differing]
+        raise ValueError(
+            f"{cache / RECORD} (cached_path) says that its latents were made with other settings: {'; '.join(what)}. "
+            "Choose another folder, or replace them (overwrite)"
+        )
+    if options.format == "shards" and found.get("batch_size") != options.batch_size:
+        message = "batch_size was %s, is %s: new latents may differ from those of one run in the last bits"
+        logger.warning(message, found.get("batch_size"), options.batch_size)
+
+
+def check_no_record(cache: Path) -> None:
+    """ValueError if a folder without cache.json holds files that shards would be mixed with."""
+    if any(cache.glob("*/*.npz")):
+        raise ValueError(
+            f"{cache} (cached_path) holds .npz latents without a {RECORD}, as the published scripts write them. "
+            f"Train from it as it is, continue it with --format npz, or turn it into shards with --convert {cache} NEW"
+        )
+    if any(NAME.fullmatch(path.name) for path in cache.glob("shard-*")):
+        unknown = f"holds shards but no {RECORD}, which says what made them"
+        raise ValueError(f"{cache} (cached_path) {unknown}; choose another folder, or replace them (overwrite)")
+
+
+def check_folders(cache: Path, classes: Sequence[str]) -> None:
+    """ValueError if the cache has folders that are no class of the data, which training would count as classes."""
+    folders = cache.iterdir() if cache.is_dir() else ()
+    foreign = sorted(
+        entry.name for entry in folders if entry.is_dir() and entry.name[0] != "." and entry.name not in classes
+    )
+    if foreign:
+        what = f"holds {len(foreign)} folders that are no class of the images (data_path), first: {foreign[0]}"
+        advice = "training would count them as classes. Choose another folder, or remove them"
+        raise ValueError(f"{cache} (cached_path) {what}; {advice}")
+
+
+def own_shards(cache: Path) -> list[Path]:
+    """The files of a cache folder that are shards of this format: the mark in their header says so, or cache.json.
+
+    ValueError for a file of another kind where a shard, or cache.json, would replace it.
+    """
+    path = cache / RECORD
+    try:
+        record = read_json(path, object, LARGEST) if path.exists() else {}
+    except (OSError, ValueError):
+        record = {}  # ours, damaged: nothing else is said about such a file
+    if not isinstance(record, dict) or record and not record.keys() & {"complete", "latent_fingerprint", "img_size"}:
+        raise ValueError(f"{path} (cached_path) is not a record of main_cache.py; choose another folder, or move it")
+    shards = record.get("shards")
+    listed = {entry.get("name") for entry in (shards if isinstance(shards, list) else ()) if isinstance(entry, dict)}
+    found = sorted(path for path in cache.glob("shard-*") if NAME.fullmatch(path.name))
+    for shard in found:
+        if shard.name not in listed and not is_ours(shard):
+            what = "is no shard of main_cache.py, which would replace it"
+            raise ValueError(f"{shard} (cached_path) {what}; choose another folder, or move the file")
+    return found
 
 
 def refuse_foreign_npz(cache: Path, paths: Iterable[str]) -> None:
@@ -164,128 +234,3 @@ def finish(options: CacheOptions, record: dict, files: NpzFiles | ShardFiles, co
     changed = f"; {counts.changed} images had changed since they were cached" if counts.changed else ""
     message = "%s is complete: %d images encoded, %d were there, %d corrupt%s"
     logger.info(message, cache, counts.encoded, counts.kept, len(bad), changed)
-
-
-def existing(cache: Path) -> dict | None:
-    """The record of an existing cache. FileNotFoundError if the folder holds no cache."""
-    if not cache.is_dir():
-        raise FileNotFoundError(f"no folder {cache} (cached_path)")
-    record = read_record(cache)
-    if record is None and not any(cache.glob("*/*.npz")):
-        lacks = f"it holds neither a {RECORD} nor <class>/<image>.npz"
-        raise FileNotFoundError(f"{cache} (cached_path) is no cache: {lacks}")
-    return record
-
-
-def info(cache: Path) -> str:
-    """What a cache is, a line for each fact."""
-    record = existing(cache)
-    states = {None: f"no {RECORD}, so a tree of .npz files as published", True: "complete", False: "NOT finished"}
-    state = states[record and record["complete"]]
-    sizes = [path.stat().st_size for path in (*cache.glob("*.safetensors"), *tree_files(cache))]
-    hidden = ("shards", "complete", "class_list", "image_list", "vae")
-    about = {key: value for key, value in (record or {}).items() if key not in hidden}
-    if isinstance(about.get("classes"), list):
-        about["classes"] = len(about["classes"])
-    if isinstance(about.get("quantizer"), dict):
-        about["quantizer"] = {key: about["quantizer"][key] for key in ("kind", "bits", "min", "max")}
-    each = sum(sizes) / max(about.get("images", len(sizes)), 1)
-    about["files"] = f"{len(sizes)}, {sum(sizes) / 2**20:.1f} MiB, {each:.0f} bytes per image"
-    return "\n".join([f"{cache}: {state}", *(f"  {key:<20} {value}" for key, value in about.items())])
-
-
-def verify(cache: Path, data: Path | None = None) -> str:
-    """Read everything and compare it with its checksums and with the record: images, classes, names.
-
-    data: the folder of the images, which are compared with what was recorded of them. ValueError that names everything
-    that is wrong (the first ten).
-    """
-    record = existing(cache)
-    shards = record is not None and record.get("format") == "shards"
-    if record is not None and not record["complete"]:
-        logger.warning("%s is not finished; what is there is checked", cache)
-    images, problems = verify_shards(cache, record) if shards else verify_tree(cache, record)
-    if not images and not problems:
-        problems = ["it holds no latents"]
-    if data is not None and not problems:
-        problems = compare_images(cache, record, data)
-    if problems:
-        raise ValueError(f"{cache} (cached_path): {len(problems)} problems. " + "; ".join(problems[:10]))
-    also = "" if data is None else f", and {data} holds the images that it is of"
-    return f"{cache}: {images} images, every checksum is right{also}"
-
-
-def open_shards(cache: Path, record: dict) -> Iterator[Shard | ValueError]:
-    """The shards in a record, or all that are there while it is not complete; the error of a damaged one."""
-    found = {path.name: None for path in sorted(cache.glob("shard-*")) if NAME.fullmatch(path.name)}
-    for name, sha256 in ({entry["name"]: entry["sha256"] for entry in record["shards"]} or found).items():
-        try:
-            shard = Shard(cache / name)
-        except ValueError as error:
-            yield error
-            continue
-        differs = sha256 not in (None, shard.sha256)
-        yield ValueError(f"{shard.path}: its header and index are not those that {RECORD} lists") if differs else shard
-
-
-def verify_shards(cache: Path, record: dict) -> tuple[int, list[str]]:
-    """Number of images and problems of the shards in a record."""
-    images, problems, paths, classes = 0, [], [], record["classes"]
-    for shard in open_shards(cache, record):
-        if isinstance(shard, ValueError):
-            problems.append(str(shard))
-            continue
-        images += int(shard.present.sum())
-        problems += [f"{shard.path}: the checksum of {path} is wrong" for path in shard.wrong_records()]
-        paths += shard.paths
-        named = zip(shard.paths, shard.labels.tolist(), strict=True)
-        wrong = [p for p, label in named if label >= 0 and classes[label : label + 1] != [p.partition("/")[0]]]
-        problems += [f"{shard.path}: {len(wrong)} labels are not those of {RECORD}, first: {wrong[0]}"] if wrong else []
-    if record["complete"] and not problems:
-        if images != record["images"]:
-            problems.append(f"{cache / RECORD} says {record['images']} images, the shards hold {images}")
-        elif digest_of(paths) != record.get("image_list", digest_of(paths)):
-            problems.append(f"the shards hold other images than {cache / RECORD} says")
-    return images, problems
-
-
-def tree_files(cache: Path) -> list[Path]:
-    """The .npz files below the class folders that training lists, sorted."""
-    folders, _ = scan(cache, (".npz",), LeftOut())
-    return [Path(*file) for files in folders.values() for file in files]
-
-
-def verify_tree(cache: Path, record: dict | None) -> tuple[int, list[str]]:
-    """Number of images and problems of a tree of .npz files."""
-    problems, first_of = [], dict[tuple, Path]()  # shape -> path
-    paths = tree_files(cache)
-    names = VIEWS if record is not None or any(map(has_flip, paths[:1])) else VIEWS[:1]
-    for path in paths:
-        try:
-            first_of.setdefault(read_views(path, names).shape[1:], path)
-        except ValueError as error:
-            problems.append(f"the latents of {path} {error}")
-    problems += [f"{path} has moments of {shape}, others have not" for shape, path in list(first_of.items())[1:]]
-    if record is not None and record["complete"]:
-        problems += tree_differs(record, [path.relative_to(cache).as_posix() for path in paths])
-    return len(paths), problems
-
-
-def compare_images(cache: Path, record: dict | None, data: Path) -> list[str]:
-    """The images of a data folder that are not cached, that changed since, or that are no longer there."""
-    if record is not None and record.get("format") == "shards":
-        shards = (shard for shard in open_shards(cache, record) if isinstance(shard, Shard))
-        cached = {path: stamp for shard in shards for path, stamp in zip(shard.paths, shard.sources, strict=True)}
-    else:
-        cached = {str(p.relative_to(cache)).removesuffix(".npz"): read_stamp(p) for p in tree_files(cache)}
-        bad = cache / BAD_LIST
-        cached |= dict.fromkeys(bad.read_text(errors="surrogateescape").splitlines() if bad.exists() else (), UNKNOWN)
-    folder = list_folder(data)
-    files = dict(zip(folder.paths, (file for file, _ in folder.samples), strict=True))
-    unknown = sum(not stamp.any() for stamp in cached.values())
-    if unknown:
-        logger.warning("of %d images no size and time is recorded: only their names are compared", unknown)
-    problems = [f"{path} is not in {data}" for path in cached if path not in files]
-    problems += [f"{file} is not cached" for path, file in files.items() if path not in cached]
-    known = ((file, cached[path]) for path, file in files.items() if path in cached)
-    return problems + [f"{file} changed since it was cached" for file, stamp in known if not unchanged(file, stamp)]

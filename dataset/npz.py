@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dataset.folders import LeftOut, scan
 from dataset.source import UNKNOWN, is_stamp
 from util.files import plain_reason, replacing
 
@@ -83,3 +84,9 @@ def write_views(path: Path, views: np.ndarray, stamp: np.ndarray) -> None:
     """One file with the views (2, 2C, h, w) of the image with this stamp; under a temporary name first."""
     with replacing(path) as file:
         np.savez(file, **dict(zip(VIEWS, views, strict=True)), **{SOURCE: stamp})
+
+
+def tree_files(cache: Path) -> list[Path]:
+    """The .npz files below the class folders that training lists, sorted."""
+    folders, _ = scan(cache, (".npz",), LeftOut())
+    return [Path(*file) for files in folders.values() for file in files]

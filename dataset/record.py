@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset.folders import BAD_IMAGE_CHOICES
-from dataset.shards import DTYPES, MODES, NAME, RecordSpec, is_ours
+from dataset.shards import DTYPES, MODES, NAME, RecordSpec
 from models.quantizer import MAX_BITS, TableQuantizer, check_range
 from models.quantizer_tables import QUANTIZERS, build_quantizer
 from models.vae import AutoencoderKL
@@ -21,17 +21,8 @@ from util.options import ArgumentError, check_options, option
 logger = get_logger()
 
 RECORD = "cache.json"
+BAD_LIST = "bad_images.txt"
 NOT_FINISHED = "is not finished: run main_cache.py again with the command that began it, it encodes what is missing"
-# What two runs into one cache must agree on: the key in cache.json, and its name in messages.
-AGREE = {key: key for key in ("format", "img_size", "precision", "mode", "dtype", "crops", "seed", "shard_size")} | {
-    "latent_fingerprint": "vae_path (encoder weights)",
-    "flips": "no_flip",
-    "scale_factor": "scale factor of vae_path",
-    "shift": "shift of vae_path",
-    "quantizer": "quantizer, quant_bits, quant_min, quant_max",
-    "class_list": "class folders of data_path",
-    "image_list": "images of data_path",
-}
 VAE_KEYS = ("vae", "scale_factor", "shift", "latent_fingerprint", "vae_file", "vae_sha256")
 
 LARGEST = 2**28  # bytes of a record; that of ImageNet in shards has 150 kB
@@ -258,78 +249,6 @@ def describe_vae(vae: AutoencoderKL, path: str) -> dict:
     scaling = vae.config["scale_factor"], vae.config["shift"]
     values = vae.config, *scaling, vae.latent_fingerprint(), Path(path).name, file_sha256(path)
     return dict(zip(VAE_KEYS, values, strict=True))
-
-
-def check_agreement(options: CacheOptions, record: dict) -> None:
-    """ValueError naming the setting if the cache was begun with another one, or holds files without a record."""
-    cache, found = options.cache, read_record(options.cached_path)
-    if found is None:
-        if options.format == "shards":
-            check_no_record(cache)
-        return
-    published = dict(format="npz", mode="moments", dtype="float32", flips=True, crops=1, shift=record.get("shift"))
-    found = published | found
-    keys = [key for key in AGREE if key in record and (key in found or key not in ("class_list", "scale_factor"))]
-    if options.mode != "indices":
-        keys = [key for key in keys if key not in ("scale_factor", "shift")]  # moments are kept unscaled
-    differing = [key for key in keys if found.get(key) != record[key]]
-    if "class_list" in differing:
-        differing = [key for key in differing if key != "image_list"]
-    if differing:
-        what = [f"{AGREE[key]} was {str(found.get(key))[:16]}, now {str(record[key])[:16]}" for key in differing]
-        raise ValueError(
-            f"{cache / RECORD} (cached_path) says that its latents were made with other settings: {'; '.join(what)}. "
-            "Choose another folder, or replace them (overwrite)"
-        )
-    if options.format == "shards" and found.get("batch_size") != options.batch_size:
-        message = "batch_size was %s, is %s: new latents may differ from those of one run in the last bits"
-        logger.warning(message, found.get("batch_size"), options.batch_size)
-
-
-def check_no_record(cache: Path) -> None:
-    """ValueError if a folder without cache.json holds files that shards would be mixed with."""
-    if any(cache.glob("*/*.npz")):
-        raise ValueError(
-            f"{cache} (cached_path) holds .npz latents without a {RECORD}, as the published scripts write them. "
-            f"Train from it as it is, continue it with --format npz, or turn it into shards with --convert {cache} NEW"
-        )
-    if any(NAME.fullmatch(path.name) for path in cache.glob("shard-*")):
-        unknown = f"holds shards but no {RECORD}, which says what made them"
-        raise ValueError(f"{cache} (cached_path) {unknown}; choose another folder, or replace them (overwrite)")
-
-
-def own_shards(cache: Path) -> list[Path]:
-    """The files of a cache folder that are shards of this format: the mark in their header says so, or cache.json.
-
-    ValueError for a file of another kind where a shard, or cache.json, would replace it.
-    """
-    path = cache / RECORD
-    try:
-        record = read_json(path, object, LARGEST) if path.exists() else {}
-    except (OSError, ValueError):
-        record = {}  # ours, damaged: nothing else is said about such a file
-    if not isinstance(record, dict) or record and not record.keys() & {"complete", "latent_fingerprint", "img_size"}:
-        raise ValueError(f"{path} (cached_path) is not a record of main_cache.py; choose another folder, or move it")
-    shards = record.get("shards")
-    listed = {entry.get("name") for entry in (shards if isinstance(shards, list) else ()) if isinstance(entry, dict)}
-    found = sorted(path for path in cache.glob("shard-*") if NAME.fullmatch(path.name))
-    for shard in found:
-        if shard.name not in listed and not is_ours(shard):
-            what = "is no shard of main_cache.py, which would replace it"
-            raise ValueError(f"{shard} (cached_path) {what}; choose another folder, or move the file")
-    return found
-
-
-def check_folders(cache: Path, classes: Sequence[str]) -> None:
-    """ValueError if the cache has folders that are no class of the data, which training would count as classes."""
-    folders = cache.iterdir() if cache.is_dir() else ()
-    foreign = sorted(
-        entry.name for entry in folders if entry.is_dir() and entry.name[0] != "." and entry.name not in classes
-    )
-    if foreign:
-        what = f"holds {len(foreign)} folders that are no class of the images (data_path), first: {foreign[0]}"
-        advice = "training would count them as classes. Choose another folder, or remove them"
-        raise ValueError(f"{cache} (cached_path) {what}; {advice}")
 
 
 def describe_tree(
