@@ -35,7 +35,8 @@ from pathlib import Path
 import torch
 
 from checkpoints import download, hub
-from dataset.folders import ImageFolderDataset, spread_evenly
+from dataset.folders import spread_evenly
+from dataset.image_folder import ImageFolderDataset
 from dataset.images import save_grid
 from evaluation import reconstruction_report as report
 from evaluation.reconstruction import (

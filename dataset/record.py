@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.folders import BAD_IMAGE_CHOICES
+from dataset.image_folder import BAD_IMAGE_CHOICES
 from dataset.shards import DTYPES, MODES, NAME, RecordSpec
 from models.quantizer import MAX_BITS, TableQuantizer, check_range
 from models.quantizer_tables import QUANTIZERS, build_quantizer

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.classes import misleading_numbers
-from dataset.folders import BAD_IMAGE_CHOICES, ImageFolderDataset
+from dataset.image_folder import BAD_IMAGE_CHOICES, ImageFolderDataset
 from dataset.latents import CachedLatents, ShardedLatents, open_cache
 from dataset.record import check_classes, check_quantizer, check_record
 from models.tokenbridge import TokenBridge

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 import main_tokenbridge
-from dataset.folders import ImageFolderDataset
+from dataset.image_folder import ImageFolderDataset
 from dataset.images import atomic_write
 from demo.digits import DIGITS
 from demo.run import TRAINING, build_stages, run_stages

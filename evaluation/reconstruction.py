@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.folders import ImageFolderDataset, readable_images, spread_evenly
+from dataset.folders import spread_evenly
+from dataset.image_folder import ImageFolderDataset, readable_images
 from dataset.images import save_png, to_uint8
 from evaluation.feature_sums import IS_SPLITS, FeatureSums, Statistics
 from evaluation.image_metrics import psnr, ssim

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from checkpoints import download, transfer
-from dataset.folders import BAD_IMAGE_CHOICES
+from dataset.image_folder import BAD_IMAGE_CHOICES
 from dataset.images import PIXELS
 from evaluation.image_metrics import SMALLEST_FOR_LPIPS, SMALLEST_FOR_SSIM, Lpips, find_alexnet_weights
 from evaluation.inception import InceptionFeatures, fetch_inception_weights

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from checkpoints import hub
 from dataset import latent_statistics as statistics
-from dataset.folders import BAD_IMAGE_CHOICES, ImageFolderDataset, readable_images, spread_evenly
+from dataset.folders import spread_evenly
+from dataset.image_folder import BAD_IMAGE_CHOICES, ImageFolderDataset, readable_images
 from dataset.images import to_uint8
 from evaluation.image_metrics import psnr
 from models.latent_space import VaeDescription, description_path

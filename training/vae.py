@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dataset.folders import BAD_IMAGE_CHOICES
+from dataset.image_folder import BAD_IMAGE_CHOICES
 from models.latent_space import DiagonalGaussian
 from models.vae import LARGEST, MOST_LEVELS, AutoencoderKL
 from training.guard import SkippedSteps, may_save

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.folders import ImageFolderDataset, readable_images, spread_evenly
+from dataset.folders import spread_evenly
+from dataset.image_folder import ImageFolderDataset, readable_images
 from dataset.images import to_uint8
 from dataset.latent_statistics import frequency_order, latent_scale
 from dataset.loader import GlobalBatchSampler, build_loader

@@ -16,7 +16,8 @@ from torchvision.datasets import ImageFolder
 
 import main_cache
 from dataset.encoder_inputs import Source
-from dataset.folders import ImageFolderDataset, list_folder, readable_images, substitutes
+from dataset.folders import list_folder
+from dataset.image_folder import ImageFolderDataset, readable_images, substitutes
 from dataset.images import center_crop_adm
 from dataset.latents import CachedLatents
 from tests.helpers import photographs, write_image_folder

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from dataset.folders import ImageFolderDataset
+from dataset.image_folder import ImageFolderDataset
 from dataset.loader import GlobalBatchSampler, build_loader
 from util.options import ArgumentError
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import main_cache
-from dataset.folders import ImageFolderDataset
+from dataset.image_folder import ImageFolderDataset
 from dataset.latents import CachedLatents, ShardedLatents, open_cache
 from dataset.loader import GlobalBatchSampler, build_loader
 from dataset.record import check_record, read_record

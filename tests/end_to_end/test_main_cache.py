@@ -22,7 +22,7 @@ from dataset import cache as cache_module
 from dataset import shards as shards_module
 from dataset.cache_files import ShardFiles
 from dataset.encode import check_room
-from dataset.folders import ImageFolderDataset
+from dataset.image_folder import ImageFolderDataset
 from dataset.latents import CachedLatents, open_cache
 from dataset.npz import read_views
 from dataset.record import read_record

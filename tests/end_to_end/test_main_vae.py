@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dataset.folders import ImageFolderDataset
+from dataset.image_folder import ImageFolderDataset
 from dataset.images import read_image, to_uint8
 from evaluation.image_metrics import psnr
 from main_vae import main
