@@ -253,12 +253,13 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_files_that_they_name_exist() -> None:
-    """Sources and documents by their names, paths below the folders of the repository, and modules."""
+    """Sources and documents by their names, paths below the folders of the repository, and modules; CI's too."""
     code = ("checkpoints", "dataset", "demo", "evaluation", "generation", "models", "tools", "training", "util")
     folders = "|".join([*code, "tests", "scripts", "containers", "docs", "configs", "assets"])
     sources = {path.name for folder in (*code, "scripts", "tests") for path in (REPO / folder).rglob("*.*")}
     sources |= {path.name for path in REPO.glob("*.py")}
-    for path, text in DOCUMENTS.items():
+    others = [REPO / name for name in (".ci/run", "Makefile", "pyproject.toml")]
+    for path, text in (DOCUMENTS | {path: path.read_text() for path in others}).items():
         for name in re.findall(r"(?<![\w./-])[\w-]+\.(?:py|sh)\b", text):
             assert name in sources, f"{path.name}: {name}"
         for name in re.findall(rf"(?<![\w./-])(?:{folders})/[\w./-]*\w", text):
