@@ -13,7 +13,7 @@ from models import MODELS
 from models.quantizer import GaussianQuantizer, quantize
 from models.sampling.orders import random_orders
 from models.tokenbridge import TokenBridge, mask_from_orders
-from tests.helpers import tiny_batch, tiny_config, tiny_model
+from tests.helpers import DIGITS_MODEL, tiny_batch, tiny_config, tiny_model
 from tools.bench import evaluation as bench_eval
 from tools.bench import gpu
 from tools.bench.__main__ import build_parser, main
@@ -348,8 +348,9 @@ def test_cache_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_reused_is_not_computed(capsys: pytest.CaptureFixture) -> None:
+def test_what_is_reused_is_not_computed(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Study "reuse": fewer FLOPs than the exact sampler; a confidence order costs more the more it scores."""
+    monkeypatch.setitem(MODELS, "tokenbridge_digits", DIGITS_MODEL)  # with one block, little would be reused
     main(["sample", "--study", "reuse", *SMALL.split(), "--num_iter", "6", "--dry"])
     fewer = {name: float(cells[1].rstrip("x")) for name, cells in rows_of(capsys).items() if name in REUSE}
     assert fewer["exact, random order"] == 1 and list(fewer) == list(REUSE)
