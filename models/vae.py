@@ -285,11 +285,11 @@ def read_vae_file(path: str | Path) -> dict:
 def load_weights(vae: nn.Module, path: str | Path, content: dict | None = None) -> None:
     """Fill `vae` from a checkpoint file; ArgumentError for a missing key, a wrong shape or NaN.
 
-    Other keys are logged.
+    Keys that are neither weights nor main_vae.py's are logged.
     """
     content = read_vae_file(path) if content is None else content
     weights, own = content["model"], vae.state_dict()
-    extra = [key for key in content if key not in ("model", "config", "description", "weights")]
+    extra = [key for key in content if key not in ("model", "config", "description", "weights", "psnr", "step")]
     extra += [key for key in weights if key not in own]
     if extra:
         names = ", ".join(map(str, extra[:8]))
