@@ -274,6 +274,8 @@ def read_vae_file(path: str | Path) -> dict:
     weights = plain_keys(inner or weights)
     if OF_DIFFUSERS in weights and not (named and "config" in content):  # with one, tools.export wrote it
         raise ArgumentError("vae_path", f"{path} holds a VAE of diffusers: give its folder, {path.parent}")
+    if "mask_token" in weights:
+        raise ArgumentError("vae_path", f"{path} holds a masked transformer (TokenBridge or MAR), not a VAE")
     if named:
         return content | {"model": weights}
     if ROOT_KEY not in weights:
