@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tests.helpers import REPO
+from util import dist
 
 PACKAGES = sorted(path.parent for path in REPO.glob("[a-z]*/__init__.py") if path.parent.name != "tests")
 SOURCES = [*REPO.glob("*.py"), *(path for folder in PACKAGES for path in folder.rglob("*.py"))]
@@ -59,6 +60,16 @@ def test_nothing_unpickles() -> None:
             if isinstance(node, ast.Call) and (rule := needed.get(ast.unparse(node.func))):
                 keywords = [(keyword.arg, ast.unparse(keyword.value)) for keyword in node.keywords]
                 assert rule in keywords, f"{path}:{node.lineno}"
+
+
+def test_what_is_taken_from_dist_is_there() -> None:
+    """In every file, tests too: what only a GPU runs is seen by no other test here."""
+    for path in [*SOURCES, *(REPO / "tests").rglob("*.py")]:
+        text = path.read_text()
+        if re.search(r"^from util import .*\bdist\b", text, flags=re.M):
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "dist":
+                    assert hasattr(dist, node.attr), f"{path}:{node.lineno}: util.dist has no {node.attr}"
 
 
 def test_public_functions_have_types() -> None:

@@ -119,7 +119,7 @@ def test_peak_memory(device: torch.device, report: Callable) -> None:
     total = dist.total_memory_gib(device)
     if total < counted + 2:
         pytest.skip(f"large at batch 64 needs {counted:.1f} GiB of GPU memory, here are {total:.1f}")
-    dist.free_memory(device)
+    dist.reset_peak_memory(device)
     our_loop(Options(model="tokenbridge_large", batch_size=64), device, "bf16")[1]()
     measured = dist.peak_memory_gib(device)
     report(f"peak memory of a training step, large, batch 64, bf16: {measured:.2f} GiB, counted {counted:.2f} GiB")
