@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -103,7 +103,8 @@ def scale_transparency(image: Image.Image) -> None:
 def refuse_deep_planes(image: Image.Image) -> None:
     """ValueError for an uncompressed TIFF of 16-bit colours in separate planes, which Pillow reads as 8-bit ones."""
     tags = image.tag_v2 if image.format == "TIFF" else {}
-    if tags.get(284) == 2 and tags.get(258, (8,))[0] > 8 and image.tile and image.tile[0][0] == "raw":
+    planes, bits = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2, tags.get(TiffImagePlugin.BITSPERSAMPLE, (8,))
+    if planes and bits[0] > 8 and image.tile and image.tile[0][0] == "raw":
         raise ValueError("16-bit colours in separate planes are not supported: save it with 8 bits, or interleaved")
 
 
@@ -195,7 +196,12 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator, smalles
 
 def to_tensor(image: Image.Image) -> Tensor:
     """PIL RGB -> float32 (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
+    return from_uint8(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """uint8 images -> float32 in [-1, 1], same shape."""
+    return images.float().div_(127.5).sub_(1)
 
 
 def to_uint8(x: Tensor, pixels: str = "round") -> Tensor:

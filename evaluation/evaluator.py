@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import download
-from dataset.images import to_uint8
+from dataset.images import from_uint8, to_uint8
 from evaluation.feature_sums import IS_SPLITS
 from evaluation.image_metrics import psnr
 from evaluation.inception import InceptionFeatures, fetch_inception_weights
@@ -302,7 +302,7 @@ def vae_roundtrip(
     unlikely.
     """
     images = images[:count]
-    latents = vae.scale(vae.encode(images.to(next(vae.parameters()).device).float() / 127.5 - 1).mode())
+    latents = vae.scale(vae.encode(from_uint8(images.to(next(vae.parameters()).device))).mode())
     decoded = to_uint8(vae.decode(vae.unscale(latents)))
     found = {
         "psnr": psnr(decoded, images.to(decoded.device)).mean().item(),

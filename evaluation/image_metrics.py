@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dataset.images import from_uint8
 from util.dist import float32_precision
 from util.log import first_line
 from util.options import ArgumentError
@@ -95,4 +96,4 @@ class Lpips:
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """LPIPS of each pair, (N,)."""
         with float32_precision(self.device):
-            return self.network(*(x.to(self.device).float() / 127.5 - 1 for x in (a, b))).flatten()
+            return self.network(*(from_uint8(x.to(self.device)) for x in (a, b))).flatten()

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from checkpoints.download import PUBLISHED_SIZE
 from dataset.folders import spread_evenly
@@ -185,18 +184,14 @@ def load_references(
     Arguments and errors as `load_reference`; ValueError too if pr_reference holds statistics alone.
     """
     reference = load_reference(fid_stats, extractor, img_size, **loading)
-    reference.features = _enough(reference.features)
     if pr_reference:
         other = load_reference(pr_reference, extractor, img_size, flag="--pr_reference", **loading)
-        reference.features = _enough(other.features)
-        if reference.features is None:
+        reference.features = other.features
+    if reference.features is None or len(reference.features) < FEWEST_FOR_PRC:
+        if pr_reference:
             raise ValueError(
                 f"{pr_reference} (--pr_reference) holds neither images (arr_0) nor features of them, or fewer than "
                 f"{FEWEST_FOR_PRC}; python -m tools.download adm_batch fetches ADM's reference batch of ImageNet 256"
             )
+        reference.features = None
     return reference
-
-
-def _enough(features: Tensor | None) -> Tensor | None:
-    """The features, None if they are too few for precision, recall and KID."""
-    return None if features is None or len(features) < FEWEST_FOR_PRC else features

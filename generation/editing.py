@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset.images import to_rgb, to_tensor
+from dataset.images import from_uint8, to_rgb, to_tensor
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util.options import ArgumentError
@@ -44,7 +44,7 @@ def picture_tensor(picture: Picture, size: int) -> Tensor:
     ArgumentError for another size or range.
     """
     if isinstance(picture, Tensor):
-        x = picture.float() / 127.5 - 1 if picture.dtype == torch.uint8 else picture.float()
+        x = from_uint8(picture) if picture.dtype == torch.uint8 else picture.float()
         if not (x.abs() <= LARGEST_VALUE).all():
             raise ArgumentError("init", "the tensor to edit has values outside [-1, 1], and is not of type uint8")
     else:

@@ -68,11 +68,11 @@ class SamplerOptions:
         check_options(self)
         if len(self.cfg_interval) != 2 or self.cfg_interval[0] > self.cfg_interval[1]:
             raise ArgumentError("cfg_interval", f"cfg_interval must be two shares, from <= to, got {self.cfg_interval}")
-        low = {"temperature": (self.temperature,), "temperature_end": (self.temperature_end,)}
-        for name, values in (low | {"channel_temperature": self.channel_temperature}).items():
-            if any(0 < value < LOWEST_TEMPERATURE for value in values):
+        temperatures = [("temperature", self.temperature), ("temperature_end", self.temperature_end)]
+        for name, value in temperatures + [("channel_temperature", factor) for factor in self.channel_temperature]:
+            if 0 < value < LOWEST_TEMPERATURE:
                 lowest = f"{name} must be 0, which takes the likeliest level, or at least {LOWEST_TEMPERATURE:g}"
-                raise ArgumentError(name, f"{lowest}; got {min(values):g}")
+                raise ArgumentError(name, f"{lowest}; got {value:g}")
         for name in ("reuse_features", "reuse_guidance"):
             if self.compile and getattr(self, name) > 1:
                 raise ArgumentError(name, f"compile and {name} cannot be combined: the shapes of reused parts change")

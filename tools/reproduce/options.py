@@ -25,7 +25,7 @@ class Options:
     quick: bool = option(False, "5,000 images, 64 iterations: shows that all works, compared with nothing published")
     demo: bool = option(False, "the same stages with the demo's model and random Inception weights, on the CPU")
     demo_dir: str = option("demo/out", "with demo: what make demo wrote; if it is not there, a toy-size training")
-    train: str | None = option(None, "instead: the first steps of the published training", choices=("large", "huge"))
+    train: str | None = option(None, "instead: the first steps of the published training", choices=MODELS_PUBLISHED)
     steps: int = option(2000, "with train: optimizer steps", lowest=20)
     cached_path: str = option("", "with train: a latent cache; default: OUT/cache, made first (42 GB for ImageNet)")
     bands: str = option("loss_bands", "with train: folder of the recorded losses that the run is compared with")
